@@ -1,0 +1,1 @@
+"""Differentiable cache augmentation (arXiv 2412.17747) in JAX."""

@@ -1,0 +1,1 @@
+"""The paper: traces -> mask -> three passes -> loss."""

@@ -1,0 +1,88 @@
+"""The coprocessor: a context cache and N soft tokens in, N latents out.
+
+Paper section 2.2: a network of the decoder's architecture, its weights a copy
+of the decoder's at the start, reads the frozen decoder's cache with N trainable
+soft tokens; its last hidden states are the latents.
+
+A coprocessor's parameters are {transformer: {blocks, final_norm},
+soft_tokens [N, D]} and, with the harmless start, latent_projection [D, D].
+
+  as_is     input = soft token;            z = hidden
+  harmless  input = soft token + copied;   z = copied + hidden @ projection
+
+where copied is the decoder's own embedding of the context token p-N+1+i. The
+projection starts at zero, so the latents begin as the context's last N tokens
+said once more, and with positions 'replace' as exactly the frozen decoder.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cacheaug.augment.traces import Traces, TraceSpec
+from cacheaug.errors import UserError
+from cacheaug.model import transformer
+from cacheaug.model.cache import KVCache
+from cacheaug.model.transformer import Params, Transformer
+
+INITS = ("decoder", "scratch")
+SOFT_TOKEN_STDDEV = 0.02  # not stated in the paper; small beside embeddings
+
+
+def init_boxed(model: Transformer, spec: TraceSpec, key: jax.Array) -> Params:
+  """Random parameters, boxed with their logical axes (for shardings)."""
+  body, soft = jax.random.split(key)
+  tree = transformer.init(model, body)
+  width = model.config.width
+  box = nn.with_logical_partitioning
+  params = {
+    "transformer": {k: tree[k] for k in ("blocks", "final_norm")},
+    "soft_tokens": box(nn.initializers.normal(SOFT_TOKEN_STDDEV), (None, "D"))(
+      soft, (spec.latents, width), model.param_dtype
+    ),
+  }
+  if spec.start == "harmless":
+    params["latent_projection"] = box(nn.initializers.zeros, (None, "D"))(
+      soft, (width, width), model.param_dtype
+    )
+  return params
+
+
+def init(
+  model: Transformer,
+  spec: TraceSpec,
+  key: jax.Array,
+  decoder: Params,
+  source: str = "decoder",
+) -> Params:
+  """Fresh coprocessor parameters; `source` is 'decoder' (copy) or 'scratch'."""
+  if source not in INITS:
+    raise UserError(
+      f"coprocessor.init={source!r} is not one of {', '.join(INITS)}"
+    )
+  params = nn.unbox(init_boxed(model, spec, key))
+  if source == "decoder":
+    copy = {k: decoder[k] for k in params["transformer"]}
+    params["transformer"] = jax.tree.map(
+      lambda x: jnp.array(x, model.param_dtype, copy=True), copy
+    )
+  return params
+
+
+def latents(
+  model: Transformer,
+  params: Params,
+  cache: KVCache,
+  traces: Traces,
+  copied: jax.Array,  # [B, M, N, D], the decoder's embeddings of traces.copied
+) -> jax.Array:  # z [B, M, N, D]
+  """Pass 2: all latents of all traces in one forward call."""
+  soft = params["soft_tokens"].astype(copied.dtype)[None, None]
+  harmless = "latent_projection" in params
+  x = soft + copied if harmless else jnp.broadcast_to(soft, copied.shape)
+  hidden = transformer.run_blocks(
+    model, params["transformer"], x, traces.latent_rows, cache
+  )
+  if not harmless:
+    return hidden
+  return copied + hidden @ params["latent_projection"].astype(hidden.dtype)

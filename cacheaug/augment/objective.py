@@ -1,0 +1,136 @@
+"""The three passes and the losses.
+
+1. Context: the frozen decoder reads x [B, S] and leaves its cache.
+2. Coprocessor: reads the cache with soft tokens, gives latents z [B, M, N, D].
+3. Decoder: reads [z | ahead tokens] over the cache, predicts A tokens a trace.
+
+The context rows never change, so their keys and values are constants of passes
+2 and 3: differentiating with respect to the coprocessor alone forms no gradient
+of them, and none of the decoder's weights.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cacheaug.augment import coprocessor, traces
+from cacheaug.augment.traces import Traces, TraceSpec
+from cacheaug.kernels.cross_entropy import token_nll
+from cacheaug.model import transformer
+from cacheaug.model.cache import KVCache
+from cacheaug.model.transformer import Params, Transformer
+
+
+def context_pass(
+  model: Transformer,
+  decoder: Params,
+  tokens: jax.Array,  # [B, S]
+  documents: jax.Array,  # [B, S]
+  spec: TraceSpec,
+) -> tuple[jax.Array, KVCache]:  # hidden [B, S, D], cache
+  """Pass 1."""
+  segments = traces.segments_of(documents, spec.mask_documents)
+  return transformer.prefill(model, decoder, tokens, segments=segments)
+
+
+def decoder_pass(
+  model: Transformer,
+  decoder: Params,
+  cache: KVCache,
+  z: jax.Array,  # [B, M, N, D]
+  laid: Traces,
+) -> jax.Array:  # [B, M, A] nats
+  """Pass 3: negative log-likelihood of every ahead token."""
+  ahead = transformer.embed(model, decoder, laid.ahead)
+  x = jnp.concatenate([z.astype(ahead.dtype), ahead], axis=2)
+  hidden = transformer.run_blocks(model, decoder, x, laid.rows, cache)
+  predicting = hidden[:, :, z.shape[2] - 1 :]  # the last latent's row onwards
+  return _nll(model, decoder, predicting, laid.targets)
+
+
+def _nll(model, params, hidden, targets):
+  return token_nll(
+    lambda h: transformer.logits(model, params, h),
+    hidden,
+    targets,
+    model.config.vocab_size,
+  )
+
+
+def traces_nll(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  cache: KVCache,
+  laid: Traces,
+) -> jax.Array:  # [B, M, A] nats
+  """Passes 2 and 3 over a cache already made."""
+  copied = transformer.embed(model, decoder, laid.copied)
+  z = coprocessor.latents(model, coproc, cache, laid, copied)
+  return decoder_pass(model, decoder, cache, z, laid)
+
+
+def coprocessor_loss(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  batch: dict[str, jax.Array],  # tokens, documents [B, S]
+  key: jax.Array,
+  spec: TraceSpec,
+) -> tuple[jax.Array, jax.Array]:
+  """Sums over this batch: nll [A] by position, and the tokens it is over.
+
+  The loss is nll.sum() / tokens.sum(): the mean over all ahead tokens of all
+  traces. Sums, so that accumulated micro-batches equal one big batch.
+  """
+  tokens, documents = batch["tokens"], batch["documents"]
+  points = traces.sample_points(key, documents, spec)
+  stairs = traces.staircase(spec, tokens.shape[-1])
+  laid = traces.lay_out(tokens, documents, points, spec, stairs)
+  _, cache = context_pass(model, decoder, tokens, documents, spec)
+  nll = traces_nll(model, decoder, coproc, cache, laid)
+  return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
+
+
+def frozen_loss(
+  model: Transformer,
+  decoder: Params,
+  batch: dict[str, jax.Array],
+  key: jax.Array,
+  spec: TraceSpec,
+) -> tuple[jax.Array, jax.Array]:
+  """The frozen decoder's sums over the very tokens of `coprocessor_loss`."""
+  tokens, documents = batch["tokens"], batch["documents"]
+  points = traces.sample_points(key, documents, spec)
+  laid = traces.lay_out(tokens, documents, points, spec)
+  hidden, _ = context_pass(model, decoder, tokens, documents, spec)
+  nll = next_token_nll(model, decoder, hidden, tokens)
+  index = jnp.maximum(points, 0)[..., None] + jnp.arange(spec.ahead)
+  index = jnp.minimum(index, tokens.shape[-1] - 2)
+  nll = jax.vmap(lambda row, i: row[i])(nll, index)
+  return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
+
+
+def next_token_nll(
+  model: Transformer,
+  params: Params,
+  hidden: jax.Array,  # [B, S, D]
+  tokens: jax.Array,  # [B, S]
+) -> jax.Array:  # [B, S - 1], entry t is the nll of token t + 1
+  """Plain language-model nll from a context pass's hidden states."""
+  return _nll(model, params, hidden[:, :-1], tokens[:, 1:])
+
+
+def language_model_loss(
+  model: Transformer,
+  params: Params,
+  batch: dict[str, jax.Array],
+  mask_documents: bool,
+) -> tuple[jax.Array, jax.Array]:
+  """Sums over this batch: nll [1] and tokens [1] (within documents)."""
+  tokens, documents = batch["tokens"], batch["documents"]
+  segments = traces.segments_of(documents, mask_documents)
+  hidden, _ = transformer.prefill(model, params, tokens, segments=segments)
+  nll = next_token_nll(model, params, hidden, tokens)
+  same = documents[:, 1:] == documents[:, :-1]
+  weights = (same & (documents[:, 1:] >= 0)).astype(jnp.float32)
+  return (nll * weights).sum()[None], weights.sum()[None]

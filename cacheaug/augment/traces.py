@@ -1,0 +1,241 @@
+"""The preprocessing of the input and attention mask: where traces stand.
+
+A trace is one augmentation of a sequence: at its point p (the last visible
+context token) N latents are inserted, then A ahead tokens are predicted. M
+traces of a sequence are trained at once. In the decoder's pass each is a block
+of R = N + A - 1 rows (N latents, then the ahead tokens y_1 .. y_{A-1}) that
+sees [context up to its point | its own block, causally] and nothing else.
+With one latent, one further token, and traces after b and d (figure 2b of
+arXiv 2412.17747; rows are queries, primes are latents):
+
+            a b c d e f | b' c | d' e
+        a   #
+        b   # #
+        c   # # #
+        d   # # # #
+        e   # # # # #
+        f   # # # # # #
+        b'  # #           #
+        c   # #           # #
+        d'  # # # #              #
+        e   # # # #              # #
+
+Row b' predicts c, the row c after it predicts d, and so on: A predictions from
+R rows. `lay_out` makes rows, targets and weights for the fast path, which never
+forms this mask; `dense_mask` is the picture itself, for reference and drawing.
+
+Schemes decide the positions (and so RoPE) of latents and ahead tokens, which
+the paper does not state:
+
+  insert   latents at p+1 .. p+N, ahead tokens pushed back by N: the literal
+           reading, as if the latents were further tokens.
+  overlay  latents at p-N+1 .. p beside the context tokens there; ahead tokens
+           keep their own positions.
+  replace  as overlay, and the N context entries at the latents' positions are
+           hidden from the block: the latents stand in their place.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacheaug.errors import UserError
+from cacheaug.model.attention import Rows
+
+SCHEMES = ("insert", "overlay", "replace")
+LAWS = ("uniform", "stratified")
+STARTS = ("as_is", "harmless")
+STAIRS = 8  # at most this many runs of blocks with a static context bound
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceSpec:
+  """How traces are laid out (axis letters N, A, M)."""
+
+  latents: int  # N
+  ahead: int  # A
+  scheme: str = "overlay"
+  start: str = "harmless"  # see coprocessor.py
+  count: int = 1  # M, points drawn per sequence
+  law: str = "uniform"
+  min_ahead: int = 1  # fewest ahead tokens within the point's document
+  mask_documents: bool = True  # False: a sequence's documents see each other
+
+  def __post_init__(self):
+    for key, known in (("scheme", SCHEMES), ("law", LAWS), ("start", STARTS)):
+      if getattr(self, key) not in known:
+        raise UserError(
+          f"traces.{key}={getattr(self, key)!r} is not one of "
+          f"{', '.join(known)}"
+        )
+    for key in ("latents", "ahead", "count", "min_ahead"):
+      if getattr(self, key) < 1:
+        raise UserError(f"traces.{key}={getattr(self, key)} must be at least 1")
+    if self.min_ahead > self.ahead:
+      raise UserError(
+        f"traces.min_ahead={self.min_ahead} exceeds ahead={self.ahead}"
+      )
+
+  @property
+  def rows(self) -> int:
+    """R, the rows of one block in the decoder's pass."""
+    return self.latents + self.ahead - 1
+
+  @property
+  def context_needed(self) -> int:
+    """Context tokens that must precede and include a point."""
+    literal = self.scheme == "insert" and self.start == "as_is"
+    return 1 if literal else self.latents
+
+
+@flax.struct.dataclass
+class Traces:
+  """M traces laid out over B sequences, ready for passes 2 and 3."""
+
+  points: jax.Array  # [B, M], index of the last visible context token
+  latent_rows: Rows  # pass 2: N rows a trace
+  rows: Rows  # pass 3: R rows a trace
+  copied: jax.Array  # [B, M, N] tokens x[p-N+1 .. p]
+  ahead: jax.Array  # [B, M, A-1] tokens y_1 .. y_{A-1}
+  targets: jax.Array  # [B, M, A] tokens y_1 .. y_A
+  weights: jax.Array  # [B, M, A] float32, 0 where y_j is not in p's document
+
+
+def segments_of(documents: jax.Array, mask_documents: bool) -> jax.Array:
+  """Documents [B, S] (-1 = padding) -> attention segments (0 = padding)."""
+  real = documents >= 0
+  return jnp.where(real, documents + 1 if mask_documents else 1, 0)
+
+
+def valid_points(documents: jax.Array, spec: TraceSpec) -> jax.Array:
+  """[B, S] bool: points whose trace stays within its document.
+
+  `min_ahead` tokens follow within the document and `context_needed` precede.
+  """
+  s = documents.shape[-1]
+  valid = documents >= 0
+  for shift in (spec.min_ahead, 1 - spec.context_needed):
+    index = jnp.arange(s) + shift
+    there = (index >= 0) & (index < s)
+    other = jnp.take(documents, jnp.clip(index, 0, s - 1), axis=-1)
+    valid &= there[None] & (other == documents)
+  return valid
+
+
+def sample_points(
+  key: jax.Array,
+  documents: jax.Array,  # [B, S]
+  spec: TraceSpec,
+) -> jax.Array:  # [B, M], ascending; -1 where there is no valid point left
+  """Draws M different points a sequence.
+
+  uniform: the paper's law. stratified: one from each of M equal buckets of S,
+  which bounds every block's context statically.
+  """
+  b, s = documents.shape
+  noise = jax.random.uniform(key, (b, s))
+  noise = jnp.where(valid_points(documents, spec), noise, -1.0)
+  if spec.law == "uniform":
+    value, points = jax.lax.top_k(noise, spec.count)
+    points = jnp.where(value >= 0, points, -1)
+    return jnp.sort(points, axis=-1)
+  bucket = s // spec.count
+  noise = noise.reshape(b, spec.count, bucket)
+  points = jnp.argmax(noise, -1) + jnp.arange(0, s, bucket)[None]
+  return jnp.where(noise.max(-1) >= 0, points, -1)
+
+
+def staircase(spec: TraceSpec, length: int) -> tuple[int, ...]:
+  """Static context bounds of equal runs of blocks; () where none hold."""
+  if spec.law != "stratified":
+    return ()
+  stairs = next(g for g in range(STAIRS, 0, -1) if spec.count % g == 0)
+  return tuple(length * (g + 1) // stairs for g in range(stairs))
+
+
+def lay_out(
+  tokens: jax.Array,  # [B, S]
+  documents: jax.Array,  # [B, S], -1 = padding
+  points: jax.Array,  # [B, M], -1 = no trace
+  spec: TraceSpec,
+  stairs: tuple[int, ...] = (),
+) -> Traces:
+  """Rows, tokens, targets and weights of M traces a sequence."""
+  n, a, s = spec.latents, spec.ahead, tokens.shape[-1]
+  p = jnp.maximum(points, 0)[..., None]  # [B, M, 1]
+
+  def at(array, index):  # array[b, index[b, m, j]]
+    index = jnp.clip(index, 0, s - 1)
+    return jax.vmap(lambda row, i: row[i])(array, index)
+
+  latents = jnp.arange(n, dtype=jnp.int32)[None, None]
+  after = jnp.arange(1, a + 1, dtype=jnp.int32)[None, None]
+  last = p - n + 1 + latents  # p-N+1 .. p
+  same = (p + after < s) & (at(documents, p + after) == at(documents, p))
+  shift = n if spec.scheme == "insert" else 0
+  latent_positions = last + shift
+  targets = at(tokens, p + after)
+  segment = at(segments_of(documents, spec.mask_documents), p)
+
+  def rows(positions, limits):
+    segments = jnp.broadcast_to(segment, positions.shape)
+    return Rows(positions, segments, limits, staircase=stairs)
+
+  row_positions = jnp.concatenate(
+    [latent_positions, p + shift + after[..., :-1]], -1
+  )
+  return Traces(
+    points=points,
+    latent_rows=rows(latent_positions, p),
+    rows=rows(row_positions, p - n if spec.scheme == "replace" else p),
+    copied=at(tokens, last),
+    ahead=targets[..., :-1],
+    targets=targets,
+    weights=((points >= 0)[..., None] & same).astype(jnp.float32),
+  )
+
+
+def dense_mask(
+  documents: np.ndarray,  # [S]
+  points: np.ndarray,  # [M]
+  spec: TraceSpec,
+) -> np.ndarray:  # [S + M R, S + M R] bool
+  """The reference mask of one sequence, written from the definition.
+
+  Windows are not in it: they compare positions and are the model's business.
+  """
+  s, r = len(documents), spec.rows
+  segments = np.where(documents >= 0, documents, -1)
+  if not spec.mask_documents:
+    segments = np.where(documents >= 0, 0, -1)
+  mask = np.zeros((s + len(points) * r,) * 2, bool)
+  for q in range(s):
+    for k in range(q + 1):
+      mask[q, k] = segments[q] == segments[k]
+  for m, p in enumerate(points):
+    first = s + m * r
+    seen = p - spec.latents if spec.scheme == "replace" else p
+    for i in range(r):
+      for k in range(seen + 1):
+        mask[first + i, k] = segments[k] == segments[p]
+      mask[first + i, first : first + i + 1] = True
+  return mask
+
+
+def draw(labels: list[str], mask: np.ndarray, gaps: set[int]) -> str:
+  """The mask as text, `gaps` before the columns that start a block."""
+  width = max(map(len, labels))
+  head = " " * (width + 1)
+  lines = []
+  for i, label in enumerate(labels):
+    head += ("| " if i in gaps else "") + label.ljust(width) + " "
+    cells = ""
+    for j in range(len(labels)):
+      cells += ("| " if j in gaps else "") + ("#" if mask[i, j] else " ").ljust(
+        width + 1
+      )
+    lines.append((label.ljust(width + 1) + cells).rstrip())
+  return "\n".join([head.rstrip(), *lines])

@@ -1,0 +1,1 @@
+"""Sources, tokenizers, packing; every batch is a function of (seed, step)."""

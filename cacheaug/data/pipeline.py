@@ -1,0 +1,433 @@
+"""Batches as a pure function of (seed, step).
+
+Row r of global batch t is global example t * B + r. Grain shuffles, repeats
+and mixes the example numbers; process p of P reads rows p * B / P up to
+(p + 1) * B / P. So there is no iterator state to save, and the global batch
+does not depend on the number of processes.
+"""
+
+import collections.abc
+import os
+import pathlib
+import sys
+import typing
+import zlib
+
+import numpy as np
+
+from cacheaug import errors
+from cacheaug.data import packed, packing, problems, sources, tokenizers
+
+if typing.TYPE_CHECKING:
+  import grain
+  import ml_collections
+
+Batch = dict[str, np.ndarray]
+
+# Rows of the endless sources are numbered from 0 to here.
+_ENDLESS = 1 << 40
+# Two threads read ahead while the trainer computes; more would only compete
+# for the interpreter's lock.
+_THREADS = 2
+_PREFETCH = 16
+
+
+class ProblemRows:
+  """Rows of problems made as they are read; see problems.py.
+
+  Row i holds problems until one does not fit; each is a document of its own,
+  and the rest of the row is padding.
+
+  Attributes:
+    num_documents: problems in the validation split; 0 for the endless one.
+    num_source_documents: document numbers are below it.
+  """
+
+  num_source_documents = 1 << 28
+
+  def __init__(
+    self,
+    source: "ml_collections.ConfigDict",
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    sequence: int,
+    split: str,
+    seed: int,
+    label: str,
+  ):
+    """Checks the options and makes the validation rows.
+
+    Args:
+      source: the keys of `sources.source_defaults`.
+      tokenizer: encodes each problem on its own.
+      sequence: S, tokens in a row.
+      split: 'train' has no end; 'validation' is `validation_sequences` rows.
+      seed: of the training rows. Validation rows are the same for every seed,
+        so that runs with different seeds can be compared.
+      label: config key of the source; part of the seed.
+
+    Raises:
+      UserError: for impossible options, or S shorter than a problem.
+    """
+    self._kinds = tuple(source.kinds)
+    self._steps = (source.steps_min, source.steps_max)
+    problems.check_options(self._kinds, self._steps, label=label)
+    self._tokenizer = tokenizer
+    self._bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    self._sequence = sequence
+    self._split = split
+    self._label = label
+    self._seed = _seed(0 if split == "validation" else seed, label)
+    self._length = _ENDLESS
+    self.num_documents = 0
+    self._rows: tuple[np.ndarray, np.ndarray] | None = None
+    if split == "validation":
+      self._length = source.validation_sequences
+      if self._length < 1:
+        raise errors.UserError(
+          f"{label}.validation_sequences={self._length}: need at least 1"
+        )
+      self._rows = self._make(range(self._length))
+      documents = self._rows[1]
+      self.num_documents = len(np.unique(documents[documents >= 0]))
+
+  def __len__(self) -> int:
+    return self._length
+
+  def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows by number: tokens and documents, both int32 [n, S]."""
+    if self._rows is None:
+      return self._make(rows)
+    return self._rows[0][rows], self._rows[1][rows]
+
+  def _make(
+    self, rows: collections.abc.Iterable[int]
+  ) -> tuple[np.ndarray, np.ndarray]:
+    rows = [int(row) for row in rows]
+    shape = (len(rows), self._sequence)
+    tokens = np.full(shape, self._tokenizer.pad_id, np.int32)
+    documents = np.full(shape, -1, np.int32)
+    for i, row in enumerate(rows):
+      self._fill(row, tokens[i], documents[i])
+    return tokens, documents
+
+  def _fill(self, row: int, tokens: np.ndarray, documents: np.ndarray) -> None:
+    """Writes one row in place."""
+    used = 0
+    # A problem takes a token or more, so a row has fewer than S of them.
+    for index in range(row * self._sequence, (row + 1) * self._sequence):
+      problem = problems.generate(
+        self._seed, index, self._kinds, self._steps, split=self._split
+      )
+      ids = self._bos + self._tokenizer.encode(problem.text)
+      end = used + len(ids)
+      if end > self._sequence:
+        if not used:
+          raise errors.UserError(
+            f"data.sequence={self._sequence} is shorter than a problem of "
+            f"{len(ids)} tokens; raise it or lower {self._label}.steps_max"
+          )
+        return
+      tokens[used:end] = ids
+      documents[used:end] = index % self.num_source_documents
+      used = end
+
+
+Rows = packed.PackedRows | ProblemRows
+
+
+class Examples(collections.abc.Sequence):
+  """All rows of a finite split in order: `examples[i]` is one, unshuffled."""
+
+  def __init__(self, batches: "Batches"):
+    self._batches = batches
+
+  def __len__(self) -> int:
+    return self._batches.num_examples
+
+  def __getitem__(self, index: int) -> Batch:
+    """Row `index` as {'tokens': int32 [S], 'documents': int32 [S]}."""
+    if not -len(self) <= index < len(self):
+      raise IndexError(f"{index} of {len(self)} examples")
+    batch = self._batches.take(np.array([index % len(self)]))
+    return {name: array[0] for name, array in batch.items()}
+
+
+class Batches:
+  """The share of one process in every global batch of one split.
+
+  Attributes:
+    num_documents: documents in this split; endless problems count none.
+    num_examples: rows in one pass over the split, or None if it has no end.
+    sequence: S.
+    rows: B / P, rows of a batch that this process reads.
+  """
+
+  def __init__(
+    self,
+    parts: list[Rows],
+    weights: list[float],
+    *,
+    seed: int,
+    batch: int,
+    sequence: int,
+    pad_id: int,
+    process_index: int,
+    process_count: int,
+  ):
+    """See `open_batches`, which makes the parts.
+
+    Args:
+      parts: rows of each source.
+      weights: positive, relative.
+      seed: of the shuffle.
+      batch: B, global.
+      sequence: S.
+      pad_id: token of the rows that fill up the last batch of `epoch`.
+      process_index: p.
+      process_count: P, a divisor of B.
+    """
+    self._parts = parts
+    self._starts = np.cumsum([0] + [len(part) for part in parts[:-1]])
+    sizes = [part.num_source_documents for part in parts]
+    self._offsets = np.cumsum([0] + sizes[:-1])
+    if sum(sizes) >= 2**31:
+      raise errors.UserError(
+        f"data.sources: {sum(sizes)} documents do not fit int32 numbers; "
+        "use fewer sources"
+      )
+    self._order = _order(parts, self._starts, weights, seed)
+    # Grain sets its statistics up on first use, which is not thread-safe.
+    self._order[0]  # noqa: B018
+    self._batch = batch
+    self._pad_id = pad_id
+    self._process_index = process_index
+    self.sequence = sequence
+    self.rows = batch // process_count
+    self.num_documents = sum(part.num_documents for part in parts)
+    total = sum(len(part) for part in parts)
+    self.num_examples = total if total < _ENDLESS else None
+
+  def at(self, step: int) -> Batch:
+    """Rows of global batch `step` that belong to this process.
+
+    Args:
+      step: 0 or more.
+
+    Returns:
+      {'tokens': int32 [B/P, S], 'documents': int32 [B/P, S]}. Documents are
+      unique over all sources, and -1 on padding, whose token is pad_id.
+    """
+    start = step * self._batch + self._process_index * self.rows
+    return self.take(
+      np.array([self._order[i] for i in range(start, start + self.rows)])
+    )
+
+  def iterate(self, start_step: int = 0) -> collections.abc.Iterator[Batch]:
+    """`at(start_step)`, `at(start_step + 1)`, ... without end, read ahead."""
+    import grain
+
+    options = grain.ReadOptions(
+      num_threads=_THREADS, prefetch_buffer_size=_PREFETCH
+    )
+    steps = grain.MapDataset.source(_Steps(self, start_step))
+    return iter(steps.to_iter_dataset(options))
+
+  def epoch(self) -> collections.abc.Iterator[Batch]:
+    """One pass over a finite split in order, in batches as `at` gives.
+
+    The last batch is filled up with rows of padding, so that all processes
+    see the same number of batches of the same shape.
+    """
+    examples = self.examples
+    first = self._process_index * self.rows
+    for start in range(first, len(examples) + first, self._batch):
+      rows = np.arange(start, min(start + self.rows, len(examples)))
+      batch = self.take(rows)
+      missing = ((0, self.rows - len(rows)), (0, 0))
+      yield {
+        "tokens": np.pad(
+          batch["tokens"], missing, constant_values=self._pad_id
+        ),
+        "documents": np.pad(batch["documents"], missing, constant_values=-1),
+      }
+
+  @property
+  def examples(self) -> Examples:
+    """All rows in order; ValueError if the split has no end."""
+    if self.num_examples is None:
+      raise ValueError("endless problems have no list of examples")
+    return Examples(self)
+
+  def take(self, examples: np.ndarray) -> Batch:
+    """Rows by their number in `examples` order; int [n] to arrays [n, S]."""
+    parts = np.searchsorted(self._starts, examples, side="right") - 1
+    shape = (len(examples), self.sequence)
+    tokens = np.empty(shape, np.int32)
+    documents = np.empty(shape, np.int32)
+    for k in np.unique(parts):
+      here = parts == k
+      tokens[here], found = self._parts[k].take(
+        examples[here] - self._starts[k]
+      )
+      offset = np.int32(self._offsets[k])
+      documents[here] = np.where(found < 0, found, found + offset)
+    return {"tokens": tokens, "documents": documents}
+
+
+class _Steps:
+  """Batches from a step on, as a Grain data source."""
+
+  def __init__(self, batches: Batches, start_step: int):
+    self._batches = batches
+    self._start = start_step
+
+  def __len__(self) -> int:
+    return sys.maxsize - self._start
+
+  def __getitem__(self, index: int) -> Batch:
+    return self._batches.at(self._start + index)
+
+
+def _order(
+  parts: list[Rows], starts: np.ndarray, weights: list[float], seed: int
+) -> "grain.MapDataset":
+  """Endless shuffled, mixed row numbers; those of part k start at starts[k]."""
+  import grain
+
+  datasets = []
+  for k, part in enumerate(parts):
+    rows = grain.MapDataset.range(int(starts[k]), int(starts[k]) + len(part))
+    if len(part) < _ENDLESS:
+      rows = rows.shuffle(seed=_seed(seed, f"shuffle {k}")).repeat()
+    datasets.append(rows)
+  if len(datasets) == 1:
+    return datasets[0]
+  return grain.MapDataset.mix(datasets, weights)
+
+
+def _seed(seed: int, purpose: str) -> int:
+  """32 bits that differ by purpose: Grain adds the epoch to its seed."""
+  return zlib.crc32(f"{seed} {purpose}".encode())
+
+
+def open_batches(
+  data_config: "ml_collections.ConfigDict",
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  split: str,
+  seed: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batches:
+  """Opens the sources of a config, packing those that are not packed yet.
+
+  Args:
+    data_config: sources (name -> the keys of `sources.source_defaults`),
+      sequence (S), batch (B, global), cache_dir ('' for
+      $XDG_CACHE_HOME/cacheaug or ~/.cache/cacheaug), validation_fraction,
+      workers.
+    tokenizer: makes the tokens.
+    split: 'train' or 'validation'.
+    seed: any integer; decides order and training problems, not the split.
+    process_index: p, this process.
+    process_count: P, processes that share a batch.
+
+  Returns:
+    The batches.
+
+  Raises:
+    UserError: for a bad config or unreadable text, naming the key or file.
+  """
+  if split not in packed.SPLITS:
+    raise errors.UserError(f"split={split!r}: use one of {packed.SPLITS}")
+  sequence, batch = data_config.sequence, data_config.batch
+  if sequence < 2:
+    raise errors.UserError(f"data.sequence={sequence}: need at least 2")
+  if batch < 1 or batch % process_count:
+    raise errors.UserError(
+      f"data.batch={batch}: must be a positive multiple of the "
+      f"{process_count} processes"
+    )
+  used = {}
+  for name, source in data_config.sources.items():
+    if source.weight < 0:
+      raise errors.UserError(
+        f"data.sources.{name}.weight={source.weight}: must not be negative"
+      )
+    if source.weight:
+      used[name] = source
+  if not used:
+    raise errors.UserError("data.sources: no source with a weight above 0")
+  return Batches(
+    [
+      _open_rows(data_config, name, source, tokenizer, split=split, seed=seed)
+      for name, source in used.items()
+    ],
+    [float(source.weight) for source in used.values()],
+    seed=seed,
+    batch=batch,
+    sequence=sequence,
+    pad_id=tokenizer.pad_id,
+    process_index=process_index,
+    process_count=process_count,
+  )
+
+
+def _open_rows(
+  data_config: "ml_collections.ConfigDict",
+  name: str,
+  source: "ml_collections.ConfigDict",
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  split: str,
+  seed: int,
+) -> Rows:
+  label = f"data.sources.{name}"
+  if source.kind == "problems":
+    return ProblemRows(
+      source,
+      tokenizer,
+      sequence=data_config.sequence,
+      split=split,
+      seed=seed,
+      label=label,
+    )
+  documents = sources.open_documents(source, label=label)
+  for _ in range(2):  # A damaged cache is dropped and packed again, once.
+    directory = packing.pack(
+      documents,
+      tokenizer,
+      sequence=data_config.sequence,
+      validation_fraction=data_config.validation_fraction,
+      cache_dir=_cache_dir(data_config.cache_dir),
+      workers=data_config.workers,
+      label=label,
+    )
+    rows = packed.open_rows(directory, split)
+    if rows is not None:
+      break
+  else:
+    raise errors.UserError(
+      f"{directory}: damaged again after packing; check the disk, or give "
+      "another data.cache_dir"
+    )
+  if not len(rows):
+    raise errors.UserError(
+      f"{label}: no {split} documents with data.validation_fraction="
+      f"{data_config.validation_fraction}"
+    )
+  if split == "train" and rows.num_tokens < data_config.sequence:
+    raise errors.UserError(
+      f"{label}: {rows.num_tokens} training tokens are fewer than one row of "
+      f"data.sequence={data_config.sequence}; give more text or lower it"
+    )
+  return rows
+
+
+def _cache_dir(cache_dir: str) -> pathlib.Path:
+  if cache_dir:
+    return pathlib.Path(cache_dir).expanduser()
+  # An unset or empty variable means the default, by the XDG specification.
+  root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return pathlib.Path(root).expanduser() / "cacheaug"

@@ -1,0 +1,170 @@
+"""What a run reports at its end: tables, plot, exact match."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cacheaug.augment import objective
+from cacheaug.augment.traces import TraceSpec
+from cacheaug.data import pipeline
+from cacheaug.data.tokenizers import Tokenizer
+from cacheaug.evals import exact_match, perplexity, report
+from cacheaug.model.transformer import Params, Transformer
+
+PROBLEMS = "problems"
+
+
+def held_out(
+  config: ConfigDict, tokenizer: Tokenizer, name: str
+) -> Iterator[dict[str, np.ndarray]]:
+  """Validation batches of one source: eval.sequences, evenly spaced."""
+  data = ConfigDict(config.data.to_dict())
+  data.sources = ConfigDict({name: config.data.sources[name].to_dict()})
+  batches = pipeline.open_batches(
+    data, tokenizer, split="validation", seed=config.seed
+  )
+  count = min(config.eval.sequences, batches.num_examples)
+  chosen = np.linspace(0, batches.num_examples - 1, count).astype(int)
+  size = min(config.eval.batch, count)
+  for start in range(0, count, size):
+    some = batches.take(chosen[start : start + size])
+    missing = ((0, size - len(some["tokens"])), (0, 0))
+    yield {
+      "tokens": np.pad(some["tokens"], missing),
+      "documents": np.pad(some["documents"], missing, constant_values=-1),
+    }
+
+
+def source_names(config: ConfigDict) -> list[str]:
+  """Sources in use, problems last."""
+  used = [k for k, v in config.data.sources.items() if v.weight]
+  return sorted(used, key=lambda k: config.data.sources[k].kind == PROBLEMS)
+
+
+def tables(
+  config: ConfigDict,
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  tokenizer: Tokenizer,
+  spec: TraceSpec,
+) -> dict[str, list[report.PositionRow]]:
+  """One perplexity table a source."""
+  spec = dataclasses.replace(spec, ahead=config.eval.ahead)
+  return {
+    name: perplexity.by_position(
+      model,
+      decoder,
+      coproc,
+      held_out(config, tokenizer, name),
+      spec,
+      seed=config.seed,
+    )
+    for name in source_names(config)
+  }
+
+
+def answers(
+  config: ConfigDict,
+  model: Transformer,
+  decoder: Params,
+  coproc: Params | None,
+  tokenizer: Tokenizer,
+  spec: TraceSpec | None,
+) -> dict[str, tuple[int, int]]:
+  """Exact match over the problem sources; {} where none are asked for."""
+  found = {}
+  for name in source_names(config):
+    source = config.data.sources[name]
+    if source.kind == PROBLEMS and config.eval.problems:
+      found |= exact_match.exact_match(
+        model,
+        decoder,
+        coproc,
+        tokenizer,
+        spec,
+        count=config.eval.problems,
+        kinds=tuple(source.kinds),
+        steps=(source.steps_min, source.steps_max),
+      )
+  return found
+
+
+def percent(right_asked: tuple[int, int]) -> str:
+  """'61.2 % (306/500)'."""
+  right, asked = right_asked
+  return f"{100 * right / asked:.1f} % ({right}/{asked})"
+
+
+def coprocessor_report(
+  config: ConfigDict,
+  workdir: str,
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  tokenizer: Tokenizer,
+  spec: TraceSpec,
+  meta: dict[str, Any],
+) -> str:
+  """Writes report/; returns what the terminal shows."""
+  by_source = tables(config, model, decoder, coproc, tokenizer, spec)
+  frozen = answers(config, model, decoder, None, tokenizer, None)
+  augmented = answers(config, model, decoder, coproc, tokenizer, spec)
+  match = {
+    k: f"frozen {percent(frozen[k])}, with latents {percent(augmented[k])}"
+    for k in frozen
+  }
+  first, *others = by_source
+  extras = {
+    f"Perplexity change on {name}": {
+      f"token {r.position}": (
+        f"{r.change_percent:+.2f} % ({r.low:+.2f} to {r.high:+.2f}; "
+        f"{r.tokens} tokens)"
+      )
+      for r in by_source[name]
+    }
+    for name in others
+  }
+  if match:
+    extras["Exact match on held-out problems"] = match
+  meta = {**meta, "evaluated on": f"{first}, held-out documents"}
+  path = report.write_report(
+    workdir, rows=by_source[first], meta=meta, extras=extras
+  )
+  lines = []
+  for name, rows in by_source.items():
+    lines += [f"{name}: held-out perplexity", report.format_table(rows), ""]
+  lines += [f"problems {k}: {v}" for k, v in match.items()]
+  return "\n".join([*lines, f"report: {path}"])
+
+
+def language_model_report(
+  config: ConfigDict,
+  model: Transformer,
+  params: Params,
+  tokenizer: Tokenizer,
+) -> tuple[dict[str, Any], str]:
+  """Held-out loss by source and exact match; figures, and as text."""
+  mask = config.traces.mask_documents
+  loss = jax.jit(
+    partial(objective.language_model_loss, model, mask_documents=mask)
+  )
+  figures: dict[str, Any] = {}
+  for name in source_names(config):
+    sums = [
+      np.asarray(loss(params, batch))[:, 0]
+      for batch in held_out(config, tokenizer, name)
+    ]
+    nll, count = np.sum(sums, axis=0, dtype=np.float64)
+    figures[f"{name} held-out bits per token"] = nll / count / math.log(2)
+    figures[f"{name} held-out tokens"] = int(count)
+  found = answers(config, model, params, None, tokenizer, None)
+  figures |= {f"problems {k}": percent(v) for k, v in found.items()}
+  text = "\n".join(f"{k}: {v}" for k, v in figures.items())
+  return figures, text

@@ -1,0 +1,102 @@
+"""Perplexity by position (the paper's table 1), latents after every token.
+
+For every token of the held-out text that can bear a trace, the frozen decoder
+and the augmented one predict the same A following tokens from the same
+context; rows are paired token by token, and intervals resample documents.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacheaug.augment import objective, traces
+from cacheaug.augment.traces import TraceSpec
+from cacheaug.evals.report import PositionRow, make_row
+from cacheaug.model.transformer import Params, Transformer
+
+POSITIONS = (1, 2, 4, 8, 16, 32)
+# Score elements of one run of blocks; more points than fit go in turns.
+POINTS_AT_ONCE = 64
+
+
+@functools.partial(jax.jit, static_argnames=("model", "spec"))
+def both_nll(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  tokens: jax.Array,  # [B, S]
+  documents: jax.Array,  # [B, S]
+  *,
+  spec: TraceSpec,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Frozen nll, augmented nll and weights, each [B, S, A], a row a point.
+
+  Row p is the trace after token p; its weight is 0 where p cannot bear one or
+  the ahead token is in another document.
+  """
+  b, s = tokens.shape
+  hidden, cache = objective.context_pass(
+    model, decoder, tokens, documents, spec
+  )
+  plain = objective.next_token_nll(model, decoder, hidden, tokens)
+  index = jnp.arange(s)[:, None] + jnp.arange(spec.ahead)[None]  # [S, A]
+  frozen = plain[:, jnp.minimum(index, s - 2)]
+  valid = traces.valid_points(documents, spec)
+  points = jnp.where(valid, jnp.arange(s)[None], -1)
+
+  def some(points):  # [B, m]
+    laid = traces.lay_out(tokens, documents, points, spec)
+    nll = objective.traces_nll(model, decoder, coproc, cache, laid)
+    return nll, laid.weights
+
+  m = min(POINTS_AT_ONCE, s)
+  pad = -s % m
+  points = jnp.pad(points, ((0, 0), (0, pad)), constant_values=-1)
+  runs = jnp.moveaxis(points.reshape(b, -1, m), 1, 0)
+  nll, weights = jax.lax.map(some, runs)  # [runs, B, m, A]
+  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(b, s + pad, -1)[:, :s]
+  return frozen, join(nll), join(weights)
+
+
+def by_position(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  batches: Iterable[dict[str, np.ndarray]],  # tokens, documents [B, S]
+  spec: TraceSpec,
+  *,
+  positions: tuple[int, ...] = POSITIONS,
+  seed: int = 0,
+) -> list[PositionRow]:
+  """The table: one row for each of `positions` up to spec.ahead."""
+  positions = tuple(j for j in positions if j <= spec.ahead)
+  # The comparison is over full documents' tokens, whatever training skipped.
+  spec = dataclasses.replace(spec, min_ahead=1, law="uniform")
+  found = {j: [] for j in positions}
+  for batch in batches:
+    frozen, augmented, weights = map(
+      np.asarray,
+      both_nll(
+        model, decoder, coproc, batch["tokens"], batch["documents"], spec=spec
+      ),
+    )
+    for j in positions:
+      keep = weights[..., j - 1] > 0
+      found[j].append(
+        (
+          frozen[..., j - 1][keep],
+          augmented[..., j - 1][keep],
+          batch["documents"][keep],
+        )
+      )
+  rows = []
+  for j in positions:
+    frozen, augmented, documents = map(
+      np.concatenate, zip(*found[j], strict=True)
+    )
+    rows.append(make_row(j, frozen, augmented, documents, seed=seed))
+  return rows

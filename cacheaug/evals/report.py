@@ -1,0 +1,293 @@
+"""Perplexity by position: its interval, its table, its plot, its page.
+
+The table is the paper's Table 1 for one model: the change of perplexity, in
+percent, at each token after the latents.
+"""
+
+import csv
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cacheaug.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionRow:
+  """One token position after the latents.
+
+  Attributes:
+    position: 1 is the first token after the latents.
+    frozen_nll: mean of the frozen decoder, nats a token.
+    augmented_nll: mean with latents, nats a token, on the same tokens.
+    change_percent: of the perplexity; below zero the latents help.
+    low: lower end of its 95 % interval.
+    high: upper end.
+    tokens: how many the means are over.
+    documents: how many they come from; the interval resamples these.
+  """
+
+  position: int
+  frozen_nll: float
+  augmented_nll: float
+  change_percent: float
+  low: float
+  high: float
+  tokens: int
+  documents: int
+
+
+def paired_interval(
+  nll_frozen: np.ndarray,
+  nll_augmented: np.ndarray,
+  documents: np.ndarray,
+  *,
+  seed: int,
+  resamples: int = 1000,
+) -> tuple[float, float, float]:
+  """Relative change of perplexity with a 95 % interval, in percent.
+
+  A bootstrap over whole documents: tokens of one document are alike, and an
+  interval over tokens would be too narrow.
+
+  Args:
+    nll_frozen: [T] nats, of the frozen decoder.
+    nll_augmented: [T] nats, of the same tokens with latents.
+    documents: [T] integers, the document of each token.
+    seed: of the resampling.
+    resamples: bootstrap samples.
+
+  Returns:
+    (change, low, high), 100 * (exp(mean difference) - 1). With a single
+    document there is nothing to resample: low and high are NaN.
+
+  Raises:
+    UserError: no tokens at all.
+    ValueError: arrays of other shapes than [T].
+  """
+  frozen = np.asarray(nll_frozen, np.float64)
+  augmented = np.asarray(nll_augmented, np.float64)
+  if frozen.ndim != 1 or not (
+    frozen.shape == augmented.shape == np.shape(documents)
+  ):
+    raise ValueError(
+      f"shapes {frozen.shape}, {augmented.shape}, {np.shape(documents)} must "
+      "be the same [T]"
+    )
+  if not frozen.size:
+    raise UserError(
+      "config.eval: no token to compare: give longer or more documents"
+    )
+  _, owner = np.unique(np.asarray(documents), return_inverse=True)
+  sums = np.bincount(owner, augmented - frozen)
+  counts = np.bincount(owner).astype(np.float64)
+  change = _percent(sums.sum() / counts.sum())
+  n = len(sums)
+  if n == 1:
+    return float(change), math.nan, math.nan
+  # How often each document is drawn, [resamples, documents]: the same as
+  # drawing n with replacement, without an index array of tokens.
+  drawn = np.random.default_rng(seed).multinomial(
+    n, np.full(n, 1.0 / n), size=resamples
+  )
+  low, high = np.percentile(
+    _percent((drawn @ sums) / (drawn @ counts)), [2.5, 97.5]
+  )
+  return float(change), float(low), float(high)
+
+
+def _percent(difference: np.ndarray) -> np.ndarray:
+  return 100.0 * np.expm1(difference)
+
+
+def make_row(
+  position: int,
+  nll_frozen: np.ndarray,
+  nll_augmented: np.ndarray,
+  documents: np.ndarray,
+  *,
+  seed: int,
+) -> PositionRow:
+  """The row of one position; arguments as `paired_interval`'s, [T] each."""
+  change, low, high = paired_interval(
+    nll_frozen, nll_augmented, documents, seed=seed
+  )
+  return PositionRow(
+    position=position,
+    frozen_nll=float(np.mean(nll_frozen, dtype=np.float64)),
+    augmented_nll=float(np.mean(nll_augmented, dtype=np.float64)),
+    change_percent=change,
+    low=low,
+    high=high,
+    tokens=len(nll_frozen),
+    documents=len(np.unique(documents)),
+  )
+
+
+_HEADER = (
+  "token after latents",
+  "frozen nll",
+  "with latents",
+  "perplexity change",
+  "95% interval",
+  "tokens",
+  "documents",
+)
+
+
+def _cells(row: PositionRow) -> tuple[str, ...]:
+  return (
+    str(row.position),
+    f"{row.frozen_nll:.4f}",
+    f"{row.augmented_nll:.4f}",
+    f"{row.change_percent:+.2f}%",
+    f"{row.low:+.2f} to {row.high:+.2f}%",
+    str(row.tokens),
+    str(row.documents),
+  )
+
+
+def format_table(rows: Sequence[PositionRow]) -> str:
+  """The table as aligned plain text, for a terminal."""
+  lines = [_HEADER, *(_cells(r) for r in rows)]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return "\n".join(
+    "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True))
+    for line in lines
+  )
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+  lines = [header, ["---"] * len(header), *rows]
+  return "\n".join(
+    "| " + " | ".join(str(c).replace("|", r"\|") for c in line) + " |"
+    for line in lines
+  )
+
+
+def _csv(rows: Sequence[PositionRow]) -> bytes:
+  out = io.StringIO()
+  names = [f.name for f in dataclasses.fields(PositionRow)]
+  writer = csv.DictWriter(out, names, lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(dataclasses.asdict(r) for r in rows)
+  return out.getvalue().encode()
+
+
+def _plot(rows: Sequence[PositionRow], title: str) -> bytes:
+  """PNG: change against position, its interval as a band."""
+  # Imported here: a second that only a report needs. The figure is made
+  # without pyplot, so that no display and no global state is touched.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.add_subplot()
+  x = [r.position for r in rows]
+  axes.axhline(0.0, color="0.4", linewidth=1.0, label="frozen decoder")
+  axes.fill_between(
+    x,
+    [r.low for r in rows],
+    [r.high for r in rows],
+    color="C0",
+    alpha=0.25,
+    linewidth=0,
+    label="95% interval over documents",
+  )
+  axes.plot(
+    x, [r.change_percent for r in rows], "o-", color="C0", label="with latents"
+  )
+  axes.set_xscale("log", base=2)
+  axes.set_xticks(x, [str(p) for p in x])
+  axes.minorticks_off()
+  axes.set_xlabel("token after the latents")
+  axes.set_ylabel("perplexity change (%)")
+  axes.set_title(title)
+  axes.grid(alpha=0.3)
+  axes.legend()
+  out = io.BytesIO()
+  # No software version in the file: the same table gives the same bytes.
+  figure.savefig(out, format="png", metadata={"Software": None})
+  return out.getvalue()
+
+
+def _page(
+  rows: Sequence[PositionRow],
+  title: str,
+  meta: Mapping[str, Any],
+  extras: Mapping[str, Mapping[str, Any]],
+) -> bytes:
+  parts = [f"# {title}", "## What was run"]
+  parts.append(_markdown_table(("", "value"), list(meta.items())))
+  parts.append("## Perplexity by position")
+  parts.append(_markdown_table(_HEADER, [_cells(r) for r in rows]))
+  parts.append(
+    "nll in nats a token, on the same held-out tokens. Below zero the latents "
+    "help; intervals are from resampling documents."
+  )
+  parts.append("![Perplexity by position](perplexity_by_position.png)")
+  for heading, values in extras.items():
+    parts.append(f"## {heading}")
+    table = [(k, _number(v)) for k, v in values.items()]
+    parts.append(_markdown_table(("", "value"), table))
+  return ("\n\n".join(parts) + "\n").encode()
+
+
+def _number(value: Any) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_report(
+  workdir: str | Path,
+  *,
+  rows: Sequence[PositionRow],
+  meta: Mapping[str, Any],
+  extras: Mapping[str, Mapping[str, Any]] | None = None,
+  title: str = "Perplexity change by position after the latents",
+) -> Path:
+  """Writes report/perplexity_by_position.{csv,png} and report/report.md.
+
+  Each file appears whole or not at all.
+
+  Args:
+    workdir: of the run.
+    rows: by ascending position; at least one.
+    meta: what was run, in the order to show: config, decoder, steps, seed.
+    extras: further tables, heading -> name -> value, such as exact match.
+    title: of the page and the plot.
+
+  Returns:
+    Path of report.md.
+
+  Raises:
+    UserError: no space or no permission in the workdir.
+    ValueError: no rows.
+  """
+  if not rows:
+    raise ValueError("a report needs at least one row")
+  directory = Path(workdir) / "report"
+  contents = {
+    "perplexity_by_position.csv": _csv(rows),
+    "perplexity_by_position.png": _plot(rows, title),
+    # Last, because it refers to the others.
+    "report.md": _page(rows, title, meta, extras or {}),
+  }
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, data in contents.items():
+      temporary = directory / f".{name}.tmp"
+      temporary.write_bytes(data)
+      os.replace(temporary, directory / name)
+  except OSError as e:
+    raise UserError(
+      f"{directory}: the report cannot be written ({e.strerror}): free space "
+      "or give another --workdir"
+    ) from e
+  return directory / "report.md"

@@ -1,0 +1,1 @@
+"""Generation from plain and augmented caches."""

@@ -1,0 +1,1 @@
+"""The shared decoder architecture; knows nothing of augmentation."""

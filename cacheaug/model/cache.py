@@ -1,0 +1,64 @@
+"""The kv-cache: an explicit, frozen pytree that is an argument and a result."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class KVCache:
+  """Keys and values a decoder has left behind, one slot a token.
+
+  A slot whose segment is 0 is empty and never attended to, so a cache may be
+  longer than what it holds (a static cache for decoding) and a batch may be
+  padded on either side. Positions are those given to RoPE.
+  """
+
+  keys: jax.Array  # [L, B, S, K, E], RoPE applied
+  values: jax.Array  # [L, B, S, K, E]
+  positions: jax.Array  # [B, S] int32
+  segments: jax.Array  # [B, S] int32, 0 = empty slot
+
+  @property
+  def length(self) -> int:
+    """Slots, filled or not."""
+    return self.positions.shape[1]
+
+  def pad(self, slots: int) -> "KVCache":
+    """Appends empty slots: room for `slots` more rows."""
+    row = ((0, 0), (0, slots))
+    kv = ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0))
+    return KVCache(
+      keys=jnp.pad(self.keys, kv),
+      values=jnp.pad(self.values, kv),
+      positions=jnp.pad(self.positions, row),
+      segments=jnp.pad(self.segments, row),
+    )
+
+  def write(self, rows: "KVCache", slot: jax.Array | int) -> "KVCache":
+    """Writes `rows` over the slots from `slot` on (same for all sequences)."""
+
+    def put(array, update, axis):
+      return jax.lax.dynamic_update_slice_in_dim(array, update, slot, axis)
+
+    return KVCache(
+      keys=put(self.keys, rows.keys.astype(self.keys.dtype), 2),
+      values=put(self.values, rows.values.astype(self.values.dtype), 2),
+      positions=put(self.positions, rows.positions, 1),
+      segments=put(self.segments, rows.segments, 1),
+    )
+
+  def concat(self, rows: "KVCache") -> "KVCache":
+    """This cache followed by `rows`."""
+    join = lambda a, b, axis: jnp.concatenate([a, b], axis)
+    return KVCache(
+      keys=join(self.keys, rows.keys, 2),
+      values=join(self.values, rows.values, 2),
+      positions=join(self.positions, rows.positions, 1),
+      segments=join(self.segments, rows.segments, 1),
+    )
+
+  def hide_after(self, limits: jax.Array) -> "KVCache":
+    """Empties every slot at a position beyond `limits` [B]."""
+    keep = self.positions <= limits[:, None]
+    return self.replace(segments=jnp.where(keep, self.segments, 0))

@@ -1,0 +1,192 @@
+"""One mesh, one table from axis letters to mesh axes, and refusals.
+
+Sharding stays outside the maths: modules name their parameters' axes by the
+letters of the method (`nn.with_logical_partitioning(init, ("V", "D"))`), and
+everything about devices is decided here.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from cacheaug.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Axis letter -> mesh axes that its dimension is split over, in order. `fsdp`
+# splits parameters by width and the batch as well; letters that map to
+# nothing are replicated: layers are scanned over, heads' channels, latents
+# and positions are read whole by every device.
+RULES: Mapping[str | None, tuple[str, ...]] = {
+  "B": ("data", "fsdp"),
+  "D": ("fsdp",),
+  "H": ("tensor",),
+  "K": ("tensor",),
+  "F": ("tensor",),
+  "V": ("tensor",),
+  "L": (),
+  "E": (),
+  "N": (),
+  "S": (),
+  None: (),
+}
+
+
+def make_mesh(
+  config: ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Mesh with axes (data, fsdp, tensor) over all devices.
+
+  Args:
+    config: sizes `data`, `fsdp`, `tensor`; data = -1 takes the rest.
+    devices: those to use; all of the run's by default. Several TPU slices
+      split the data axis, the one whose traffic bears the slow network.
+
+  Raises:
+    UserError: sizes that do not multiply to the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  data, fsdp, tensor = config.data, config.fsdp, config.tensor
+  if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
+    raise UserError(
+      f"config.mesh: data={data}, fsdp={fsdp}, tensor={tensor} must be 1 or "
+      "more (data may be -1: the rest)"
+    )
+  asked = fsdp * tensor * max(data, 1)
+  if asked > len(devices):
+    raise UserError(
+      f"config.mesh: data={data}, fsdp={fsdp}, tensor={tensor} asks for "
+      f"{asked} devices, {len(devices)} found: lower one of them"
+    )
+  if data == -1:
+    data = len(devices) // asked
+  if data * fsdp * tensor != len(devices):
+    raise UserError(
+      f"config.mesh: data={config.data}, fsdp={fsdp}, tensor={tensor} do not "
+      f"multiply to the {len(devices)} devices found: choose sizes that do"
+    )
+  return Mesh(_arrange((data, fsdp, tensor), devices), MESH_AXES)
+
+
+def _arrange(
+  shape: tuple[int, int, int], devices: Sequence[jax.Device]
+) -> np.ndarray:
+  """Devices in an array of `shape`, neighbours on fast links."""
+  slices = {getattr(d, "slice_index", 0) for d in devices}
+  # Only TPU slices are apart by construction; on GPUs `slice_index` may count
+  # hosts, and a mesh axis across hosts is a choice the user may make.
+  if len(slices) == 1 or devices[0].platform != "tpu":
+    return mesh_utils.create_device_mesh(shape, devices)
+  data, fsdp, tensor = shape
+  if data % len(slices):
+    raise UserError(
+      f"config.mesh.data: {data} must be a multiple of the {len(slices)} "
+      "slices, which only the data axis may span"
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    (data // len(slices), fsdp, tensor), (len(slices), 1, 1), devices
+  )
+
+
+def _spec(
+  mesh: Mesh, name: str, axes: Sequence[str | None] | None, shape: tuple
+) -> PartitionSpec:
+  """PartitionSpec of one array; checks letters, rank and divisibility."""
+  if axes is None:
+    return PartitionSpec()
+  if len(axes) != len(shape):
+    raise ValueError(f"{name}: axes {tuple(axes)} for shape {shape}")
+  used: set[str] = set()
+  entries: list[tuple[str, ...] | None] = []
+  for dimension, (letter, size) in enumerate(zip(axes, shape, strict=True)):
+    if letter not in RULES:
+      raise ValueError(f"{name}: axis letter {letter!r} is not in RULES")
+    # A mesh axis may split one dimension only: of ("D", "D") the first.
+    over = tuple(a for a in RULES[letter] if a not in used)
+    parts = math.prod(mesh.shape[a] for a in over)
+    if size % parts:
+      sizes = " * ".join(f"{a}={mesh.shape[a]}" for a in over)
+      raise UserError(
+        f"{name}: dimension {dimension} ({letter}) of shape {shape} does not "
+        f"divide over the mesh's {sizes}: change config.mesh or that size"
+      )
+    used.update(over)
+    entries.append(over or None)
+  return PartitionSpec(*entries)
+
+
+def logical_to_sharding(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
+  """Shardings of a tree of arrays from their axis letters.
+
+  Args:
+    mesh: from `make_mesh`.
+    axes_tree: as `shapes_tree`, each leaf a tuple of letters (None for an
+      unsplit dimension), or None for an array replicated whole.
+    shapes_tree: arrays or jax.ShapeDtypeStruct.
+
+  Returns:
+    `shapes_tree` with a NamedSharding for each leaf.
+
+  Raises:
+    UserError: a dimension that its mesh axes do not divide.
+    ValueError: an unknown letter, or axes of another rank than the shape.
+  """
+
+  def one(path, leaf, axes):
+    name = jax.tree_util.keystr(path, simple=True, separator="/") or "array"
+    return NamedSharding(mesh, _spec(mesh, name, axes, leaf.shape))
+
+  return jax.tree_util.tree_map_with_path(one, shapes_tree, axes_tree)
+
+
+def tree_shardings(mesh: Mesh, abstract_boxed: Any) -> Any:
+  """Shardings of a tree whose arrays carry Linen's logical axis names.
+
+  Args:
+    mesh: from `make_mesh`.
+    abstract_boxed: from `jax.eval_shape`: parameters, or a whole train state
+      with optimizer moments. Leaves without a box are replicated.
+
+  Returns:
+    The unboxed tree with a NamedSharding for each leaf.
+  """
+
+  def is_box(x):
+    return isinstance(x, nn.Partitioned)
+
+  def map_boxes(f):
+    return jax.tree.map(f, abstract_boxed, is_leaf=is_box)
+
+  shapes = map_boxes(lambda x: x.value if is_box(x) else x)
+  axes = map_boxes(lambda x: x.names if is_box(x) else None)
+  return logical_to_sharding(mesh, axes, shapes)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Sharding of [B, ...]: the batch over data and fsdp."""
+  return NamedSharding(mesh, PartitionSpec(RULES["B"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Sharding of an array that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def put_global(local: Any, sharding: NamedSharding) -> Any:
+  """Global arrays from each process's own rows.
+
+  Args:
+    local: tree of numpy arrays [B / processes, ...], this process's part of
+      the batch in the order of processes; whole arrays if replicated.
+    sharding: of every array in the tree.
+  """
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), local
+  )

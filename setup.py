@@ -1,0 +1,57 @@
+"""Installs cacheaug: `pip install -e '.[test]'`, or without the extra."""
+
+import setuptools
+
+# Upper bounds are the versions that the tests have run with: jax and flax
+# change behaviour in minor releases.
+_REQUIRED = [
+  "jax>=0.10,<0.13",
+  "flax>=0.12,<0.13",
+  "optax>=0.2.5,<0.3",
+  "orbax-checkpoint>=0.11,<0.13",
+  "grain>=0.2.11,<0.3",
+  "tensorflow-datasets>=4.9.7,<5",
+  "array_record>=0.8",
+  # tensorflow-datasets imports it without declaring it.
+  "importlib_resources",
+  "ml_collections>=1.0",
+  "chex>=0.1.89",
+  "safetensors>=0.5",
+  "tokenizers>=0.21",
+  "sentencepiece>=0.2",
+  "numpy>=1.26",
+  "tensorboardX>=2.6",
+  "tqdm>=4.66",
+  "matplotlib>=3.8",
+  "absl-py>=2.1",
+  "etils[epath]>=1.9",
+]
+
+_EXTRAS = {
+  # libtpu comes with it; its licence is Google's own.
+  "tpu": ["jax[tpu]>=0.10,<0.13"],
+  # CUDA 13 libraries as wheels, for drivers 580 and newer; for an older
+  # driver install `jax[cuda12]` in place of this extra.
+  "cuda": ["jax[cuda13]>=0.10,<0.13"],
+  "eval": ["lm_eval>=0.4.9"],
+  "test": [
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "pytest-timeout>=2.3",
+    "ruff>=0.9",
+  ],
+  # Only the parity tests need torch: several GB with CUDA, so an extra.
+  "parity": ["torch==2.13.0", "transformers>=5,<6"],
+}
+
+setuptools.setup(
+  name="cacheaug",
+  version="0.1.0",
+  description="Differentiable cache augmentation (arXiv 2412.17747) in JAX.",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["cacheaug", "cacheaug.*"]),
+  package_data={"cacheaug": ["assets/**/*.safetensors", "assets/**/*.json"]},
+  install_requires=_REQUIRED,
+  extras_require=_EXTRAS,
+)
