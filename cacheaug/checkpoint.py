@@ -27,6 +27,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from cacheaug.checksum import leaf_checksum
 from cacheaug.errors import UserError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -45,32 +46,10 @@ class Unreadable(Exception):
   """A checkpoint that is damaged; the message says what was found."""
 
 
-def _leaf_checksum(x: jax.Array) -> jax.Array:
-  """uint32 [] of the bits of an array of any shape, the same on any mesh.
-
-  A sum, modulo 2**32, of the words times odd weights that depend on the
-  place: any change of one word changes it, and so do swapped words.
-  """
-  if x.dtype == jnp.bool_:
-    words = x.astype(jnp.uint32)
-  else:
-    bits = min(x.dtype.itemsize, 4) * 8
-    # Eight-byte types become two words in a new last dimension.
-    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
-    words = words.astype(jnp.uint32)
-  place = jnp.zeros(words.shape, jnp.uint32)
-  for dimension, size in enumerate(words.shape):
-    # Wraps beyond 2**32 elements, which only repeats weights.
-    place = place * jnp.uint32(size % 2**32)
-    place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, dimension)
-  weights = (place * jnp.uint32(2654435761)) ^ (place >> 15)
-  return jnp.sum(words * (2 * weights + 1), dtype=jnp.uint32)
-
-
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> jax.Array:
   """uint32 [number of leaves]."""
-  return jnp.stack([_leaf_checksum(x) for x in leaves])
+  return jnp.stack([leaf_checksum(x) for x in leaves])
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -5,10 +5,13 @@ never reads a key with a default, so a key that is not here is an error.
 """
 
 import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from cacheaug import optim, sharding
 from cacheaug.augment import coprocessor, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
@@ -18,6 +21,22 @@ from cacheaug.model.config import ModelConfig
 
 OBJECTIVES = ("coprocessor", "language_model")
 DTYPES = ("auto", "float32", "bfloat16")
+_POSITIVE = (
+  "coprocessor.latents",
+  "traces.count",
+  "traces.ahead",
+  "traces.min_ahead",
+  "data.sequence",
+  "data.batch",
+  "optimizer.steps",
+  "optimizer.accumulation",
+  "log_every",
+  "checkpoint.every",
+  "checkpoint.keep",
+  "eval.sequences",
+  "eval.batch",
+  "eval.ahead",
+)
 
 
 def base() -> ConfigDict:
@@ -29,11 +48,12 @@ def base() -> ConfigDict:
   # decoder itself.
   c.objective = "coprocessor"
   c.seed = 0  # of parameters, data order and points
-  c.runlocal = False  # shrink everything to run anywhere, same code
+  c.runlocal = False  # put `local` in place: runs anywhere, same code
 
   # The frozen decoder: a directory (config.json + safetensors), or
   # 'shipped:NAME' for one in the package; '' makes a random one of `family`
-  # and `shape` (what the language_model objective trains).
+  # and `shape` (what the language_model objective trains). With a path, what
+  # `shape` says must hold of the weights there.
   c.decoder = ConfigDict()
   c.decoder.path = ""
   c.decoder.family = "gemma2"
@@ -42,7 +62,9 @@ def base() -> ConfigDict:
     if field.name not in ("family", "layer_kinds", "rope_scaling"):
       # None, of the field's own type: the family's default.
       c.decoder.shape[field.name] = config_dict.placeholder(field.type)
-  c.decoder.how_to_get = ""  # shown where `path` is missing
+  # How to get the weights, shown where `path` is missing. Where it says
+  # something, an empty `path` is refused.
+  c.decoder.how_to_get = ""
 
   c.coprocessor = ConfigDict()
   c.coprocessor.latents = 16  # N, soft tokens and latents a trace
@@ -55,6 +77,7 @@ def base() -> ConfigDict:
   c.traces.ahead = 16  # A, tokens predicted after each
   c.traces.law = "uniform"  # the paper's, or 'stratified': one a bucket
   c.traces.min_ahead = 1  # fewest ahead tokens left in the point's document
+  c.traces.tail = 0  # points this near a document's end are drawn first
   c.traces.mask_documents = True  # a sequence's documents do not see each other
 
   c.data = ConfigDict()
@@ -104,10 +127,121 @@ def base() -> ConfigDict:
   c.eval.batch = 8  # of them at once
   c.eval.ahead = 32  # tokens after the latents that the table covers
   c.eval.problems = 0  # generated problems answered, 0 for none
-  c.eval.every = 0  # steps between tables while training, 0 for the end only
 
   c.export = ""  # directory to export the result to at the end, '' for none
+
+  # What runlocal=True puts in place of the keys of the same names, but for
+  # those given on the command line: a random decoder, text that every Python
+  # brings, a few steps.
+  c.local = ConfigDict(
+    {
+      "decoder": {
+        "path": "",
+        "how_to_get": "",
+        "shape": {
+          "vocab_size": 260,
+          "width": 32,
+          "layers": 2,
+          "heads": 2,
+          "kv_heads": 1,
+          "head_dim": 16,
+          "mlp_width": 64,
+          "max_positions": 1024,
+          "window": 32,
+        },
+      },
+      "coprocessor": {"latents": 4},
+      "traces": {"count": 8},
+      "data": {
+        "sources": {"code": source_defaults()},
+        "tokenizer": "byte",
+        "sequence": 64,
+        "batch": 8,
+        "validation_fraction": 0.05,
+      },
+      "optimizer": {"steps": 20, "warmup": 2, "accumulation": 1},
+      "precision": {"compute": "auto", "decoder": "auto"},
+      "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+      "remat": "none",
+      "log_every": 5,
+      "checkpoint": {"every": 10},
+      "eval": {"sequences": 8, "batch": 8, "ahead": 8, "problems": 0},
+    }
+  )
   return c
+
+
+def resolve(config: ConfigDict, given: Iterable[str] = ()) -> ConfigDict:
+  """The config to run: its keys checked, `local` applied if asked for.
+
+  Args:
+    config: from a file's get_config.
+    given: keys set on the command line, which `local` does not touch.
+
+  Raises:
+    UserError: a key that is not in `base()`, or one of its keys missing.
+  """
+  check_keys(config)
+  if not config.runlocal:
+    return config
+  given = set(given)
+  config = ConfigDict(config.copy_and_resolve_references())
+  config.unlock()
+  for key, value in _leaves(config.local):
+    if key not in given and not key.startswith("data.sources."):
+      parent, _, name = key.rpartition(".")
+      (_at(config, parent) if parent else config)[name] = value
+  if not any(key.startswith("data.sources.") for key in given):
+    config.data.sources = config.local.data.sources
+  return config
+
+
+def check_keys(config: ConfigDict) -> None:
+  """Refuses a key that `base()` does not have, and a missing one.
+
+  Raises:
+    UserError: naming the key and those most like it.
+  """
+  from cacheaug.data.sources import source_defaults
+
+  # Below these the keys are the experiment's own; a source's are checked.
+  free = ("data.sources.", "optimizer.multipliers.", "local.")
+  known = [k for k, _ in _leaves(base()) if not k.startswith(free)]
+  found = [k for k, _ in _leaves(config) if not k.startswith(free)]
+  if "sources" in config.get("data", {}):
+    for name, source in config.data.sources.items():
+      prefix = f"data.sources.{name}."
+      known += [prefix + key for key in source_defaults()]
+      found += [prefix + key for key in source]
+  for key in found:
+    if key not in known:
+      raise UserError(f"unknown config key {key}{nearest(key, known)}")
+  for key in known:
+    if key not in found:
+      raise UserError(
+        f"config key {key} is missing: start from cacheaug.config.base(), a "
+        "source from cacheaug.data.sources.source_defaults()"
+      )
+
+
+def nearest(key: str, known: list[str]) -> str:
+  """'; did you mean a, b?' with the known keys most like `key`, or ''."""
+  known = [k for k in known if not k.startswith("local.")]
+  # By the last part first: a key given at the wrong level is found by it.
+  last = key.rpartition(".")[2]
+  found = [k for k in known if k.rpartition(".")[2] == last]
+  found += difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+  unique = list(dict.fromkeys(found))[:3]
+  return f"; did you mean {', '.join(unique)}?" if unique else ""
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """Every key that is not a dictionary, as (`a.b.c`, value)."""
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _leaves(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", value
 
 
 def model_of(config: ConfigDict) -> ModelConfig:
@@ -126,6 +260,7 @@ def spec_of(config: ConfigDict) -> TraceSpec:
     count=config.traces.count,
     law=config.traces.law,
     min_ahead=config.traces.min_ahead,
+    tail=config.traces.tail,
     mask_documents=config.traces.mask_documents,
   )
 
@@ -133,36 +268,55 @@ def spec_of(config: ConfigDict) -> TraceSpec:
 def validate(config: ConfigDict, devices: int) -> None:
   """Refuses what cannot run, before any device work.
 
+  What depends on the decoder's own shape is `validate_model`.
+
   Raises:
     UserError: naming the key and the numbers.
   """
-  _one_of("objective", config.objective, OBJECTIVES)
-  _one_of("coprocessor.init", config.coprocessor.init, coprocessor.INITS)
-  _one_of("precision.compute", config.precision.compute, DTYPES)
-  _one_of("precision.decoder", config.precision.decoder, DTYPES)
-  _one_of("remat", config.remat, ("none", *transformer.REMAT_POLICIES))
-  positive = (
-    "data.sequence data.batch optimizer.steps optimizer.accumulation log_every "
-    "checkpoint.every checkpoint.keep eval.sequences eval.batch eval.ahead"
-  )
-  for key in positive.split():
+  _one_of(config, "objective", OBJECTIVES)
+  _one_of(config, "coprocessor.init", coprocessor.INITS)
+  _one_of(config, "coprocessor.start", traces.STARTS)
+  _one_of(config, "coprocessor.positions", traces.SCHEMES)
+  _one_of(config, "traces.law", traces.LAWS)
+  _one_of(config, "precision.compute", DTYPES)
+  _one_of(config, "precision.decoder", DTYPES)
+  _one_of(config, "remat", ("none", *transformer.REMAT_POLICIES))
+  for key in _POSITIVE:
     if _at(config, key) < 1:
       raise UserError(f"{key}={_at(config, key)} must be at least 1")
+  if not 0.0 <= config.optimizer.average < 1.0:
+    raise UserError(
+      f"optimizer.average={config.optimizer.average} must be from 0 (none) to "
+      "below 1"
+    )
+  optim.make_schedule(config.optimizer, config.optimizer.steps)
   if not config.data.sources:
     raise UserError("data.sources is empty: name at least one source")
+  if config.decoder.how_to_get and not config.decoder.path:
+    raise UserError(f"decoder.path is empty: {config.decoder.how_to_get}")
+  if config.objective == "language_model" and config.decoder.path:
+    raise UserError(
+      f"decoder.path={config.decoder.path!r}: objective='language_model' "
+      "trains a decoder of decoder.family and decoder.shape, leave it empty"
+    )
+  data, fsdp, tensor = sharding.mesh_sizes(config.mesh, devices)
   batch, k = config.data.batch, config.optimizer.accumulation
-  shards = devices // config.mesh.tensor
-  if batch % (k * shards):
+  if batch % (k * data * fsdp):
     raise UserError(
       f"data.batch={batch} does not divide over optimizer.accumulation={k} x "
-      f"{shards} (mesh data x fsdp): change one of them"
+      f"mesh.data={data} x mesh.fsdp={fsdp}: change one of them"
     )
   if config.objective == "coprocessor":
     _validate_traces(config)
 
 
 def _validate_traces(config: ConfigDict) -> None:
-  spec, s = spec_of(config), config.data.sequence
+  ahead, s = config.traces.ahead, config.data.sequence
+  if config.traces.min_ahead > ahead:
+    raise UserError(
+      f"traces.min_ahead={config.traces.min_ahead} exceeds traces.ahead={ahead}"
+    )
+  spec = spec_of(config)
   points = s - spec.min_ahead - spec.context_needed + 1
   if spec.count > points:
     raise UserError(
@@ -175,11 +329,39 @@ def _validate_traces(config: ConfigDict) -> None:
       f"traces.law='stratified' wants data.sequence={s} to be a multiple of "
       f"traces.count={spec.count}"
     )
-  needed = spec.context_needed + config.eval.ahead
-  if needed > s:
+  for key, after in (("traces", ahead), ("eval", config.eval.ahead)):
+    needed = spec.context_needed + after
+    if needed > s:
+      raise UserError(
+        f"{key}.ahead={after} with coprocessor.latents={spec.latents} needs "
+        f"sequences of {needed} tokens, data.sequence={s}"
+      )
+
+
+def validate_model(config: ConfigDict, model: ModelConfig) -> None:
+  """Refuses another decoder than meant, and sequences beyond its positions.
+
+  Raises:
+    UserError: naming the keys and the numbers.
+  """
+  for key, wanted in config.decoder.shape.items():
+    found = getattr(model, key)
+    if wanted is not None and found != wanted:
+      raise UserError(
+        f"decoder.path={config.decoder.path!r}: {key} is {found}, this config "
+        f"is for decoder.shape.{key}={wanted}: give the weights it names"
+      )
+  s, n = config.data.sequence, 0
+  # 'insert' puts latents, and what follows them, behind the context.
+  if config.objective == "coprocessor" and (
+    config.coprocessor.positions == "insert"
+  ):
+    n = config.coprocessor.latents
+  if s + n > model.max_positions:
+    more = f" + coprocessor.latents={n} inserted" if n else ""
     raise UserError(
-      f"eval.ahead={config.eval.ahead} with coprocessor.latents={spec.latents} "
-      f"needs sequences of {needed} tokens, data.sequence={s}"
+      f"data.sequence={s}{more} exceeds the decoder's {model.max_positions} "
+      "positions (max_positions): lower it"
     )
 
 
@@ -189,6 +371,7 @@ def _at(config: ConfigDict, key: str) -> Any:
   return config
 
 
-def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+def _one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:
+  value = _at(config, key)
   if value not in known:
     raise UserError(f"{key}={value!r} is not one of {', '.join(known)}")

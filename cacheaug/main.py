@@ -1,46 +1,57 @@
-"""python -m cacheaug.main --config=configs/quickstart.py [--workdir=DIR]
+"""Trains what a config describes and writes the report.
 
-Trains what the config describes and writes the report. Run it again with the
-same --workdir to resume.
+  python -m cacheaug.main --config=configs/quickstart.py [--workdir=DIR]
+      [--config.key=value ...]
+
+Run it again with the same --workdir to resume. --config.runlocal=True shrinks
+any config so that it runs anywhere in about a minute.
+
+Several hosts: give --multihost to each. TPU pods, Slurm and Open MPI are
+recognised; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
 import os
-import sys
+import re
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from cacheaug.errors import UserError
+from cacheaug import command
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file")
-WORKDIR = flags.DEFINE_string("workdir", "", "default: runs/<config's name>")
+WORKDIR = flags.DEFINE_string(
+  "workdir", "", "the run's directory; default: runs/<config's name>"
+)
 MULTIHOST = flags.DEFINE_bool("multihost", False, "join the other hosts first")
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
+  """Reads the flags; the trainer does the rest."""
   import jax
 
+  from cacheaug import config as configs
   from cacheaug import train
 
-  logging.set_verbosity(logging.INFO)
-  logging.get_absl_handler().setFormatter(None)
-  # Compiled programs are kept between runs; JAX's own variable overrides.
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-    jax.config.update("jax_compilation_cache_dir", f"{home}/cacheaug/compiled")
   if MULTIHOST.value:
-    jax.distributed.initialize()
-  name = os.path.splitext(
-    os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]))
-  )[0]
-  try:
-    train.train(CONFIG.value, WORKDIR.value or f"runs/{name}")
-  except UserError as e:
-    print(f"error: {e}", file=sys.stderr)
-    sys.exit(1)
+    jax.distributed.initialize(
+      num_processes=_number("JAX_NUM_PROCESSES"),
+      process_id=_number("JAX_PROCESS_ID"),
+    )
+  flag = flags.FLAGS["config"]
+  config = configs.resolve(
+    CONFIG.value, given=config_flags.get_override_values(flag)
+  )
+  name = os.path.basename(config_flags.get_config_filename(flag))
+  name = re.sub(r"\W+", "_", name.replace(".py", "", 1))
+  name += "_local" if config.runlocal else ""
+  train.train(config, WORKDIR.value or f"runs/{name}")
+
+
+def _number(variable: str) -> int | None:
+  """An environment variable as a number; None leaves it to jax to detect."""
+  return int(os.environ[variable]) if variable in os.environ else None
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
-  app.run(main)
+  command.run(main, __doc__)

@@ -50,9 +50,23 @@ def make_mesh(
       split the data axis, the one whose traffic bears the slow network.
 
   Raises:
-    UserError: sizes that do not multiply to the number of devices.
+    UserError: sizes that do not multiply to the number of devices, or a
+      tensor axis over several processes, which read other rows each.
   """
   devices = list(jax.devices() if devices is None else devices)
+  sizes = mesh_sizes(config, len(devices))
+  arranged = _arrange(sizes, devices)
+  for group in arranged.reshape(-1, sizes[2]):
+    if len({d.process_index for d in group}) > 1:
+      raise UserError(
+        f"config.mesh.tensor: {sizes[2]} spans processes: lower it to at most "
+        "the devices of one, or raise mesh.fsdp instead"
+      )
+  return Mesh(arranged, MESH_AXES)
+
+
+def mesh_sizes(config: ConfigDict, devices: int) -> tuple[int, int, int]:
+  """Sizes (data, fsdp, tensor) over that many devices; see `make_mesh`."""
   data, fsdp, tensor = config.data, config.fsdp, config.tensor
   if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
     raise UserError(
@@ -60,19 +74,19 @@ def make_mesh(
       "more (data may be -1: the rest)"
     )
   asked = fsdp * tensor * max(data, 1)
-  if asked > len(devices):
+  if asked > devices:
     raise UserError(
       f"config.mesh: data={data}, fsdp={fsdp}, tensor={tensor} asks for "
-      f"{asked} devices, {len(devices)} found: lower one of them"
+      f"{asked} devices, {devices} found: lower one of them"
     )
   if data == -1:
-    data = len(devices) // asked
-  if data * fsdp * tensor != len(devices):
+    data = devices // asked
+  if data * fsdp * tensor != devices:
     raise UserError(
       f"config.mesh: data={config.data}, fsdp={fsdp}, tensor={tensor} do not "
-      f"multiply to the {len(devices)} devices found: choose sizes that do"
+      f"multiply to the {devices} devices found: choose sizes that do"
     )
-  return Mesh(_arrange((data, fsdp, tensor), devices), MESH_AXES)
+  return data, fsdp, tensor
 
 
 def _arrange(

@@ -1,8 +1,6 @@
 """The one trainer, top to bottom, for a coprocessor or a decoder itself."""
 
 import json
-import os
-import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,8 @@ from ml_collections import ConfigDict
 
 from cacheaug import config as configs
 from cacheaug import export, optim, sharding
-from cacheaug.augment import coprocessor, objective
+from cacheaug import workdir as workdirs
+from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.checkpoint import Checkpoints
 from cacheaug.data import pipeline, tokenizers
 from cacheaug.errors import UserError
@@ -28,16 +27,7 @@ from cacheaug.evals import finish
 from cacheaug.metrics import MetricWriter, Progress, memory_peak
 from cacheaug.model import pretrained, transformer
 from cacheaug.model.transformer import Params, Transformer
-
-# Keys that may differ when a run is resumed: they do not change its numbers.
-FREE_KEYS = (
-  "mesh.",
-  "checkpoint.",
-  "data.workers",
-  "data.cache_dir",
-  "eval.",
-  "export",
-)
+from cacheaug.preemption import StopOnSignal
 
 
 @flax.struct.dataclass
@@ -52,22 +42,20 @@ class TrainState:
   tokens: jax.Array  # [A]
 
 
-@flax.struct.dataclass
-class Frozen:
-  """What the loss reads and nothing trains."""
-
-  decoder: Params | None
-
-
 def train(config: ConfigDict, workdir: str) -> None:
-  """Trains to config.optimizer.steps in `workdir`, resuming what is there."""
+  """Trains to config.optimizer.steps in `workdir`, resuming what is there.
+
+  Raises:
+    UserError: bad input, before anything is written; a loss that is not
+      finite, with the checkpoints before it kept.
+  """
   # --- mesh, workdir --------------------------------------------------------
   configs.validate(config, jax.device_count())
   mesh = sharding.make_mesh(config.mesh)
-  claim_workdir(config, Path(workdir))
+  workdirs.check(config, workdir)
 
-  # --- decoder, tokenizer ---------------------------------------------------
-  model, decoder, tokenizer, fingerprint = load_decoder(config, mesh)
+  # --- model, tokenizer -----------------------------------------------------
+  model, tokenizer = open_model(config)
 
   # --- data -----------------------------------------------------------------
   batches = pipeline.open_batches(
@@ -79,32 +67,25 @@ def train(config: ConfigDict, workdir: str) -> None:
     process_count=jax.process_count(),
   )
 
-  # --- state ----------------------------------------------------------------
+  # --- decoder, state -------------------------------------------------------
+  decoder, fingerprint = load_decoder(config, model, mesh)
   steps = config.optimizer.steps
   optimizer, _ = optim.make_optimizer(config.optimizer, steps)
-  fresh = partial(init_state, config, model, optimizer)
   key = jax.random.key(config.seed)
-  abstract = jax.eval_shape(
-    partial(init_state, config, model, optimizer, True), decoder, key
-  )
-  shardings = sharding.tree_shardings(mesh, abstract)
+  wanted = abstract_state(config, model, optimizer, decoder, mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, wanted)
 
   # --- restore: 1. newest whole checkpoint, 2. fresh --------------------------
+  workdirs.claim(config, workdir)
   checkpoints = Checkpoints(
     Path(workdir) / "checkpoints",
     keep=config.checkpoint.keep,
     save_every=config.checkpoint.every,
   )
-  wanted = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    nn.unbox(abstract),
-    shardings,
-  )
   restored = checkpoints.restore_latest(wanted)
   if restored is None:
-    state = jax.jit(partial(fresh, False), out_shardings=shardings)(
-      decoder, key
-    )
+    fresh = partial(init_state, config, model, optimizer, False)
+    state = jax.jit(fresh, out_shardings=shardings)(decoder, key)
     start = 0
   else:
     state, meta, start = restored
@@ -117,25 +98,23 @@ def train(config: ConfigDict, workdir: str) -> None:
   meta = {"decoder": fingerprint, "seed": config.seed}
 
   # --- loop -------------------------------------------------------------------
-  step_fn = make_step(config, model, optimizer, shardings)
-  baseline_fn = make_baseline(config, model)
-  stop = _StopOnSignal()
+  step_fn = make_step(config, model, optimizer, mesh, shardings)
+  baseline_fn = make_baseline(config, model, mesh)
   writer = MetricWriter(workdir)
   writer.truncate_after(start if start else -1)
-  log = partial(log_step, config, writer, mesh)
+  log = partial(log_step, config, writer)
   pending = None  # metrics are read one step late, to keep the device busy
   began, counted = time.monotonic(), start
   stream = batches.iterate(start)
-  with Progress(steps, start, "train") as progress:
+  progress = Progress(steps, start, "train")
+  with checkpoints, writer, progress, StopOnSignal() as stop:
     for step in range(start + 1, steps + 1):
       batch = sharding.put_global(next(stream), sharding.batch_sharding(mesh))
       logs = step % config.log_every == 0 or step == steps
-      previous = state
-      state, metrics = step_fn(previous, decoder, batch, key, np.bool_(logs))
-      del previous
+      state, metrics = step_fn(state, decoder, batch, key, np.bool_(logs))
       if pending:
         check_finite(*pending)
-      pending = step, metrics["loss"]
+      pending = step, metrics
       if logs:
         check_finite(*pending)
         seconds = (time.monotonic() - began) / (step - counted)
@@ -143,31 +122,24 @@ def train(config: ConfigDict, workdir: str) -> None:
         shown = log(step, metrics, baseline, batch["tokens"].shape, seconds)
         progress.update(step, **shown)
         began, counted = time.monotonic(), step
-      if stop.asked or step % config.checkpoint.every == 0 or step == steps:
+      stopping = stop.asked(step)
+      if stopping or step % config.checkpoint.every == 0 or step == steps:
         check_finite(*pending)
         checkpoints.save(step, state, meta, force=True)
-      if stop.asked:
+      if stopping:
         checkpoints.close()
         logging.info(
           "stopped by signal: step %d is saved, run again to go on", step
         )
         raise SystemExit(0)
-  checkpoints.close()
-  writer.close()
 
   # --- report -----------------------------------------------------------------
   params = state.params if state.average is None else state.average
   report(config, workdir, model, decoder, params, tokenizer, fingerprint)
 
 
-def load_decoder(config: ConfigDict, mesh: jax.sharding.Mesh):
-  """The model, the frozen decoder's sharded parameters, tokenizer, fingerprint.
-
-  For the language_model objective there is no decoder yet: parameters None.
-  """
-  compute, storage = (
-    _dtype(config.precision[k]) for k in ("compute", "decoder")
-  )
+def open_model(config: ConfigDict) -> tuple[Transformer, tokenizers.Tokenizer]:
+  """The architecture and the tokenizer; reads no weights yet."""
   spec = config.data.tokenizer
   if not config.decoder.path:
     model_config = configs.model_of(config)
@@ -177,30 +149,48 @@ def load_decoder(config: ConfigDict, mesh: jax.sharding.Mesh):
       directory = pretrained.resolve(config.decoder.path)
     except UserError as e:
       how = config.decoder.how_to_get
-      raise UserError(f"decoder.path: {e}{'. ' + how if how else ''}") from e
+      raise UserError(f"decoder.path: {e}{': ' + how if how else ''}") from e
     model_config = pretrained.read_config(directory)
     tokenizer = tokenizers.load(str(directory) if spec == "decoder" else spec)
+  configs.validate_model(config, model_config)
   if tokenizer.vocab_size > model_config.vocab_size:
     raise UserError(
       f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries, the "
       f"decoder's vocabulary {model_config.vocab_size}: give the decoder's own"
     )
+  compute = _dtype(config.precision.compute)
   model = Transformer(model_config, dtype=compute, remat=config.remat)
+  return model, tokenizer
+
+
+def load_decoder(
+  config: ConfigDict, model: Transformer, mesh: jax.sharding.Mesh
+) -> tuple[Params | None, str]:
+  """The frozen decoder's sharded parameters and their fingerprint.
+
+  For the language_model objective there is no decoder yet: (None, '').
+  """
   if config.objective == "language_model":
-    return model, None, tokenizer, ""
+    return None, ""
+  storage = _dtype(config.precision.decoder)
   key = jax.random.key(config.seed)
   abstract = jax.eval_shape(partial(transformer.init, model), key)
   shardings = sharding.tree_shardings(mesh, abstract)
   if config.decoder.path:
     decoder = pretrained.load(
-      directory, model_config, dtype=storage, shardings=shardings
+      pretrained.resolve(config.decoder.path),
+      model.config,
+      dtype=storage,
+      shardings=shardings,
     )
   else:
-    make = lambda k: jax.tree.map(
-      lambda x: x.astype(storage), nn.unbox(transformer.init(model, k))
-    )
+
+    def make(k):
+      params = nn.unbox(transformer.init(model, k))
+      return jax.tree.map(lambda x: x.astype(storage), params)
+
     decoder = jax.jit(make, out_shardings=shardings)(key)
-  return model, decoder, tokenizer, pretrained.fingerprint(decoder)
+  return decoder, pretrained.fingerprint(decoder)
 
 
 def _dtype(name: str) -> Any:
@@ -246,7 +236,21 @@ def init_state(
   )
 
 
-def make_step(config, model, optimizer, shardings):
+def abstract_state(config, model, optimizer, decoder, mesh) -> TrainState:
+  """Shapes of a fresh state's arrays, each with its sharding on the mesh."""
+  boxed = jax.eval_shape(
+    partial(init_state, config, model, optimizer, True),
+    decoder,
+    jax.random.key(0),
+  )
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    nn.unbox(boxed),
+    sharding.tree_shardings(mesh, boxed),
+  )
+
+
+def make_step(config, model, optimizer, mesh, shardings):
   """step(state, decoder, batch, key, reset) -> state, metrics. Donates state.
 
   Gradients are those of the trainable tree alone. `reset` starts the running
@@ -255,46 +259,21 @@ def make_step(config, model, optimizer, shardings):
   k = config.optimizer.accumulation
   decay = config.optimizer.average
 
-  def loss(params, decoder, batch, key):
+  def loss(params, decoder, batch):
     if config.objective == "language_model":
       mask = config.traces.mask_documents
       nll, tokens = objective.language_model_loss(model, params, batch, mask)
     else:
+      spec = configs.spec_of(config)
       nll, tokens = objective.coprocessor_loss(
-        model, decoder, params, batch, key, configs.spec_of(config)
+        model, decoder, params, batch, batch["points"], spec
       )
     return nll.sum(), (nll, tokens)
 
-  def sums(params, decoder, batch, key):
-    grads, (nll, tokens) = jax.grad(loss, has_aux=True)(
-      params, decoder, batch, key
-    )
-    return grads, nll, tokens
-
-  def accumulate(params, decoder, batch, key):
-    # Row r of the batch goes to micro-batch r % k, which keeps every
-    # device's rows on that device.
-    micro = jax.tree.map(
-      lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch
-    )
-
-    def body(carry, i):
-      part = jax.tree.map(lambda x: x[i], micro)
-      new = sums(params, decoder, part, jax.random.fold_in(key, i))
-      return jax.tree.map(jnp.add, carry, new), None
-
-    zeros = jax.tree.map(
-      jnp.zeros_like,
-      jax.eval_shape(
-        sums, params, decoder, jax.tree.map(lambda x: x[0], micro), key
-      ),
-    )
-    return jax.lax.scan(body, zeros, jnp.arange(k))[0]
-
   def step(state, decoder, batch, key, reset):
-    key = jax.random.fold_in(key, state.step)
-    run = sums if k == 1 else accumulate
-    grads, nll, tokens = run(state.params, decoder, batch, key)
+    batch = add_points(config, batch, key, state.step)
+    gradient = partial(jax.grad(loss, has_aux=True), state.params, decoder)
+    grads, (nll, tokens) = summed(gradient, batch, k)
     count = jnp.maximum(tokens.sum(), 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -307,7 +286,8 @@ def make_step(config, model, optimizer, shardings):
       "loss": nll.sum() / count,
       "batch": (nll, tokens),
       "running": running,
-      "gradient_norm": optax.global_norm(grads),
+      "gradient_norm": optax.tree.norm(grads),
+      "parameter_norm": optax.tree.norm(params),
     }
     keep = jnp.where(reset, 0.0, 1.0)
     return TrainState(
@@ -319,41 +299,69 @@ def make_step(config, model, optimizer, shardings):
       tokens=running[1] * keep,
     ), metrics
 
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+  out = shardings, sharding.replicated(mesh)
+  return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
-def make_baseline(config, model):
+def make_baseline(config, model, mesh):
   """baseline(decoder, batch, key, step): frozen nll of that step's tokens."""
   if config.objective == "language_model":
     return lambda *_: None
   spec, k = configs.spec_of(config), config.optimizer.accumulation
 
-  @jax.jit
+  @partial(jax.jit, out_shardings=sharding.replicated(mesh))
   def baseline(decoder, batch, key, step):
-    key = jax.random.fold_in(key, step)
-    if k == 1:
-      return objective.frozen_loss(model, decoder, batch, key, spec)
-    nll, tokens = 0.0, 0.0
-    for i in range(k):
-      part = jax.tree.map(lambda x: x[i::k], batch)
-      some = objective.frozen_loss(
-        model, decoder, part, jax.random.fold_in(key, i), spec
-      )
-      nll, tokens = nll + some[0], tokens + some[1]
-    return nll, tokens
+    def part(batch):
+      return objective.frozen_loss(model, decoder, batch, batch["points"], spec)
+
+    return summed(part, add_points(config, batch, key, step), k)
 
   return baseline
 
 
-def log_step(config, writer, mesh, step, metrics, baseline, shape, seconds):
+def add_points(config, batch, key, step):
+  """The batch with step's trace points [B, M], where the objective has any.
+
+  Drawn for the whole batch, so that micro-batches do not change them.
+  """
+  if config.objective == "language_model":
+    return batch
+  key = jax.random.fold_in(key, step)
+  spec = configs.spec_of(config)
+  return batch | {"points": traces.sample_points(key, batch["documents"], spec)}
+
+
+def summed(function, batch, k):
+  """function(batch), which is a sum over rows, by way of k micro-batches."""
+  if k == 1:
+    return function(batch)
+  # Row r of the batch goes to micro-batch r % k, which keeps every device's
+  # rows on that device.
+  parts = jax.tree.map(
+    lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch
+  )
+  shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+  zeros = jax.tree.map(jnp.zeros_like, shapes)
+
+  def body(total, part):
+    return jax.tree.map(jnp.add, total, function(part)), None
+
+  return jax.lax.scan(body, zeros, parts)[0]
+
+
+def log_step(config, writer, step, metrics, baseline, shape, seconds):
   """Writes one line of metrics; returns what the progress line shows."""
   metrics, baseline = jax.device_get((metrics, baseline))
-  mean = lambda sums: float(sums[0].sum() / max(sums[1].sum(), 1.0))
   running = metrics["running"]
+
+  def mean(sums):
+    return float(sums[0].sum() / max(sums[1].sum(), 1.0))
+
   line = {
-    "loss": mean(metrics["running"]),  # mean since the last line
+    "loss": mean(running),  # mean since the last line
     "nll": running[0] / np.maximum(running[1], 1.0),
     "gradient_norm": float(metrics["gradient_norm"]),
+    "parameter_norm": float(metrics["parameter_norm"]),
     "batch_loss": mean(metrics["batch"]),  # this step's tokens
   }
   speed = {
@@ -415,68 +423,17 @@ def report(config, workdir, model, decoder, params, tokenizer, fingerprint):
   print(text)
 
 
-def check_finite(step: int, loss: jax.Array) -> None:
-  """Stops the run at a loss that is not finite; nothing is overwritten."""
-  if not np.isfinite(loss):
-    raise UserError(
-      f"loss is {loss} at step {step} (batch {step - 1} of the data): the last "
-      "checkpoint is kept; lower optimizer.learning_rate or raise "
-      "optimizer.warmup, and run again"
-    )
+def check_finite(step: int, metrics: dict[str, Any]) -> None:
+  """Stops the run at a number that is not finite; nothing is overwritten.
 
-
-class _StopOnSignal:
-  """`asked` turns true at SIGTERM, which preemption sends; then save, exit 0."""
-
-  def __init__(self):
-    self.asked = False
-    signal.signal(signal.SIGTERM, self._ask)
-
-  def _ask(self, *_):
-    self.asked = True
-
-
-def claim_workdir(config: ConfigDict, workdir: Path) -> None:
-  """Writes config.json, or checks that the one there is of this experiment."""
-  path = workdir / "config.json"
-  text = json.dumps(json.loads(config.to_json()), indent=2, sort_keys=True)
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-      _same_experiment(json.loads(path.read_text()), json.loads(text), workdir)
-    elif jax.process_index() == 0:
-      temporary = workdir / "config.json.tmp"
-      temporary.write_text(text)
-      os.replace(temporary, path)
-  except OSError as e:
-    raise UserError(
-      f"--workdir={workdir} cannot be written to ({e.strerror}): give another"
-    ) from e
-
-
-def _same_experiment(old: dict, new: dict, workdir: Path) -> None:
-  flat = lambda tree: dict(_flatten(tree, ""))
-  old, new = flat(old), flat(new)
-  other = sorted(
-    k
-    for k in old.keys() | new.keys()
-    if old.get(k, "absent") != new.get(k, "absent")
-    and not k.startswith(FREE_KEYS)
-  )
-  if other:
-    shown = ", ".join(
-      f"{k} ({old.get(k, 'absent')!r} there, {new.get(k, 'absent')!r} here)"
-      for k in other[:4]
-    )
-    raise UserError(
-      f"--workdir={workdir} holds another experiment: {shown}"
-      f"{' and more' if len(other) > 4 else ''}; give another --workdir"
-    )
-
-
-def _flatten(tree: Any, prefix: str):
-  if isinstance(tree, dict) and tree:
-    for key, value in tree.items():
-      yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
-  else:
-    yield prefix, tree
+  The new parameters are looked at too: the loss of their own step may still
+  be finite, and a checkpoint of them would be beyond use.
+  """
+  for name in ("loss", "gradient_norm", "parameter_norm"):
+    if not np.isfinite(metrics[name]):
+      raise UserError(
+        f"{name} is {metrics[name]} at step {step} (batch {step - 1} of the "
+        "data): stopped, the last checkpoint is kept; start anew in another "
+        "--workdir with a lower optimizer.learning_rate or a longer "
+        "optimizer.warmup"
+      )

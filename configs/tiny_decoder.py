@@ -18,7 +18,7 @@ from cacheaug.data.sources import source_defaults
 
 SHAPES = {
   "nano": dict(
-    width=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_width=128
+    width=48, layers=1, heads=3, kv_heads=1, head_dim=16, mlp_width=192
   ),
   "tiny": dict(
     width=64, layers=3, heads=2, kv_heads=1, head_dim=32, mlp_width=256

@@ -74,7 +74,7 @@ def coprocessor_loss(
   decoder: Params,
   coproc: Params,
   batch: dict[str, jax.Array],  # tokens, documents [B, S]
-  key: jax.Array,
+  points: jax.Array,  # [B, M], of traces.sample_points
   spec: TraceSpec,
 ) -> tuple[jax.Array, jax.Array]:
   """Sums over this batch: nll [A] by position, and the tokens it is over.
@@ -83,7 +83,6 @@ def coprocessor_loss(
   traces. Sums, so that accumulated micro-batches equal one big batch.
   """
   tokens, documents = batch["tokens"], batch["documents"]
-  points = traces.sample_points(key, documents, spec)
   stairs = traces.staircase(spec, tokens.shape[-1])
   laid = traces.lay_out(tokens, documents, points, spec, stairs)
   _, cache = context_pass(model, decoder, tokens, documents, spec)
@@ -95,16 +94,15 @@ def frozen_loss(
   model: Transformer,
   decoder: Params,
   batch: dict[str, jax.Array],
-  key: jax.Array,
+  points: jax.Array,  # [B, M]
   spec: TraceSpec,
 ) -> tuple[jax.Array, jax.Array]:
   """The frozen decoder's sums over the very tokens of `coprocessor_loss`."""
   tokens, documents = batch["tokens"], batch["documents"]
-  points = traces.sample_points(key, documents, spec)
   laid = traces.lay_out(tokens, documents, points, spec)
   hidden, _ = context_pass(model, decoder, tokens, documents, spec)
   nll = next_token_nll(model, decoder, hidden, tokens)
-  index = jnp.maximum(points, 0)[..., None] + jnp.arange(spec.ahead)
+  index = jnp.maximum(points, 0)[..., None] + jnp.arange(spec.ahead)[None, None]
   index = jnp.minimum(index, tokens.shape[-1] - 2)
   nll = jax.vmap(lambda row, i: row[i])(nll, index)
   return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))

@@ -16,9 +16,9 @@ arXiv 2412.17747; rows are queries, primes are latents):
         e   # # # # #
         f   # # # # # #
         b'  # #           #
-        c   # #           # #
+        c   # #           #  #
         d'  # # # #              #
-        e   # # # #              # #
+        e   # # # #              #  #
 
 Row b' predicts c, the row c after it predicts d, and so on: A predictions from
 R rows. `lay_out` makes rows, targets and weights for the fast path, which never
@@ -62,6 +62,7 @@ class TraceSpec:
   count: int = 1  # M, points drawn per sequence
   law: str = "uniform"
   min_ahead: int = 1  # fewest ahead tokens within the point's document
+  tail: int = 0  # points this near a document's end are drawn first
   mask_documents: bool = True  # False: a sequence's documents see each other
 
   def __post_init__(self):
@@ -125,6 +126,15 @@ def valid_points(documents: jax.Array, spec: TraceSpec) -> jax.Array:
   return valid
 
 
+def near_end(documents: jax.Array, tail: int) -> jax.Array:
+  """[B, S] bool: a document ends within the `tail` tokens after."""
+  after = jnp.pad(documents, ((0, 0), (0, tail)), constant_values=-1)
+  ends = after[:, tail:] != documents
+  # The end of the sequence cuts a document off; it need not end there.
+  inside = jnp.arange(documents.shape[-1]) + tail < documents.shape[-1]
+  return ends & inside[None] & (documents >= 0)
+
+
 def sample_points(
   key: jax.Array,
   documents: jax.Array,  # [B, S]
@@ -133,10 +143,14 @@ def sample_points(
   """Draws M different points a sequence.
 
   uniform: the paper's law. stratified: one from each of M equal buckets of S,
-  which bounds every block's context statically.
+  which bounds every block's context statically. With either, points whose
+  document ends within `tail` tokens come before all others: where a document
+  is a question and its answer, the latents that matter stand there.
   """
   b, s = documents.shape
   noise = jax.random.uniform(key, (b, s))
+  if spec.tail:
+    noise += near_end(documents, spec.tail)
   noise = jnp.where(valid_points(documents, spec), noise, -1.0)
   if spec.law == "uniform":
     value, points = jax.lax.top_k(noise, spec.count)
@@ -208,34 +222,25 @@ def dense_mask(
   Windows are not in it: they compare positions and are the model's business.
   """
   s, r = len(documents), spec.rows
-  segments = np.where(documents >= 0, documents, -1)
-  if not spec.mask_documents:
-    segments = np.where(documents >= 0, 0, -1)
+  real = documents >= 0  # padding sees and is seen by nothing
+  segments = documents if spec.mask_documents else np.zeros(s, int)
   mask = np.zeros((s + len(points) * r,) * 2, bool)
   for q in range(s):
     for k in range(q + 1):
-      mask[q, k] = segments[q] == segments[k]
+      mask[q, k] = real[q] and real[k] and segments[q] == segments[k]
   for m, p in enumerate(points):
     first = s + m * r
     seen = p - spec.latents if spec.scheme == "replace" else p
     for i in range(r):
       for k in range(seen + 1):
-        mask[first + i, k] = segments[k] == segments[p]
+        mask[first + i, k] = real[k] and segments[k] == segments[p]
       mask[first + i, first : first + i + 1] = True
   return mask
 
 
-def draw(labels: list[str], mask: np.ndarray, gaps: set[int]) -> str:
-  """The mask as text, `gaps` before the columns that start a block."""
-  width = max(map(len, labels))
-  head = " " * (width + 1)
-  lines = []
-  for i, label in enumerate(labels):
-    head += ("| " if i in gaps else "") + label.ljust(width) + " "
-    cells = ""
-    for j in range(len(labels)):
-      cells += ("| " if j in gaps else "") + ("#" if mask[i, j] else " ").ljust(
-        width + 1
-      )
-    lines.append((label.ljust(width + 1) + cells).rstrip())
-  return "\n".join([head.rstrip(), *lines])
+if __name__ == "__main__":
+  import sys
+
+  from cacheaug.augment import drawing
+
+  sys.exit(drawing.main())

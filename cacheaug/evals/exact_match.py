@@ -38,6 +38,8 @@ def exact_match(
   ]
   bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   prompts = [bos + tokenizer.encode(p.question) for p in asked]
+  if coproc is not None:
+    generate.check_prompts(prompts, spec)
   length = max(map(len, prompts))
   right: dict[str, list[bool]] = {}
   for start in range(0, count, BATCH):

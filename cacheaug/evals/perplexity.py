@@ -58,7 +58,10 @@ def both_nll(
   points = jnp.pad(points, ((0, 0), (0, pad)), constant_values=-1)
   runs = jnp.moveaxis(points.reshape(b, -1, m), 1, 0)
   nll, weights = jax.lax.map(some, runs)  # [runs, B, m, A]
-  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(b, s + pad, -1)[:, :s]
+
+  def join(x):  # [runs, B, m, A] -> [B, S, A]
+    return jnp.moveaxis(x, 0, 1).reshape(b, s + pad, -1)[:, :s]
+
   return frozen, join(nll), join(weights)
 
 
@@ -72,7 +75,13 @@ def by_position(
   positions: tuple[int, ...] = POSITIONS,
   seed: int = 0,
 ) -> list[PositionRow]:
-  """The table: one row for each of `positions` up to spec.ahead."""
+  """The table: a row for each of `positions` that a document reaches.
+
+  Positions beyond spec.ahead are left out too.
+
+  Raises:
+    UserError: no document has room for a trace and a token after it.
+  """
   positions = tuple(j for j in positions if j <= spec.ahead)
   # The comparison is over full documents' tokens, whatever training skipped.
   spec = dataclasses.replace(spec, min_ahead=1, law="uniform")
@@ -98,5 +107,7 @@ def by_position(
     frozen, augmented, documents = map(
       np.concatenate, zip(*found[j], strict=True)
     )
-    rows.append(make_row(j, frozen, augmented, documents, seed=seed))
+    # Short documents may not reach the far positions; none at all is refused.
+    if len(frozen) or not rows:
+      rows.append(make_row(j, frozen, augmented, documents, seed=seed))
   return rows

@@ -41,6 +41,21 @@ def pad_left(
   return tokens, documents
 
 
+def check_prompts(prompts: list[list[int]], spec: TraceSpec) -> None:
+  """Refuses what cannot be augmented at its end, before any device work.
+
+  Raises:
+    UserError: a prompt with fewer tokens than the latents stand on.
+  """
+  for i, prompt in enumerate(prompts):
+    if len(prompt) < spec.context_needed:
+      raise UserError(
+        f"prompt {i} has {len(prompt)} tokens: with latents={spec.latents} "
+        f"(positions={spec.scheme!r}, start={spec.start!r}) it needs at least "
+        f"{spec.context_needed}; lengthen it, or decode without latents"
+      )
+
+
 def augment(
   model: Transformer,
   decoder: Params,

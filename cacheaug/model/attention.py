@@ -99,9 +99,11 @@ def block_mask(
 ) -> jax.Array:  # [B, M, R, R] bool
   """What each row sees of its own block: `visible`, and not a later row."""
   args = rows.positions, rows.segments
-  seen = visible(*args, *args, window)
   if rows.order is not None:
-    return seen & rows.order
+    # Causality is the caller's: latents may stand at earlier positions than
+    # the context tokens that they see.
+    return visible(*args, *args, window, causal=False) & rows.order
+  seen = visible(*args, *args, window)
   # Among rows at equal positions, the later sees the earlier.
   tri = jnp.tri(rows.positions.shape[-1], dtype=bool)
   return seen & tri[None, None]

@@ -49,13 +49,10 @@ class KVCache:
     )
 
   def concat(self, rows: "KVCache") -> "KVCache":
-    """This cache followed by `rows`."""
-    join = lambda a, b, axis: jnp.concatenate([a, b], axis)
-    return KVCache(
-      keys=join(self.keys, rows.keys, 2),
-      values=join(self.values, rows.values, 2),
-      positions=join(self.positions, rows.positions, 1),
-      segments=join(self.segments, rows.segments, 1),
+    """The slots of both, `rows` last."""
+    slots = KVCache(keys=2, values=2, positions=1, segments=1)  # axis of each
+    return jax.tree.map(
+      lambda a, b, axis: jnp.concatenate([a, b], axis), self, rows, slots
     )
 
   def hide_after(self, limits: jax.Array) -> "KVCache":

@@ -201,9 +201,10 @@ def config_from_entries(
   family = TABLE[name]
   given = {k: v for k, v in entries.items() if v is not None or k in _NULLS}
   entries = dict(family.defaults) | given
-  heads = _need(entries, "num_attention_heads", path)
+  heads = _field("heads", entries, "num_attention_heads", path)
+  width = _field("width", entries, "hidden_size", path)
   entries.setdefault("num_key_value_heads", heads)
-  entries.setdefault("head_dim", _need(entries, "hidden_size", path) // heads)
+  entries.setdefault("head_dim", width // heads)
   fields = {f: _field(f, entries, k, path) for f, k in family.keys.items()}
   kinds = _layer_kinds(entries, fields["layers"], name, path)
   if SLIDING in kinds and not fields["window"]:
@@ -246,6 +247,8 @@ def _field(
     return kind()  # zero: none
   if not isinstance(value, (int, float) if kind is float else kind):
     raise UserError(f"{path}: {key} {value!r} is not of type {kind.__name__}")
+  if kind is int and value < 1:
+    raise UserError(f"{path}: {key} {value!r} must be 1 or more")
   return kind(value)
 
 

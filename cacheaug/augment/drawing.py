@@ -1,0 +1,159 @@
+"""Figure 2b of the paper (arXiv 2412.17747) for any text, in a terminal.
+
+  python -m cacheaug.augment.traces --text="a b c d e f"
+
+prints the extended input with its positions and targets, who sees whom, and
+each trace's rows. Words are split at spaces; a word `|` ends a document.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+
+from cacheaug.augment import traces
+from cacheaug.augment.traces import TraceSpec
+from cacheaug.errors import UserError
+
+NOTHING = "-"  # a row that predicts nothing, or a token of another document
+
+
+def grid(rows: list[list[str]], starts: set[int]) -> str:
+  """Aligned text: a name and its cells a row, bars where blocks start."""
+  names = max(len(row[0]) for row in rows) + 2
+  widths = [max(map(len, column)) + 1 for column in zip(*rows, strict=True)]
+  lines = []
+  for i, (name, *cells) in enumerate(rows):
+    line = name.ljust(names)
+    for j, (cell, width) in enumerate(zip(cells, widths[1:], strict=True)):
+      bar = "  " if i else "| "  # in the first row only
+      line += (bar if j in starts else "") + cell.ljust(width)
+    lines.append(line.rstrip())
+  return "\n".join(lines)
+
+
+def draw(labels: list[str], mask: np.ndarray, starts: set[int]) -> str:
+  """The mask [T, T] as text, a bar before the columns in `starts`."""
+  cells = [["#" if seen else "" for seen in row] for row in mask]
+  rows = [[label, *row] for label, row in zip(labels, cells, strict=True)]
+  return grid([["", *labels], *rows], starts)
+
+
+def parse_text(text: str) -> tuple[list[str], np.ndarray]:
+  """Words, and the document of each [S]."""
+  parts: list[list[str]] = [[]]
+  for word in text.split():
+    if word == "|":
+      parts.append([])
+    else:
+      parts[-1].append(word)
+  if not all(parts):
+    raise UserError("--text: a document without words; give at least one word")
+  documents = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
+  return sum(parts, []), documents
+
+
+def parse_points(text: str, words: int) -> np.ndarray:
+  """'1,3' -> [1, 3], ascending and within the text."""
+  try:
+    points = [int(point) for point in text.split(",")]
+  except ValueError as e:
+    raise UserError(f"--points={text}: not numbers like 1,3") from e
+  if points != sorted(set(points)):
+    raise UserError(f"--points={text}: must ascend, each once")
+  if points[0] < 0 or points[-1] >= words:
+    raise UserError(
+      f"--points={text}: the text's {words} words are numbered from 0 to "
+      f"{words - 1}"
+    )
+  return np.array(points)
+
+
+def check_points(
+  words: list[str], documents: np.ndarray, points: np.ndarray, spec: TraceSpec
+) -> None:
+  """Refuses a point that cannot bear a trace, naming its word."""
+  valid = np.asarray(traces.valid_points(documents[None], spec))[0]
+  for p in points[~valid[points]]:
+    raise UserError(
+      f"--points: no trace fits after word {p} ({words[p]}): its document "
+      f"must hold {spec.context_needed} or more words up to there and "
+      f"{spec.min_ahead} or more after it"
+    )
+
+
+def latent_labels(word: str, latents: int) -> list[str]:
+  """B' for one latent after b; b'1 b'2 .. for more."""
+  if latents == 1:
+    return [f"{word}'"]
+  return [f"{word}'{i}" for i in range(1, latents + 1)]
+
+
+def describe(text: str, points: str, spec: TraceSpec) -> str:
+  """All that the command prints; the numbers are `traces.lay_out`'s."""
+  words, documents = parse_text(text)
+  where = parse_points(points, len(words))
+  check_points(words, documents, where, spec)
+  s, n = len(words), spec.latents
+  # A word's token is its index, so tokens name words even if one is repeated.
+  laid = traces.lay_out(np.arange(s)[None], documents[None], where[None], spec)
+  positions = np.asarray(laid.rows.positions)[0]  # [M, R]
+  ahead, targets = np.asarray(laid.ahead)[0], np.asarray(laid.targets)[0]
+  counts = np.asarray(laid.weights)[0] > 0
+
+  blocks = []  # of rows: number, position, input, target, document
+  for m, p in enumerate(where):
+    inputs = latent_labels(words[p], n) + [words[t] for t in ahead[m]]
+    wanted = [NOTHING] * (n - 1)
+    for t, counted in zip(targets[m], counts[m], strict=True):
+      wanted.append(words[t] if counted else NOTHING)
+    rows = range(s + m * spec.rows, s + (m + 1) * spec.rows)
+    document = [documents[p]] * spec.rows
+    columns = rows, positions[m], inputs, wanted, document
+    blocks.append(list(zip(*columns, strict=True)))
+  context = [
+    (t, t, word, NOTHING, d)
+    for t, (word, d) in enumerate(zip(words, documents, strict=True))
+  ]
+  everything = context + sum(blocks, [])
+  number, position, inputs, wanted, document = (
+    [str(cell) for cell in column] for column in zip(*everything, strict=True)
+  )
+  starts = {s + m * spec.rows for m in range(len(where))}
+  lines = [["input", *inputs], ["position", *position], ["target", *wanted]]
+  if documents[-1]:
+    lines.append(["document", *document])
+  mask = traces.dense_mask(documents, where, spec)
+  out = [grid(lines, starts), draw(inputs, mask, starts)]
+  for m, (p, block) in enumerate(zip(where, blocks, strict=True)):
+    table = [[str(cell) for cell in row[:4]] for row in block]
+    head = ["row", "position", "input", "target"]
+    out.append(f"trace {m}, after {words[p]}\n" + grid([head, *table], set()))
+  return "\n\n".join(out)
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str):
+    raise UserError(message)
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The command; returns its exit status."""
+  parser = _Parser(
+    prog="python -m cacheaug.augment.traces",
+    description="Draws traces: extended input, positions, targets and mask.",
+  )
+  add = parser.add_argument
+  add("--text", required=True, help="words; a word | ends a document")
+  add("--points", default="1,3", help="indices of the words before latents")
+  add("--latents", type=int, default=1, help="N, latents a trace")
+  add("--ahead", type=int, default=2, help="A, tokens predicted a trace")
+  add("--scheme", default="insert", help=" | ".join(traces.SCHEMES))
+  try:
+    args = parser.parse_args(argv)
+    spec = TraceSpec(args.latents, args.ahead, args.scheme, start="as_is")
+    print(describe(args.text, args.points, spec))
+  except UserError as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 1
+  return 0

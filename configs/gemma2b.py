@@ -1,0 +1,91 @@
+"""The paper's set-up: a coprocessor for the frozen Gemma-2 2B (pretrained).
+
+  python -m cacheaug.main --config=configs/gemma2b.py --workdir=runs/gemma2b \
+      --config.decoder.path=/path/to/gemma-2-2b
+
+Anywhere, in under a minute, through the same code (a tiny random Gemma-2, the
+source of Python's standard library as text, 20 steps):
+
+  python -m cacheaug.main --config=configs/gemma2b.py --config.runlocal=True
+
+Weights: accept Gemma's licence at huggingface.co/google/gemma-2-2b, then
+`huggingface-cli download google/gemma-2-2b --local-dir=DIR`; Kaggle has the
+same files (google/gemma-2, transformers, gemma-2-2b).
+
+Text: the paper's is Gemma-2's own pretraining mixture, which is not public.
+This is C4's English part (ODC-BY, about 800 GB of text), by way of
+tensorflow-datasets. Prepare it once where every host can read it, with
+`pip install datasets` besides:
+
+  python -c "import tensorflow_datasets as tfds; tfds.builder( \
+      'huggingface:allenai__c4/en', data_dir='DATA', \
+      file_format='array_record').download_and_prepare()"
+
+and give --config.data.sources.c4.path=DATA/allenai__c4/en/VERSION. A part of it
+will do for shorter runs: --config.data.sources.c4.split='train[:10%]'. Its
+tokens are packed at first use to data.cache_dir, 4 bytes a token.
+
+Hardware: meant for 256 TPU v5e or similar; devices x optimizer.accumulation =
+1024 puts one sequence on a device at a time. mesh.fsdp must divide the number
+of devices: on 8 give --config.mesh.fsdp=8 --config.optimizer.accumulation=128.
+Time: not measured. Neither are memory and figures: nobody has run this
+configuration of ours to its end yet.
+
+N: --config.coprocessor.latents=4, 8, 16 (here), 32 or 64. The paper does not
+state positions or start; the defaults are base()'s, the literal reading is
+--config.coprocessor.positions=insert --config.coprocessor.start=as_is.
+
+Expected, from the paper's table 1 (perplexity against the frozen decoder, %):
+
+  token after the latents     1      2      4      8     16     32
+  N=8                     -1.53  -1.67  -1.39  -1.22  -0.85  -0.55
+  N=16                    -2.48  -2.41  -1.98  -1.56  -1.08  -0.64
+  N=32                    -3.28  -3.15  -2.66  -2.11  -1.50  -0.88
+  N=64                    -3.94  -3.70  -3.17  -2.61  -1.88  -1.20
+"""
+
+from ml_collections import ConfigDict
+
+from cacheaug import config as configs
+from cacheaug.data.sources import source_defaults
+
+
+def get_config() -> ConfigDict:
+  c = configs.base()
+  c.decoder.how_to_get = (
+    "give the directory of Gemma-2 2B: accept its licence at "
+    "huggingface.co/google/gemma-2-2b (or Kaggle), run `huggingface-cli "
+    "download google/gemma-2-2b --local-dir=DIR`, then "
+    "--config.decoder.path=DIR; without weights, try --config.runlocal=True"
+  )
+  # What the weights must be; other tools plan by it without having them.
+  c.decoder.shape.update(
+    vocab_size=256_000,
+    width=2304,
+    layers=26,
+    heads=8,
+    kv_heads=4,
+    head_dim=256,
+    mlp_width=9216,
+    max_positions=8192,
+    window=4096,
+  )
+  c.coprocessor.latents = 16
+  c.traces.count = 128
+  c.traces.ahead = 16
+  text = source_defaults()
+  text.kind = "tfds"
+  text.path = "huggingface:allenai__c4/en"
+  c.data.sources = ConfigDict({"c4": text})
+  c.data.validation_fraction = 0.001
+  c.data.sequence = 2048
+  c.data.batch = 1024
+  c.optimizer.steps = 100_000
+  c.optimizer.accumulation = 4
+  c.mesh.fsdp = 16
+  c.precision.compute = "bfloat16"
+  c.precision.decoder = "bfloat16"
+  c.remat = "full"
+  c.eval.sequences = 512
+  c.eval.batch = 16
+  return c

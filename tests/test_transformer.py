@@ -1,0 +1,249 @@
+"""Decode equals forward, scan equals a loop, and every switch matters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import (
+  GRADIENT,
+  HIDDEN,
+  close,
+  close_trees,
+  far,
+  jit,
+  make_model,
+  make_params,
+  tokens_of,
+)
+
+from cacheaug.errors import UserError
+from cacheaug.model import transformer
+from cacheaug.model.attention import Rows
+from cacheaug.model.rope import rope_table
+from cacheaug.model.transformer import Block, RMSNorm
+
+T = 7  # beyond the window of 5, so that decoding drops keys
+
+
+@functools.partial(jit, static_argnums=0)
+def forward(model, params, tokens, positions=None, segments=None):
+  return transformer.prefill(model, params, tokens, positions, segments)
+
+
+def setup(**changes):
+  model = make_model(**changes)
+  return model, make_params(model), tokens_of(model, 2, T)
+
+
+def test_decode_equals_forward_at_every_split():
+  """Prefill t tokens, then the rest at once, on the plain cache."""
+  model, params, tokens = setup()
+  whole, _ = forward(model, params, tokens)
+
+  @jit
+  def splits(params, tokens):
+    outs = []
+    for t in range(1, T):
+      head, cache = transformer.prefill(model, params, tokens[:, :t])
+      positions = jnp.broadcast_to(jnp.arange(t, T)[None], (2, T - t))
+      tail, _ = transformer.extend(
+        model, params, cache, tokens[:, t:], positions
+      )
+      outs.append(jnp.concatenate([head, tail], 1))
+    return jnp.stack(outs)
+
+  close(splits(params, tokens), np.stack([whole] * (T - 1)), HIDDEN)
+
+
+def test_steps_after_left_padding_equal_forward_at_every_split():
+  """Prompts of 1 to T - 1 tokens in one batch, on one static cache."""
+  model, params, _ = setup()
+  tokens = tokens_of(model, T)
+  whole = forward(model, params, tokens[None])[0][0]
+  slots = T - 1
+  prompts = np.full((T - 1, slots), 7, np.int32)
+  real = np.zeros((T - 1, slots), np.int32)
+  for i, t in enumerate(range(1, T)):
+    prompts[i, slots - t :], real[i, slots - t :] = tokens[:t], 1
+  # Step k of the prompt of t tokens reads token t + k, while there is one.
+  index = np.arange(1, T)[:, None] + np.arange(T - 1)[None]
+  given = tokens[np.minimum(index, T - 1)]
+
+  @jit
+  def run(params):
+    _, cache = transformer.prefill(model, params, prompts, segments=real)
+
+    def step(cache, k_and_token):
+      k, token = k_and_token
+      position = jnp.full((T - 1,), slots, jnp.int32) + k
+      hidden, cache = transformer.decode_step(
+        model, params, cache, token, position, slots + k
+      )
+      return cache, hidden
+
+    steps = jnp.arange(T - 1), given.T
+    return jax.lax.scan(step, cache.pad(T - 1), steps)[1].swapaxes(0, 1)
+
+  there = index < T
+  close(run(params)[there], whole[index[there]], HIDDEN)
+
+
+def test_decode_step_fills_its_slot():
+  model, params, tokens = setup()
+  whole, full = forward(model, params, tokens)
+
+  @jit
+  def run(params):
+    _, cache = transformer.prefill(model, params, tokens[:, :-1])
+    position = jnp.full((2,), T - 1, jnp.int32)
+    return transformer.decode_step(
+      model, params, cache.pad(3), tokens[:, -1], position, T - 1
+    )
+
+  last, cache = run(params)
+  close(last, whole[:, -1], HIDDEN)
+  close(cache.keys[:, :, :T], full.keys, HIDDEN)
+  np.testing.assert_array_equal(
+    cache.segments, np.broadcast_to(np.arange(T + 2) < T, (2, T + 2))
+  )
+
+
+def test_scan_equals_a_loop_over_layers():
+  model, params, tokens = setup(layers=3)
+  c = model.config
+  whole, cache = forward(model, params, tokens)
+
+  def loop(order):
+    x = transformer.embed(model, params, tokens)[:, None]
+    positions = jnp.broadcast_to(jnp.arange(T)[None], (2, T))
+    rows = Rows.plain(positions, jnp.ones_like(positions))
+    block = Block(c, jnp.float32, jnp.float32, False)
+    keys = []
+    for i in order:
+      one = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+      layer = jnp.asarray(c.layer_kinds[i] == "sliding"), None
+      x, ((k, _), _) = block.apply(
+        {"params": one}, x, layer, rows, None, rope_table(c, rows.positions)
+      )
+      keys.append(k[:, 0])
+    norm = RMSNorm(c.norm_eps, c.norm_offset)
+    return norm.apply({"params": params["final_norm"]}, x)[:, 0], keys
+
+  hidden, keys = jit(lambda: loop([0, 1, 2]))()
+  close(hidden, whole, HIDDEN)
+  close(jnp.stack(keys), cache.keys, HIDDEN)
+  far(jit(lambda: loop([1, 0, 2]))()[0], whole)
+
+
+def test_documents_of_a_sequence_do_not_see_each_other():
+  model, params, tokens = setup()
+  segments = np.array([[1] * 3 + [2] * 4] * 2, np.int32)
+  packed, _ = forward(model, params, tokens, None, segments)
+  second, _ = forward(model, params, tokens[:, 3:])
+  # Apart it starts at position 0: RoPE is relative.
+  close(packed[:, 3:], second, HIDDEN)
+  far(forward(model, params, tokens)[0][:, 3:], second)
+
+
+def test_positions_are_relative_and_matter():
+  model, params, tokens = setup()
+  whole, _ = forward(model, params, tokens)
+  index = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
+  close(forward(model, params, tokens, index + 50)[0], whole, HIDDEN)
+  far(forward(model, params, tokens, index // 2 * 2)[0], whole)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    dict(window=4),
+    dict(layer_kinds=("global", "global")),
+    dict(attention_softcap=0.0),
+    dict(rope_base=100.0),
+    dict(rope_base_sliding=100.0),
+    dict(query_scale=0.1),
+  ],
+  ids=str,
+)
+def test_switches_matter(changes):
+  """Same parameters, one switch: other hidden states."""
+  model, params, tokens = setup()
+  far(
+    forward(make_model(**changes), params, tokens)[0],
+    forward(model, params, tokens)[0],
+  )
+
+
+def test_final_soft_cap_bounds_the_logits():
+  model, params, tokens = setup()
+  hidden, _ = forward(model, params, tokens)
+  free = make_model(final_softcap=0.0)
+  run = jit(transformer.logits, static_argnums=0)
+  capped, free = run(model, params, hidden), run(free, params, hidden)
+  close(capped, 5.0 * np.tanh(np.asarray(free) / 5.0), HIDDEN)
+  far(capped, free)
+
+
+def test_a_window_as_long_as_the_sequence_is_none():
+  _, params, tokens = setup()
+  long = forward(make_model(window=T), params, tokens)[0]
+  no = forward(make_model(layer_kinds=("global",) * 2), params, tokens)[0]
+  close(long, no, HIDDEN)
+  far(forward(make_model(window=T - 4), params, tokens)[0], no)
+
+
+def test_repeated_key_heads_equal_grouped_queries():
+  model, params, tokens = setup()
+  full = make_model(kv_heads=4)
+
+  def repeat(order):
+    def at(path, x):
+      name = jax.tree_util.keystr(path)
+      if "['k']" in name or "['v']" in name:
+        return jnp.repeat(x, 2, axis=2)[:, :, order]  # [L, D, K, E]
+      return x
+
+    return jax.tree_util.tree_map_with_path(at, params)
+
+  whole, _ = forward(model, params, tokens)
+  straight = forward(full, repeat(np.arange(4)), tokens)[0]
+  close(straight, whole, HIDDEN)
+  dealt = forward(full, repeat(np.array([0, 2, 1, 3])), tokens)[0]
+  far(dealt, whole)
+
+
+@functools.cache
+def remat_gradient(remat):
+  model, params, tokens = setup(remat=remat)
+
+  def loss(params):
+    hidden, _ = transformer.prefill(model, params, tokens)
+    return jnp.sin(transformer.logits(model, params, hidden)).mean()
+
+  traced = jit(jax.grad(loss)).trace(params)
+  text = str(traced.jaxpr)
+  # Forward products and those computed again for the backward pass.
+  return traced.lower().compile()(params), text.count("dot_general"), text
+
+
+@pytest.mark.parametrize("remat", sorted(transformer.REMAT_POLICIES))
+def test_remat_changes_no_gradient(remat):
+  plain, dots, text = remat_gradient("none")
+  again, more, again_text = remat_gradient(remat)
+  close_trees(again, plain, GRADIENT)
+  assert "remat" in again_text and "remat" not in text
+  # 'dots' keeps the weights' products and repeats only the attention's.
+  assert more > dots, "nothing is computed again"
+
+
+def test_full_remat_repeats_more_than_dots():
+  assert remat_gradient("full")[1] > remat_gradient("dots")[1]
+
+
+def test_extend_on_a_cache_needs_positions():
+  model, params, tokens = setup()
+  _, cache = forward(model, params, tokens)
+  with pytest.raises(UserError, match="positions"):
+    transformer.extend(model, params, cache, tokens)
