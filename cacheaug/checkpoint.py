@@ -316,6 +316,68 @@ class Checkpoints:
     return aside
 
 
+def read_params(
+  directory: str | epath.Path,
+) -> tuple[dict[str, jax.Array], dict[str, Any], int] | None:
+  """The weights of a run's newest whole checkpoint, and nothing else of it.
+
+  The running average where the run kept one. Optimizer state is not read. A
+  damaged checkpoint is reported, left where it is, and the one before it is
+  tried: the run itself may still be writing.
+
+  Args:
+    directory: a run's `checkpoints`.
+
+  Returns:
+    ({'a/b/c': array on the default device}, meta, step), or None where there
+    is no checkpoint that can be read.
+  """
+  directory = epath.Path(directory).absolute()
+  names = [p.name for p in directory.iterdir()] if directory.exists() else []
+  for step in sorted((int(n) for n in names if n.isdigit()), reverse=True):
+    path = directory / str(step)
+    try:
+      params, meta = _read_params(path)
+    except (Unreadable, OSError, ValueError, KeyError) as e:
+      line = " ".join(str(e).split())[:160]
+      logging.warning("checkpoint %s cannot be read (%s)", path, line)
+      continue
+    return params, meta, step
+  return None
+
+
+def _read_params(path: epath.Path) -> tuple[dict[str, jax.Array], dict]:
+  _check_files(path)
+  body = _read_meta(path)
+  tree = body["tree"]
+  averaged = any(name.startswith("average/") for name in tree)
+  prefix = "average/" if averaged else "params/"
+  device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
+
+  def wanted(name):
+    if not name.startswith(prefix):
+      return ocp.PLACEHOLDER
+    shape, dtype = tree[name]
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+  item = {name: wanted(name) for name in tree}
+  with ocp.PyTreeCheckpointHandler() as handler:
+    found = handler.restore(
+      path / "state",
+      args=ocp.args.PyTreeRestore(
+        item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+      ),
+    )
+  params = {k: v for k, v in found.items() if k.startswith(prefix)}
+  sums = np.asarray(jax.device_get(_checksums(list(params.values()))))
+  for name, crc in zip(params, sums.tolist(), strict=True):
+    if crc != body["checksums"][name]:
+      raise Unreadable(f"checksum of {name} differs")
+  short = {k.removeprefix(prefix): v for k, v in params.items()}
+  return short, body["meta"]
+
+
 def _measure(path: epath.Path) -> dict[str, list[int]]:
   """[bytes, CRC or -1] of each file below `path`, by relative name."""
   found = {}

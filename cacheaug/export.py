@@ -5,19 +5,37 @@
 Hugging Face uses for the decoder's family (without embeddings and head),
 `soft_tokens` [N, D] and, with the harmless start, `latent_projection` [D, D],
 applied as hidden @ latent_projection. See augment/coprocessor.py.
+
+  python -m cacheaug.export --workdir=runs/gemma2b --out=DIR
+  python -m cacheaug.export --workdir=runs/tiny_decoder --out=DIR --decoder
+
+The first writes a run's coprocessor as above, the second a run's decoder
+(objective 'language_model') as a Hugging Face directory. Both take the newest
+whole checkpoint, and the running average of the weights where there is one.
 """
 
 import dataclasses
+import json
 import pathlib
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from cacheaug import checkpoint, command
+from cacheaug import config as configs
+from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import TraceSpec
+from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
-from cacheaug.model import families, pretrained
+from cacheaug.model import families, pretrained, transformer
 from cacheaug.model import safetensor_files as files
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.pretrained import Leaf
-from cacheaug.model.transformer import Params
+from cacheaug.model.transformer import Params, Transformer
 
 FORMAT = "cacheaug-coprocessor-1"
 WEIGHTS = "coprocessor.safetensors"
@@ -144,3 +162,178 @@ def _read(
   tree = pretrained.read_leaves(leaves, where, dtype, shardings)
   body = {key: tree.pop(key) for key in ("blocks", "final_norm")}
   return {"transformer": body, **tree}
+
+
+# --- a run's directory ------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a run's directory holds, of its newest whole checkpoint."""
+
+  workdir: pathlib.Path
+  config: ConfigDict
+  spec: TraceSpec | None  # None where the run trains a decoder
+  flat: dict[str, jax.Array]  # 'a/b/c' -> weights
+  decoder_fingerprint: str  # '' where the run trains a decoder
+  step: int
+
+
+def read_run(workdir: str | pathlib.Path) -> Run:
+  """Config and weights of a run, from the directory alone.
+
+  Raises:
+    UserError: no run there, one without a checkpoint that can be read, or a
+      config.json of another version; names the file.
+  """
+  workdir = pathlib.Path(workdir).expanduser()
+  path = workdir / "config.json"
+  if not path.exists():
+    raise UserError(f"{path}: missing; give the --workdir of a run")
+  try:
+    config = ConfigDict(json.loads(path.read_text()))
+    trains_decoder = config.objective == "language_model"
+    spec = None if trains_decoder else configs.spec_of(config)
+  except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
+    line = " ".join(str(e).split())[:160]
+    raise UserError(
+      f"{path}: not a run's config ({line}); give the --workdir of a run of "
+      "this version"
+    ) from e
+  found = checkpoint.read_params(workdir / "checkpoints")
+  if found is None:
+    raise UserError(
+      f"{workdir}/checkpoints: no checkpoint that can be read; let the run "
+      "reach its first (checkpoint.every), or give another --workdir"
+    )
+  flat, meta, step = found
+  return Run(workdir, config, spec, flat, meta["decoder"], step)
+
+
+def run_params(run: Run, model_config: ModelConfig) -> Params:
+  """The run's weights as a tree of that architecture.
+
+  Raises:
+    UserError: they are of another shape; names the first that differs.
+  """
+  model, key = Transformer(model_config), jax.random.key(0)
+  if run.spec is None:
+    make = partial(transformer.init, model)
+  else:
+    make = partial(coprocessor.init_boxed, model, run.spec)
+  wanted = nn.unbox(jax.eval_shape(make, key))
+  for name, x in pretrained.flatten(wanted).items():
+    shape = list(run.flat[name].shape) if name in run.flat else "absent"
+    if shape != list(x.shape):
+      raise UserError(
+        f"{run.workdir}/checkpoints/{run.step}: {name} is {shape}, the decoder "
+        f"given wants {list(x.shape)}: give the decoder of this run"
+      )
+  return jax.tree_util.tree_map_with_path(
+    lambda p, _: run.flat[jax.tree_util.keystr(p, simple=True, separator="/")],
+    wanted,
+  )
+
+
+# --- the command ------------------------------------------------------------
+
+
+def export_run(
+  workdir: str | pathlib.Path,
+  out: str | pathlib.Path,
+  *,
+  decoder: bool = False,
+  decoder_path: str = "",
+) -> int:
+  """Writes what a run has trained to `out`; returns the checkpoint's step.
+
+  Args:
+    workdir: of a run.
+    out: absent or empty; an earlier export of a coprocessor is replaced.
+    decoder: the run trains a decoder (objective 'language_model').
+    decoder_path: where a coprocessor's decoder is now, if it has moved.
+
+  Raises:
+    UserError: nothing to export there, or an `out` that holds something else.
+  """
+  out = pathlib.Path(out).expanduser()
+  _check_out(out, decoder)
+  run = read_run(workdir)
+  if decoder != (run.spec is None):
+    what = "decoder" if run.spec is None else "coprocessor"
+    remedy = "add --decoder" if run.spec is None else "leave out --decoder"
+    raise UserError(f"--workdir={workdir} holds a {what}: {remedy}")
+  if decoder:
+    model_config = configs.model_of(run.config)
+    spec = run.config.data.tokenizer
+    tokenizer = tokenizers.load("byte" if spec == "decoder" else spec)
+    params = run_params(run, model_config)
+    pretrained.save(out, model_config, params, tokenizer=tokenizer)
+    return run.step
+  source = run.config.decoder.path
+  model_config = _decoder_config(run, decoder_path)
+  save_coprocessor(
+    out,
+    model_config=model_config,
+    spec=run.spec,
+    params=run_params(run, model_config),
+    decoder_fingerprint=run.decoder_fingerprint,
+    source=source,
+  )
+  return run.step
+
+
+def _check_out(out: pathlib.Path, decoder: bool) -> None:
+  """Refuses to write over anything but an earlier coprocessor's export."""
+  if out.is_dir() and not any(out.iterdir()):
+    return
+  if not out.exists():
+    return
+  path = out / "config.json"
+  if not decoder and path.is_file():
+    try:
+      if files.read_json(path).get("format") == FORMAT:
+        return
+    except UserError:
+      pass  # not ours, which is what the line below says
+  raise UserError(
+    f"--out={out} exists and holds something else: give a new directory"
+  )
+
+
+def _decoder_config(run: Run, decoder_path: str) -> ModelConfig:
+  path = decoder_path or run.config.decoder.path
+  if not path:
+    return configs.model_of(run.config)
+  try:
+    return pretrained.read_config(pretrained.resolve(path))
+  except UserError as e:
+    raise UserError(
+      f"decoder of {run.workdir}: {e}; give --decoder_path=DIR"
+    ) from e
+
+
+def main() -> None:
+  """Reads the flags that are defined below."""
+  values = flags.FLAGS
+  for name in ("workdir", "out"):
+    if not values[name].value:
+      raise UserError(f"--{name} is missing: see --help")
+  step = export_run(
+    values.workdir,
+    values.out,
+    decoder=values.decoder,
+    decoder_path=values.decoder_path,
+  )
+  print(f"step {step} of {values.workdir} is in {values.out}")
+
+
+if __name__ == "__main__":
+  # Here and not above: main.py, which imports this module, has a --workdir.
+  flags.DEFINE_string("workdir", "", "the run's directory")
+  flags.DEFINE_string("out", "", "directory to write, new or empty")
+  flags.DEFINE_bool("decoder", False, "the run trained a decoder: write that")
+  flags.DEFINE_string(
+    "decoder_path", "", "where a coprocessor's decoder is, if it has moved"
+  )
+  command.run(main, __doc__)

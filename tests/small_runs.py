@@ -140,7 +140,7 @@ def start_plain(*arguments: str, devices: int = 1, **environment: str):
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
   """Exit status, stdout, stderr."""
-  out, err = process.communicate(timeout=120)
+  out, err = process.communicate(timeout=280)
   return process.returncode, out, err
 
 

@@ -35,6 +35,7 @@ def _pair(tmp_path: Path, *arguments: str):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_equal_one_which_resumes_them(tmp_path):
   """Tolerance: float32 sums in another order."""
   config = small_runs.get_config(str(tmp_path))

@@ -54,6 +54,7 @@ def _cut_newest(workdir: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_stopped_and_damaged_run_is_bit_identical(tmp_path):
   status, _, err = small_runs.finish(_start(tmp_path, "whole"))
   assert status == 0, err

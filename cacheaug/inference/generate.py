@@ -6,6 +6,7 @@ slots line up; slots double as positions, which RoPE, being relative, allows.
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +85,101 @@ def augment(
   return hidden[:, -1], cache.concat(rows), positions[:, -1] + 1
 
 
+@flax.struct.dataclass
+class Context:
+  """Prompts that the decoder has read, as `decode` goes on from them."""
+
+  cache: KVCache
+  tokens: jax.Array  # [B, S] from pad_left
+  documents: jax.Array  # [B, S], -1 = padding
+  hidden: jax.Array  # [B, D], of the row that predicts the next token
+  position: jax.Array  # [B], of the next token
+  augmented: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def read(
+  model: Transformer,
+  decoder: Params,
+  tokens: jax.Array,  # [B, S] from pad_left
+  documents: jax.Array,  # [B, S]
+) -> Context:
+  """The decoder reads the prompts, each one document."""
+  b, s = tokens.shape
+  plain = TraceSpec(latents=1, ahead=1)
+  hidden, cache = objective.context_pass(
+    model, decoder, tokens, documents, plain
+  )
+  position = jnp.full((b,), s, jnp.int32)
+  return Context(cache, tokens, documents, hidden[:, -1], position)
+
+
+def augment_context(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  context: Context,
+  spec: TraceSpec,
+) -> Context:
+  """`augment`, of all that `decode` needs."""
+  hidden, cache, position = augment(
+    model,
+    decoder,
+    coproc,
+    context.cache,
+    context.tokens,
+    context.documents,
+    spec,
+  )
+  return context.replace(
+    cache=cache, hidden=hidden, position=position, augmented=True
+  )
+
+
+def decode(
+  model: Transformer,
+  decoder: Params,
+  context: Context,
+  *,
+  max_new_tokens: int,
+  stop_ids: tuple[int, ...] = (-1,),
+) -> jax.Array:  # [B, max_new_tokens]
+  """The most likely continuation.
+
+  A sequence ends with the first of `stop_ids` that it says, and is filled up
+  with stop_ids[0]; the -1 by default is no token and ends none.
+  """
+  b, position = len(context.tokens), context.position
+  fill, stops = stop_ids[0], jnp.array(stop_ids, jnp.int32)
+  first_slot = context.cache.length
+  cache = context.cache.pad(max_new_tokens)
+
+  def choose(hidden):
+    return jnp.argmax(transformer.logits(model, decoder, hidden), -1)
+
+  def unfinished(carry):
+    step, _, _, _, done = carry
+    return (step < max_new_tokens) & ~done.all()
+
+  def body(carry):
+    step, last, cache, out, done = carry
+    token = jnp.where(done, fill, choose(last)).astype(jnp.int32)
+    out = out.at[:, step].set(token)
+    done |= (token[:, None] == stops[None]).any(-1)
+    last, cache = transformer.decode_step(
+      model,
+      decoder,
+      cache,
+      jnp.maximum(token, 0),
+      position + step,
+      first_slot + step,
+    )
+    return step + 1, last, cache, out, done
+
+  out = jnp.full((b, max_new_tokens), fill, jnp.int32)
+  carry = jnp.int32(0), context.hidden, cache, out, jnp.zeros((b,), bool)
+  return jax.lax.while_loop(unfinished, body, carry)[3]
+
+
 @functools.partial(
   jax.jit, static_argnames=("model", "spec", "max_new_tokens", "stop_id")
 )
@@ -98,42 +194,14 @@ def greedy(
   max_new_tokens: int,
   stop_id: int = -1,
 ) -> jax.Array:  # [B, max_new_tokens], stop_id from the first one on
-  """The most likely continuation; `coproc` None decodes without latents."""
-  b, s = tokens.shape
-  plain = spec or traces.TraceSpec(latents=1, ahead=1)
-  hidden, cache = objective.context_pass(
-    model, decoder, tokens, documents, plain
-  )
-  last, position = hidden[:, -1], jnp.full((b,), s, jnp.int32)
+  """All three in one program; `coproc` None decodes without latents."""
+  context = read(model, decoder, tokens, documents)
   if coproc is not None:
-    last, cache, position = augment(
-      model, decoder, coproc, cache, tokens, documents, spec
-    )
-  first_slot = cache.length
-  cache = cache.pad(max_new_tokens)
-
-  def choose(hidden):
-    return jnp.argmax(transformer.logits(model, decoder, hidden), -1)
-
-  def unfinished(carry):
-    step, _, _, _, done = carry
-    return (step < max_new_tokens) & ~done.all()
-
-  def body(carry):
-    step, last, cache, out, done = carry
-    token = jnp.where(done, stop_id, choose(last)).astype(jnp.int32)
-    out = out.at[:, step].set(token)
-    done |= token == stop_id
-    last, cache = transformer.decode_step(
-      model,
-      decoder,
-      cache,
-      jnp.maximum(token, 0),
-      position + step,
-      first_slot + step,
-    )
-    return step + 1, last, cache, out, done
-
-  out = jnp.full((b, max_new_tokens), stop_id, jnp.int32)
-  carry = jnp.int32(0), last, cache, out, jnp.zeros((b,), bool)
-  return jax.lax.while_loop(unfinished, body, carry)[3]
+    context = augment_context(model, decoder, coproc, context, spec)
+  return decode(
+    model,
+    decoder,
+    context,
+    max_new_tokens=max_new_tokens,
+    stop_ids=(stop_id,),
+  )

@@ -69,10 +69,12 @@ class ModelConfig:
 
   @property
   def attention_scale(self) -> float:
+    """What queries are multiplied by."""
     return self.query_scale or self.head_dim**-0.5
 
   @property
   def embedding_scale(self) -> float:
+    """What token embeddings are multiplied by."""
     return math.sqrt(self.width) if self.scale_embeddings else 1.0
 
 

@@ -57,6 +57,7 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., D] -> [..., D]."""
     init = nn.initializers.constant(1.0 - self.offset)
     scale = _param(self, "scale", init, (x.shape[-1],), (None,))
     y = x.astype(jnp.float32)
@@ -77,6 +78,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """One matrix product over the flattened leading axes."""
     ins, outs = tuple(self.inputs.values()), tuple(self.outputs.values())
     axes = range(len(ins) + len(outs))
     init = _fan_in(axes[: len(ins)], axes[len(ins) :], self.init_scale)
@@ -95,12 +97,15 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
+  """Grouped-query attention with RoPE; gives the rows' own kv as well."""
+
   config: ModelConfig
   dtype: Any
   param_dtype: Any
 
   @nn.compact
   def __call__(self, x, rows, cache, window, rope):
+    """[B, M, R, D] -> the same, and (keys, values) [B, M, R, K, E]."""
     c = self.config
     d, h, k, e = c.width, c.heads, c.kv_heads, c.head_dim
     kw = dict(
@@ -144,6 +149,7 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x):
+    """[..., D] -> [..., D]."""
     c = self.config
     d, f = c.width, c.mlp_width
     kw = dict(
@@ -166,6 +172,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, layer, rows, context, ropes):
+    """[B, M, R, D] -> the same, (own kv, x if kept)."""
     c = self.config
     kw = dict(config=c, dtype=self.dtype, param_dtype=self.param_dtype)
 
@@ -203,6 +210,7 @@ class Transformer(nn.Module):
   keep_hidden: bool = False  # return every layer's output too (tests)
 
   def setup(self):
+    """Blocks scanned over L, final norm, embedder, head where untied."""
     c = self.config
     block = Block
     if self.remat != "none":
@@ -228,7 +236,8 @@ class Transformer(nn.Module):
         param_dtype=self.param_dtype,
       )
 
-  def __call__(self, tokens):  # for init: touches every parameter
+  def __call__(self, tokens):
+    """Tokens [B, T] to logits; for init, as it touches every parameter."""
     segments = jnp.ones_like(tokens)
     rows = Rows.plain(jnp.cumsum(segments, -1) - 1, segments)
     hidden, _ = self.run(self.embed(tokens)[:, None], rows, None)
@@ -270,11 +279,14 @@ class Transformer(nn.Module):
 
 
 class Embedder(nn.Module):
+  """The token embedding [V, D], read both ways."""
+
   config: ModelConfig
   dtype: Any
   param_dtype: Any
 
   def setup(self):
+    """One parameter."""
     c = self.config
     self.embedding = _param(
       self,
@@ -285,11 +297,13 @@ class Embedder(nn.Module):
     )
 
   def __call__(self, tokens):
+    """Tokens [...] -> [..., D], scaled where the family does."""
     x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
     # The multiplier is rounded to the activations' type first, as Gemma does.
     return x * jnp.asarray(self.config.embedding_scale, self.dtype)
 
   def attend(self, hidden):
+    """Hidden [..., D] -> tied logits [..., V], before any soft cap."""
     flat = jnp.einsum(
       "td,vd->tv",
       hidden.reshape(-1, hidden.shape[-1]),

@@ -1,0 +1,400 @@
+"""A frozen decoder and its coprocessor as one Python object.
+
+  lm = cacheaug.load("path/to/gemma-2-2b")          # decoder and tokenizer
+  lm = lm.with_coprocessor("runs/gemma2b")          # a run, or an export
+  lm.generate(["Natalia sold clips to"])            # augments once, at the end
+  lm.nll(tokens, points=[[17, 63]], ahead=16)       # [B, M, A] nats
+  context = lm.augment(lm.prefill(tokens))
+  lm.decode(context, max_new_tokens=32)             # [B, 32] tokens
+
+Everything runs on the default device. `latents=False` asks for the frozen
+decoder alone, where a coprocessor is there or not.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacheaug import export
+from cacheaug.augment import objective, traces
+from cacheaug.augment.traces import TraceSpec
+from cacheaug.data import tokenizers
+from cacheaug.data.tokenizers import Tokenizer
+from cacheaug.errors import UserError
+from cacheaug.inference import generate
+from cacheaug.inference.generate import Context
+from cacheaug.model import pretrained
+from cacheaug.model.transformer import Params, Transformer
+
+Tokens = jax.Array | np.ndarray | Sequence[Sequence[int]]
+
+DTYPES = ("auto", "float32", "bfloat16")
+# Prompts are padded to a multiple, so that few lengths are compiled for.
+_LENGTHS = 32
+
+_read = jax.jit(generate.read, static_argnames="model")
+_augment = jax.jit(generate.augment_context, static_argnames=("model", "spec"))
+_decode = jax.jit(
+  generate.decode, static_argnames=("model", "max_new_tokens", "stop_ids")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coprocessor:
+  """Trained parameters and the trace layout that they were trained for."""
+
+  params: Params = dataclasses.field(repr=False)
+  spec: TraceSpec
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LM:
+  """A frozen decoder, its tokenizer and, where attached, a coprocessor.
+
+  Attributes:
+    model: the architecture, shared by decoder and coprocessor.
+    decoder: its parameters.
+    tokenizer: None where the directory has none; `generate` then refuses.
+    fingerprint: of the decoder's weights.
+    stop_ids: tokens that end generation.
+    coprocessor: None until `with_coprocessor`.
+  """
+
+  model: Transformer = dataclasses.field(repr=False)
+  decoder: Params = dataclasses.field(repr=False)
+  tokenizer: Tokenizer | None = dataclasses.field(repr=False)
+  fingerprint: str
+  stop_ids: tuple[int, ...] = ()
+  coprocessor: Coprocessor | None = None
+
+  def with_coprocessor(self, path: str | Path) -> "LM":
+    """The same decoder with a coprocessor.
+
+    Args:
+      path: an exported directory, 'shipped:NAME', or a run's workdir, whose
+        newest whole checkpoint is read.
+
+    Raises:
+      UserError: nothing of the kind there, or one trained for other weights.
+    """
+    directory = _directory(str(path))
+    dtype = self.model.dtype
+    if (directory / "checkpoints").is_dir():
+      run = export.read_run(directory)
+      if run.spec is None:
+        raise UserError(
+          f"{directory}: holds a decoder (objective='language_model'), not a "
+          "coprocessor; export it with --decoder and give it to cacheaug.load"
+        )
+      params = export.run_params(run, self.model.config)
+      params = jax.tree.map(lambda x: x.astype(dtype), params)
+      spec, fingerprint = run.spec, run.decoder_fingerprint
+      source = run.config.decoder.path
+    else:
+      config, spec, params, meta = export.load_coprocessor(
+        directory, dtype=dtype
+      )
+      fingerprint, source = meta["decoder_fingerprint"], meta["source"]
+    if fingerprint != self.fingerprint:
+      raise UserError(
+        f"{directory}: this coprocessor was trained for decoder {fingerprint} "
+        f"({source or 'random'}), the one loaded is {self.fingerprint}: load "
+        "that decoder, or give its own coprocessor"
+      )
+    return dataclasses.replace(self, coprocessor=Coprocessor(params, spec))
+
+  def prefill(self, tokens: Tokens) -> Context:
+    """The decoder reads contexts.
+
+    Args:
+      tokens: [B, S], or lists of unequal lengths, which are padded on the
+        left. Nothing is put before them: a BOS is the caller's.
+
+    Raises:
+      UserError: an empty context, a token outside the vocabulary, or more
+        tokens than the decoder has positions.
+    """
+    rows = self._checked(tokens)
+    tokens, documents = generate.pad_left(rows, self._pad_id)
+    return _read(self.model, self.decoder, tokens, documents)
+
+  def augment(self, context: Context) -> Context:
+    """N latents at the end of each context; of a fresh `prefill`, once.
+
+    Raises:
+      UserError: no coprocessor, a context shorter than the latents need, or
+        one that has latents already.
+    """
+    coproc = self._coprocessor()
+    if context.augmented:
+      raise UserError("context has latents already: augment a fresh prefill")
+    lengths = (np.asarray(context.documents) >= 0).sum(1)
+    generate.check_prompts([[0] * int(n) for n in lengths], coproc.spec)
+    return _augment(
+      self.model, self.decoder, coproc.params, context, coproc.spec
+    )
+
+  def decode(
+    self,
+    context: Context,
+    max_new_tokens: int = 128,
+    *,
+    stop_ids: tuple[int, ...] | None = None,
+  ) -> np.ndarray:  # [B, max_new_tokens]
+    """The most likely continuation of each context.
+
+    Args:
+      context: of `prefill` or `augment`; not changed.
+      max_new_tokens: at least 1.
+      stop_ids: end a sequence, which is filled up with the first of them; the
+        decoder's own by default, () for none.
+
+    Raises:
+      UserError: more tokens than the decoder has positions.
+    """
+    if max_new_tokens < 1:
+      raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    stop_ids = self.stop_ids if stop_ids is None else tuple(stop_ids)
+    longest = int((np.asarray(context.documents) >= 0).sum(1).max())
+    pushed = int(np.asarray(context.position).max()) - context.tokens.shape[1]
+    self._check_positions(longest + pushed, max_new_tokens)
+    out = _decode(
+      self.model,
+      self.decoder,
+      context,
+      max_new_tokens=max_new_tokens,
+      stop_ids=stop_ids or (-1,),
+    )
+    return np.asarray(out)
+
+  def generate(
+    self,
+    prompts: Sequence[str],
+    max_new_tokens: int = 128,
+    *,
+    latents: bool = True,
+  ) -> list[str]:
+    """Greedy continuations, latents once at the end of each prompt.
+
+    A BOS is put first where the decoder's tokenizer has one; a stop token ends
+    a text and is left out of it.
+
+    Raises:
+      UserError: no tokenizer, no coprocessor with latents=True, or prompts
+        that are too short or too long.
+    """
+    if isinstance(prompts, str):
+      raise UserError("prompts is one string: give a list of them")
+    if latents:
+      self._coprocessor()
+    if self.tokenizer is None:
+      raise UserError(
+        "this decoder came without tokenizer.json or tokenizer.model: put it "
+        "beside the weights, or use prefill and decode with tokens"
+      )
+    if not prompts:
+      return []
+    bos = self.tokenizer.bos_id
+    bos = [] if bos is None else [bos]
+    rows = self._checked([bos + self.tokenizer.encode(p) for p in prompts])
+    longest = max(map(len, rows))
+    tokens, documents = generate.pad_left(
+      rows, self._pad_id, longest + -longest % _LENGTHS
+    )
+    context = _read(self.model, self.decoder, tokens, documents)
+    if latents:
+      context = self.augment(context)
+    out = self.decode(context, max_new_tokens)
+    return [self.tokenizer.decode(self._until_stop(ids)) for ids in out]
+
+  def nll(
+    self,
+    tokens: Tokens,
+    points: Sequence[Sequence[int]],
+    ahead: int = 16,
+    *,
+    latents: bool = True,
+  ) -> np.ndarray:  # [B, M, A] nats
+    """Negative log-likelihood of the tokens after each point.
+
+    Args:
+      tokens: [B, S], each row one document.
+      points: [B, M], or [1, M] for all rows alike: index of the last token
+        seen; latents stand after it.
+      ahead: A, tokens scored after each.
+      latents: False gives the frozen decoder's.
+
+    Raises:
+      UserError: a point without room for the latents before it or the ahead
+        tokens after it, or no coprocessor with latents=True.
+    """
+    rows = self._checked(tokens)
+    if len({len(row) for row in rows}) != 1:
+      raise UserError("tokens: rows of one length are needed, [B, S]")
+    tokens = np.array(rows, np.int32)
+    spec, coproc = TraceSpec(1, 1), None
+    if latents:
+      coproc, spec = self._coprocessor().params, self.coprocessor.spec
+    points = self._points(points, tokens.shape, ahead, spec if latents else 0)
+    spec = dataclasses.replace(
+      spec,
+      ahead=ahead,
+      count=points.shape[1],
+      law="uniform",
+      min_ahead=1,
+      tail=0,
+    )
+    nll = _nll(self.model, self.decoder, coproc, tokens, points, spec)
+    return np.asarray(nll)
+
+  def _coprocessor(self) -> Coprocessor:
+    if self.coprocessor is None:
+      raise UserError(
+        "no coprocessor is attached: lm = lm.with_coprocessor(PATH), or give "
+        "latents=False"
+      )
+    return self.coprocessor
+
+  @property
+  def _pad_id(self) -> int:
+    return 0 if self.tokenizer is None else self.tokenizer.pad_id
+
+  def _until_stop(self, ids: np.ndarray) -> list[int]:
+    stops = np.flatnonzero(np.isin(ids, self.stop_ids))
+    return ids[: stops[0] if len(stops) else None].tolist()
+
+  def _checked(self, tokens: Tokens) -> list[list[int]]:
+    """As lists, none empty, of the vocabulary, within the positions."""
+    rows = [np.asarray(row).tolist() for row in tokens]
+    if not rows:
+      raise UserError("tokens is empty: give at least one row")
+    vocab = self.model.config.vocab_size
+    for i, row in enumerate(rows):
+      if not isinstance(row, list):
+        raise UserError("tokens: a row is a number: give [B, S], a row each")
+      if not row:
+        raise UserError(f"tokens: row {i} is empty: give at least one token")
+      wrong = [t for t in row if not (isinstance(t, int) and 0 <= t < vocab)]
+      if wrong:
+        raise UserError(
+          f"tokens: {wrong[0]!r} in row {i} is not a token from 0 to "
+          f"{vocab - 1}"
+        )
+    self._check_positions(max(map(len, rows)), 0)
+    return rows
+
+  def _check_positions(self, context: int, new: int) -> None:
+    limit = self.model.config.max_positions
+    if context + new > limit:
+      more = f" and {new} new ones" if new else ""
+      raise UserError(
+        f"{context} tokens{more} exceed the decoder's {limit} positions: "
+        "shorten the prompt, or ask for fewer"
+      )
+
+  def _points(
+    self,
+    points: Sequence[Sequence[int]],
+    shape: tuple[int, int],
+    ahead: int,
+    spec: TraceSpec | int,
+  ) -> np.ndarray:
+    """[B, M], each with room before and after it."""
+    b, s = shape
+    if ahead < 1:
+      raise UserError(f"ahead={ahead} must be at least 1")
+    points = np.asarray(points)
+    if points.ndim != 2 or not points.size or points.dtype.kind not in "iu":
+      raise UserError("points: give whole numbers, [[p, ...]] or a row each")
+    if points.shape[0] not in (1, b):
+      raise UserError(
+        f"points has {points.shape[0]} rows, tokens {b}: give as many, or one"
+      )
+    first = spec.context_needed - 1 if spec else 0
+    last = s - 1 - ahead
+    wrong = points[(points < first) | (points > last)]
+    if wrong.size:
+      raise UserError(
+        f"points: {wrong[0]} is not from {first} to {last}, which leaves room "
+        f"for the latents and ahead={ahead} in {s} tokens"
+      )
+    return np.broadcast_to(points, (b, points.shape[1])).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "spec"))
+def _nll(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params | None,
+  tokens: jax.Array,  # [B, S]
+  points: jax.Array,  # [B, M]
+  spec: TraceSpec,
+) -> jax.Array:  # [B, M, A]
+  documents = jnp.zeros_like(tokens)
+  hidden, cache = objective.context_pass(
+    model, decoder, tokens, documents, spec
+  )
+  if coproc is not None:
+    laid = traces.lay_out(tokens, documents, points, spec)
+    return objective.traces_nll(model, decoder, coproc, cache, laid)
+  nll = objective.next_token_nll(model, decoder, hidden, tokens)
+  index = points[..., None] + jnp.arange(spec.ahead)[None, None]
+  return jax.vmap(lambda row, i: row[i])(nll, index)
+
+
+def load(path: str | Path, *, dtype: Any = "auto") -> LM:
+  """A frozen decoder and its tokenizer.
+
+  Args:
+    path: a Hugging Face directory (config.json, safetensors, tokenizer), or
+      'shipped:NAME' for one in the package.
+    dtype: of weights and activations: 'float32', 'bfloat16', or 'auto', which
+      is bfloat16 on accelerators and float32 on the CPU.
+
+  Raises:
+    UserError: no such directory, weights of another family or shape, or a
+      tokenizer that does not belong to them; names the file.
+  """
+  if dtype not in DTYPES:
+    raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+  if dtype == "auto":
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  directory = pretrained.resolve(str(path))
+  config = pretrained.read_config(directory)
+  tokenizer = None
+  stop_ids = set(pretrained.stop_ids(directory))
+  names = ("tokenizer.json", "tokenizer.model")
+  if any((directory / name).exists() for name in names):
+    tokenizer = tokenizers.load(str(directory))
+    stop_ids |= {tokenizer.eos_id} - {None}
+    if tokenizer.vocab_size > config.vocab_size:
+      raise UserError(
+        f"{directory}: its tokenizer has {tokenizer.vocab_size} entries, the "
+        f"decoder's vocabulary {config.vocab_size}: give the decoder's own"
+      )
+  decoder = pretrained.load(directory, config, dtype=dtype)
+  return LM(
+    model=Transformer(config, dtype=jnp.dtype(dtype)),
+    decoder=decoder,
+    tokenizer=tokenizer,
+    fingerprint=pretrained.fingerprint(decoder),
+    stop_ids=tuple(sorted(stop_ids)),
+  )
+
+
+def _directory(path: str) -> Path:
+  if path.startswith(pretrained.SHIPPED):
+    return pretrained.resolve(path)
+  directory = Path(path).expanduser()
+  if not directory.is_dir():
+    raise UserError(
+      f"{path}: no such directory; give an exported coprocessor or a run's "
+      "workdir"
+    )
+  return directory
