@@ -361,7 +361,8 @@ def _read_params(path: epath.Path) -> tuple[dict[str, jax.Array], dict]:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
 
   item = {name: wanted(name) for name in tree}
-  with ocp.PyTreeCheckpointHandler() as handler:
+  handler = ocp.PyTreeCheckpointHandler()
+  try:
     found = handler.restore(
       path / "state",
       args=ocp.args.PyTreeRestore(
@@ -369,6 +370,8 @@ def _read_params(path: epath.Path) -> tuple[dict[str, jax.Array], dict]:
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
       ),
     )
+  finally:
+    handler.close()
   params = {k: v for k, v in found.items() if k.startswith(prefix)}
   sums = np.asarray(jax.device_get(_checksums(list(params.values()))))
   for name, crc in zip(params, sums.tolist(), strict=True):

@@ -20,10 +20,10 @@ def get_config() -> ConfigDict:
   # gain in minutes. More of either gains later (RESULTS.md).
   c.coprocessor.latents = 1
   c.traces.ahead = 2
-  c.traces.count = 60
+  c.traces.count = 48
   c.data.sources = ConfigDict({"code": source_defaults()})
   c.data.sequence = 64
-  c.data.batch = 12
+  c.data.batch = 16
   c.optimizer.steps = 20_000
   c.optimizer.learning_rate = 3e-3
   c.optimizer.warmup = 200

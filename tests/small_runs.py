@@ -140,7 +140,11 @@ def start_plain(*arguments: str, devices: int = 1, **environment: str):
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
   """Exit status, stdout, stderr."""
-  out, err = process.communicate(timeout=280)
+  # Only a hang should reach it: on a busy machine a start takes minutes.
+  try:
+    out, err = process.communicate(timeout=800)
+  finally:
+    process.kill()
   return process.returncode, out, err
 
 

@@ -43,7 +43,7 @@ def test_shipped_config_is_valid_and_has_a_state(path, runlocal):
     model_config = configs.model_of(config)
   if config.decoder.how_to_get:
     config.decoder.path = "given-by-the-user"
-  devices = 16 if config.mesh.fsdp == 16 else 8
+  devices = config.mesh.fsdp * config.mesh.tensor  # the fewest it runs on
   configs.validate(config, devices)
   configs.validate_model(config, model_config)
 

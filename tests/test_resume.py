@@ -13,8 +13,8 @@ import small_runs
 from cacheaug import workdir as workdirs
 from cacheaug.errors import UserError
 
-STEPS = 240
-EVERY = 20
+STEPS = 120
+EVERY = 10
 
 
 def _start(tmp_path: Path, name: str, *arguments: str):

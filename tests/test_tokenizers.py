@@ -135,6 +135,17 @@ def test_specials_fall_back_to_config_ids(saved_bytes, tmp_path):
   assert tokenizer.name != tokenizers.load(str(saved_bytes)).name
 
 
+def test_no_bos_where_the_tokenizer_adds_none(saved_bytes, tmp_path):
+  """Qwen's files: a bos in config.json, and add_bos_token false."""
+  content = (saved_bytes / "tokenizer.json").read_bytes()
+  (tmp_path / "tokenizer.json").write_bytes(content)
+  own = {"add_bos_token": False, "bos_token": None, "eos_token": "<eos>"}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+  (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 2}))
+  tokenizer = tokenizers.load(str(tmp_path))
+  assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 1)
+
+
 def test_name_follows_the_content(saved_bytes, tmp_path):
   content = (saved_bytes / "tokenizer.json").read_text()
   changed = content.replace('"use_regex": false', '"use_regex": true')

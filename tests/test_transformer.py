@@ -194,6 +194,24 @@ def test_a_window_as_long_as_the_sequence_is_none():
   far(forward(make_model(window=T - 4), params, tokens)[0], no)
 
 
+@pytest.mark.parametrize(
+  "kinds, reach",  # of token 0: window - 1 rows further a sliding layer
+  [
+    (("sliding", "sliding"), 5),
+    (("sliding", "global"), T),
+    (("global", "sliding"), T),
+  ],
+)
+def test_only_sliding_layers_have_the_window(kinds, reach):
+  _, params, tokens = setup()
+  model = make_model(window=3, layer_kinds=kinds)
+  other = tokens.copy()
+  other[:, 0] = (other[:, 0] + 1) % 37
+  a, b = (np.asarray(forward(model, params, x)[0]) for x in (tokens, other))
+  changed = (a != b).any((0, 2))
+  assert changed.tolist() == [t < reach for t in range(T)]
+
+
 def test_repeated_key_heads_equal_grouped_queries():
   model, params, tokens = setup()
   full = make_model(kv_heads=4)

@@ -242,6 +242,8 @@ class HuggingFaceTokenizer:
   def _special_ids(self, vocab: dict[str, int]) -> dict[str, int | None]:
     """Ids of bos, eos and pad; None for one that no file names."""
     ids: dict[str, int | None] = dict.fromkeys(_SPECIALS)
+    # Qwen's config.json names a bos that its models never saw in front.
+    without: set[str] = set()
     for name in (
       "tokenizer_config.json",
       "special_tokens_map.json",
@@ -251,8 +253,10 @@ class HuggingFaceTokenizer:
       if not path.exists():
         continue
       entries = _read_json(path)
+      if not entries.get("add_bos_token", True):
+        without.add("bos")
       for special in _SPECIALS:
-        if ids[special] is not None:
+        if ids[special] is not None or special in without:
           continue
         token = entries.get(f"{special}_token")
         if isinstance(token, dict):  # A serialised AddedToken.
@@ -298,7 +302,8 @@ def load(spec: str) -> Tokenizer:
 
   Args:
     spec: 'byte', 'sentencepiece:PATH', 'hf:PATH', or a directory that holds
-      tokenizer.json or tokenizer.model (the first of the two that exists).
+      tokenizer.json or tokenizer.model (the first of the two that exists), or
+      has tokenizer.model beside it and is no Hugging Face model.
 
   Returns:
     The tokenizer.
@@ -323,6 +328,11 @@ def load(spec: str) -> Tokenizer:
     return HuggingFaceTokenizer(directory)
   if (directory / "tokenizer.model").exists():
     return SentencePieceTokenizer(directory / "tokenizer.model")
+  # Google's Gemma checkpoints have it beside them. A Hugging Face directory
+  # without one is incomplete, and its neighbour's would be another's.
+  beside = directory.absolute().parent / "tokenizer.model"
+  if beside.exists() and not (directory / "config.json").exists():
+    return SentencePieceTokenizer(beside)
   raise errors.UserError(
     f"tokenizer {spec!r}: no tokenizer.json or tokenizer.model in it"
   )

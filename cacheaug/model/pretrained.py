@@ -1,6 +1,7 @@
 """Weights in and out, by family: Hugging Face directories.
 
 A directory holds config.json and model.safetensors, or its sharded index.
+Google's own Gemma-2 checkpoints, which have neither, are google_gemma.py's.
 What is particular to a family is in families.py, the file format in
 safetensor_files.py. Tensors are read one at a time and go straight to their
 sharding and dtype.
@@ -11,7 +12,8 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -52,11 +54,21 @@ def resolve(path: str) -> pathlib.Path:
   return found
 
 
+def _reader(directory: pathlib.Path) -> ModuleType | None:
+  """google_gemma where `directory` is one of Google's, else None."""
+  if (directory / "config.json").exists():
+    return None
+  # Here, because it builds on this module.
+  from cacheaug.model import google_gemma
+
+  return google_gemma if google_gemma.find(directory) else None
+
+
 # --- config.json ------------------------------------------------------------
 
 
 def read_config(directory: str | pathlib.Path) -> ModelConfig:
-  """ModelConfig of a Hugging Face directory's config.json.
+  """ModelConfig of a Hugging Face directory's config.json, or of Google's.
 
   Both what transformers 5 writes (`rope_parameters`, `layer_types`) and the
   keys before it (`rope_theta`, `rope_scaling`, `sliding_window_pattern`) are
@@ -67,6 +79,8 @@ def read_config(directory: str | pathlib.Path) -> ModelConfig:
       supported; names the file and the key.
   """
   path = pathlib.Path(directory) / "config.json"
+  if reader := _reader(path.parent):
+    return reader.read_config(directory)
   if not path.exists():
     raise UserError(f"{path}: missing; give a Hugging Face model directory")
   return families.config_from_entries(files.read_json(path), path)
@@ -166,7 +180,7 @@ def load(
   hold; of a file, one tensor.
 
   Args:
-    directory: of Hugging Face's layout.
+    directory: of Hugging Face's layout, or Google's of Gemma-2.
     config: from `read_config`, or what is expected.
     dtype: of every leaf.
     shardings: tree of shardings, as the result; the default device by
@@ -179,6 +193,8 @@ def load(
     UserError: files missing or damaged, or tensors of other names or shapes.
   """
   directory = pathlib.Path(directory)
+  if reader := _reader(directory):
+    return reader.load(directory, config, dtype=dtype, shardings=shardings)
   family = families.TABLE[config.family]
   where = _plain_names(files.locate(directory), family)
   leaves = leaves_of(config)
@@ -246,19 +262,27 @@ def check_tensors(
 
 
 def read_leaves(
-  leaves: list[Leaf], where: Where, dtype: Any, shardings: Params | None
+  leaves: list[Leaf],
+  where: Mapping[str, tuple],
+  dtype: Any,
+  shardings: Params | None,
+  read: Callable[..., np.ndarray] = files.read,
 ) -> Params:
-  """The tree of `leaves`; see `load`."""
+  """The tree of `leaves`, of tensors `read(*where[name])`; see `load`."""
   flat = None if shardings is None else flatten(shardings)
   tree = {}
   for leaf in leaves:
     sharding = None if flat is None else flat[leaf.path]
-    tree[leaf.path] = _read_leaf(leaf, where, dtype, sharding)
+    tree[leaf.path] = _read_leaf(leaf, where, dtype, sharding, read)
   return _nest(tree)
 
 
 def _read_leaf(
-  leaf: Leaf, where: Where, dtype: Any, sharding: Sharding | None
+  leaf: Leaf,
+  where: Mapping[str, tuple],
+  dtype: Any,
+  sharding: Sharding | None,
+  read: Callable[..., np.ndarray],
 ) -> jax.Array:
   """Fills this process's shards layer by layer, then hands them over."""
   if sharding is None:
@@ -275,7 +299,7 @@ def _read_leaf(
     for place in map(bounds, places)
   }
   for layer, name in enumerate(leaf.names):
-    part = leaf.ours(files.read(*where[name]))
+    part = leaf.ours(read(*where[name]))
     for ((first, last), *rest), shard in shards.items():
       if first <= layer < last:
         shard[layer - first] = part[tuple(slice(*s) for s in rest)]
