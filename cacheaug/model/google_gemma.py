@@ -1,10 +1,8 @@
-"""Google's own Gemma-2 checkpoints: the Orbax directories of its releases.
+"""Google's own Gemma-2 checkpoints, the Orbax directories of its releases.
 
-Of google/gemma-2/flax on Kaggle: `gemma2-2b/` and, beside it,
-`tokenizer.model`. No released checkpoint was at hand where this was written
-and tested: the layout is that of the published library
-(github.com/google-deepmind/gemma: modules.py, transformer.py, gm/ckpts), with
-axis letters V D L H K E F:
+No released checkpoint was at hand where this was written and tested: the
+layout is that of the published library (github.com/google-deepmind/gemma:
+modules.py, transformer.py, gm/ckpts), with axis letters V D L H K E F:
 
   embedder/input_embedding          [V, D]
   final_norm/scale                  [D]
