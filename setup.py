@@ -17,6 +17,7 @@ _REQUIRED = [
   "ml_collections>=1.0",
   "chex>=0.1.89",
   "safetensors>=0.5",
+  "tensorstore>=0.1.70",
   "tokenizers>=0.21",
   "sentencepiece>=0.2",
   "numpy>=1.26",

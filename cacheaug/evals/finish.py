@@ -56,7 +56,7 @@ def tables(
   spec: TraceSpec,
 ) -> dict[str, list[report.PositionRow]]:
   """One perplexity table a source."""
-  spec = dataclasses.replace(spec, ahead=config.eval.ahead)
+  spec = dataclasses.replace(spec, ahead=config.eval.ahead, min_ahead=1)
   return {
     name: perplexity.by_position(
       model,
