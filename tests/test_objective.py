@@ -43,12 +43,10 @@ POINTS = np.array([[-1, 8, 20, 23], [-1, 8, 11, 23]], np.int32)
 STARTS_AT = {0: 0, 1: 12, 2: 0, 3: 15}  # of each document
 CASES = [(1, "as_is"), (4, "harmless"), (8, "harmless")]
 
-# Worst differences seen, printed by the last test under `pytest -s`.
-SEEN: dict[str, float] = {}
-
 
 def note(name, value):
-  SEEN[name] = max(SEEN.get(name, 0.0), value)
+  """Shown by `pytest -rP`: the figures in RESULTS.md."""
+  print(f"{name}: {value:.2g}")
 
 
 def setup(latents, start, scheme="insert", **changes):
@@ -567,9 +565,3 @@ def test_twenty_steps_leave_the_decoder_bit_identical():
 
 def _leaves(tree):
   return jax.tree_util.tree_leaves_with_path(tree)
-
-
-def test_differences_seen(capsys):
-  """Runs last: shows by how much the bounds above are kept."""
-  assert set(SEEN) >= {"loss, dense", "gradients, dense"}
-  print("\n".join(f"{k}: {v:.2g}" for k, v in sorted(SEEN.items())))

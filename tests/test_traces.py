@@ -308,6 +308,25 @@ def test_points_are_minus_one_where_too_few_are_valid():
   assert laid.weights.sum(-1).tolist() == [[0, 0, 2, 2], [0, 0, 0, 0]]
 
 
+def test_points_near_a_documents_end_come_first():
+  # Documents end at 4, at 9 and (cut off by the sequence, so not there) at 15.
+  documents = jnp.asarray([[0] * 5 + [1] * 5 + [2] * 6])
+  near = traces.near_end(documents, 2)
+  assert np.flatnonzero(near[0]).tolist() == [3, 4, 8, 9]
+  # An end itself has no token after it, so two points are near and valid.
+  for seed in range(20):
+    key = jax.random.key(seed)
+    spec = TraceSpec(latents=1, ahead=2, count=3, tail=2)
+    points = traces.sample_points(key, documents, spec)[0].tolist()
+    assert {3, 8} < set(points)
+  without = dataclasses.replace(spec, tail=0)
+  drawn = [
+    set(traces.sample_points(jax.random.key(s), documents, without)[0].tolist())
+    for s in range(20)
+  ]
+  assert not all({3, 8} < points for points in drawn)
+
+
 def test_stratified_points_fall_one_in_each_bucket():
   spec = TraceSpec(2, 3, count=4, law="stratified", min_ahead=2)
   points = many(spec)

@@ -75,6 +75,8 @@ class TraceSpec:
     for key in ("latents", "ahead", "count", "min_ahead"):
       if getattr(self, key) < 1:
         raise UserError(f"traces.{key}={getattr(self, key)} must be at least 1")
+    if self.tail < 0:
+      raise UserError(f"traces.tail={self.tail} must be 0 (off) or more")
     if self.min_ahead > self.ahead:
       raise UserError(
         f"traces.min_ahead={self.min_ahead} exceeds ahead={self.ahead}"
