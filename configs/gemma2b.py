@@ -46,46 +46,17 @@ Expected, from the paper's table 1 (perplexity against the frozen decoder, %):
 
 from ml_collections import ConfigDict
 
-from cacheaug import config as configs
-from cacheaug.data.sources import source_defaults
+from cacheaug import decoders
 
 
 def get_config() -> ConfigDict:
-  c = configs.base()
-  c.decoder.how_to_get = (
-    "give the directory of Gemma-2 2B: accept its licence at "
-    "huggingface.co/google/gemma-2-2b (or Kaggle), run `huggingface-cli "
-    "download google/gemma-2-2b --local-dir=DIR`, then "
-    "--config.decoder.path=DIR; without weights, try --config.runlocal=True"
-  )
-  # What the weights must be; other tools plan by it without having them.
-  c.decoder.shape.update(
-    vocab_size=256_000,
-    width=2304,
-    layers=26,
-    heads=8,
-    kv_heads=4,
-    head_dim=256,
-    mlp_width=9216,
-    max_positions=8192,
-    window=4096,
-  )
-  c.coprocessor.latents = 16
+  """See the module docstring."""
+  c = decoders.experiment("gemma2_2b")
   c.traces.count = 128
-  c.traces.ahead = 16
-  text = source_defaults()
-  text.kind = "tfds"
-  text.path = "huggingface:allenai__c4/en"
-  c.data.sources = ConfigDict({"c4": text})
-  c.data.validation_fraction = 0.001
-  c.data.sequence = 2048
   c.data.batch = 1024
   c.optimizer.steps = 100_000
   c.optimizer.accumulation = 4
   c.mesh.fsdp = 16
-  c.precision.compute = "bfloat16"
-  c.precision.decoder = "bfloat16"
-  c.remat = "full"
   c.eval.sequences = 512
   c.eval.batch = 16
   return c
