@@ -15,6 +15,7 @@ from cacheaug import optim, sharding
 from cacheaug.augment import coprocessor, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
+from cacheaug.kernels import dispatch
 from cacheaug.model import config as model_config
 from cacheaug.model import transformer
 from cacheaug.model.config import ModelConfig
@@ -115,7 +116,12 @@ def base() -> ConfigDict:
   c.precision = ConfigDict()
   c.precision.compute = "auto"  # bfloat16 on accelerators, float32 on CPU
   c.precision.decoder = "auto"  # storage of the frozen decoder
-  c.remat = "none"  # or full, dots: what the backward pass recomputes
+  # What the backward pass computes again: lean (what lies between matrix
+  # products), none, or full (everything; least memory).
+  c.remat = "lean"
+  # Attention over the context: auto (by device and shape, and logged), or
+  # plain, xla, tpu, gpu, see kernels/dispatch.py.
+  c.attention = "auto"
 
   c.log_every = 100  # steps
   c.checkpoint = ConfigDict()
@@ -162,7 +168,7 @@ def base() -> ConfigDict:
       "optimizer": {"steps": 20, "warmup": 2, "accumulation": 1},
       "precision": {"compute": "auto", "decoder": "auto"},
       "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-      "remat": "none",
+      "remat": "lean",
       "log_every": 5,
       "checkpoint": {"every": 10},
       "eval": {"sequences": 8, "batch": 8, "ahead": 8, "problems": 0},
@@ -280,7 +286,8 @@ def validate(config: ConfigDict, devices: int) -> None:
   _one_of(config, "traces.law", traces.LAWS)
   _one_of(config, "precision.compute", DTYPES)
   _one_of(config, "precision.decoder", DTYPES)
-  _one_of(config, "remat", ("none", *transformer.REMAT_POLICIES))
+  _one_of(config, "remat", tuple(transformer.REMAT_POLICIES))
+  _one_of(config, "attention", dispatch.NAMES)
   for key in _POSITIVE:
     if _at(config, key) < 1:
       raise UserError(f"{key}={_at(config, key)} must be at least 1")

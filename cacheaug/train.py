@@ -24,8 +24,10 @@ from cacheaug.checkpoint import Checkpoints
 from cacheaug.data import pipeline, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.evals import finish
+from cacheaug.kernels import dispatch
 from cacheaug.metrics import MetricWriter, Progress, memory_peak
 from cacheaug.model import pretrained, transformer
+from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.preemption import StopOnSignal
 
@@ -55,7 +57,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   workdirs.check(config, workdir)
 
   # --- model, tokenizer -----------------------------------------------------
-  model, tokenizer = open_model(config)
+  model, tokenizer = open_model(config, mesh)
 
   # --- data -----------------------------------------------------------------
   batches = pipeline.open_batches(
@@ -138,8 +140,13 @@ def train(config: ConfigDict, workdir: str) -> None:
   report(config, workdir, model, decoder, params, tokenizer, fingerprint)
 
 
-def open_model(config: ConfigDict) -> tuple[Transformer, tokenizers.Tokenizer]:
-  """The architecture and the tokenizer; reads no weights yet."""
+def open_model(
+  config: ConfigDict, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Transformer, tokenizers.Tokenizer]:
+  """The architecture and the tokenizer; reads no weights yet.
+
+  With a mesh, attention's kernels run on each of its devices' own part.
+  """
   spec = config.data.tokenizer
   if not config.decoder.path:
     model_config = configs.model_of(config)
@@ -158,9 +165,31 @@ def open_model(config: ConfigDict) -> tuple[Transformer, tokenizers.Tokenizer]:
       f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries, the "
       f"decoder's vocabulary {model_config.vocab_size}: give the decoder's own"
     )
-  compute = _dtype(config.precision.compute)
-  model = Transformer(model_config, dtype=compute, remat=config.remat)
-  return model, tokenizer
+  return make_model(config, model_config, mesh), tokenizer
+
+
+def make_model(
+  config: ConfigDict,
+  model_config: ModelConfig,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Transformer:
+  """The architecture as the config wants it run, on the mesh's devices."""
+  platform = jax.default_backend()
+  if mesh is not None:
+    platform = mesh.devices.flat[0].platform
+  dtype = _dtype(config.precision.compute, platform)
+  name, why = dispatch.choose(
+    config.attention, platform, model_config.head_dim, dtype
+  )
+  logging.info("attention over the context: %s (%s)", name, why)
+  kernel = dispatch.Kernel(name)
+  if mesh is not None:
+    kernel = dispatch.Kernel(
+      name, mesh, batch=sharding.RULES["B"], heads=sharding.RULES["K"]
+    )
+  return Transformer(
+    model_config, dtype=dtype, remat=config.remat, attention=kernel
+  )
 
 
 def load_decoder(
@@ -172,7 +201,7 @@ def load_decoder(
   """
   if config.objective == "language_model":
     return None, ""
-  storage = _dtype(config.precision.decoder)
+  storage = _dtype(config.precision.decoder, mesh.devices.flat[0].platform)
   key = jax.random.key(config.seed)
   abstract = jax.eval_shape(partial(transformer.init, model), key)
   shardings = sharding.tree_shardings(mesh, abstract)
@@ -193,9 +222,9 @@ def load_decoder(
   return decoder, pretrained.fingerprint(decoder)
 
 
-def _dtype(name: str) -> Any:
+def _dtype(name: str, platform: str) -> Any:
   if name == "auto":
-    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    name = "float32" if platform == "cpu" else "bfloat16"
   return jnp.dtype(name)
 
 
@@ -386,6 +415,8 @@ def report(config, workdir, model, decoder, params, tokenizer, fingerprint):
     )
   if jax.process_index():
     return
+  # On this process's own device: the others are not here to join a mesh.
+  model = model.clone(attention=dispatch.Kernel(model.attention.name))
   if config.objective == "language_model":
     figures, text = finish.language_model_report(
       config, model, params, tokenizer

@@ -6,15 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tolerances import ATTENTION, close, far, jit
+from tolerances import (
+  ATTENTION,
+  GRADIENT,
+  MATTERS,
+  close,
+  close_trees,
+  far,
+  jit,
+)
 
+from cacheaug.kernels import context_attention
+from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import attention
 from cacheaug.model.attention import Rows
 from cacheaug.model.cache import KVCache
 
 B, M, R, S, H, K, E = 2, 4, 3, 8, 4, 2, 6
 POINTS = np.array([[1, 3, 4, 6], [0, 2, 5, 6]], np.int32)
-STAIRS = (4, 8)  # of points 1, 3 | 4, 6 and 0, 2 | 5, 6
 
 
 def drawing_of(function):
@@ -65,11 +74,17 @@ def arrays(seed=0):
   return q, k, v, draw(B, S, K, E), draw(B, S, K, E)
 
 
-def rows_of(stairs=(), points=POINTS):
+def rows_of(points=POINTS):
   positions = points[..., None] - 1 + np.arange(R, dtype=np.int32)
   segments = np.array([[1, 1, 1, 2], [1, 1, 2, 2]], np.int32)
   segments = np.broadcast_to(segments[..., None], positions.shape)
-  return Rows(positions, segments, points[..., None], staircase=stairs)
+  return Rows(positions, segments, points[..., None])
+
+
+def starts_at(rows):
+  """The promise of intervals: where each block's document begins."""
+  begin = np.array([[0, 0, 0, 5], [0, 0, 3, 3]], np.int32)
+  return rows.replace(starts=begin[..., None])
 
 
 def cache_of(keys, values):
@@ -80,11 +95,22 @@ def cache_of(keys, values):
   return KVCache(keys, values, positions, segments)
 
 
-@functools.partial(jit, static_argnames=("window", "softcap"))
 def attend(q, k, v, keys, values, rows, *, window=None, softcap=0.0):
-  return attention.attend(
-    q, k, v, rows, cache_of(keys, values), window=window, softcap=softcap
-  )
+  # Freshly traced, since tests change the size of tiles.
+  @jax.jit
+  def run(q, k, v, keys, values):
+    return attention.attend(
+      q,
+      k,
+      v,
+      rows,
+      cache_of(keys, values),
+      window=window,
+      softcap=softcap,
+      kernel=Kernel("xla"),
+    )
+
+  return run(q, k, v, keys, values)
 
 
 def reference(q, k, v, keys, values, *, window=None, softcap=0.0):
@@ -122,10 +148,50 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("stairs", [(), STAIRS])
-def test_rows_over_context_and_block(case, stairs):
+def test_rows_over_context_and_block(case):
   x = arrays()
-  close(attend(*x, rows_of(stairs), **case), reference(*x, **case), ATTENTION)
+  close(attend(*x, rows_of(), **case), reference(*x, **case), ATTENTION)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tile", [(512, 128), (5, 3)], ids=str)
+def test_tiles_of_intervals(case, tile, monkeypatch):
+  """One tile, and several: rows and slots that do not divide into them."""
+  monkeypatch.setattr(context_attention, "ROWS", tile[0])
+  monkeypatch.setattr(context_attention, "SLOTS", tile[1])
+  x = arrays()
+  rows = starts_at(rows_of())
+  close(attend(*x, rows, **case), reference(*x, **case), ATTENTION)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_asked_for_are_the_last_of_all(case):
+  """Two of three rows ask, of the same keys: plain and in tiles."""
+  q, *others = arrays()
+  for rows in (rows_of(), starts_at(rows_of())):
+    some = attend(q[:, :, 1:], *others, rows, **case)
+    close(some, reference(q, *others, **case)[:, :, 1:], ATTENTION)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_tiles(case, monkeypatch):
+  """Against autodiff of the one masked softmax."""
+  monkeypatch.setattr(context_attention, "ROWS", 5)
+  monkeypatch.setattr(context_attention, "SLOTS", 3)
+  q, k, v, keys, values = arrays()
+  rows = rows_of()
+  weight = np.random.default_rng(1).standard_normal(q[:, :, 1:].shape)
+
+  def gradients(rows):
+    def loss(q, k, v):
+      out = attend(q[:, :, 1:], k, v, keys, values, rows, **case)
+      return (out * weight.astype(np.float32)).sum()
+
+    return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+  expected = gradients(rows)
+  close_trees(gradients(starts_at(rows)), expected, GRADIENT)
+  assert all(np.abs(x).max() > MATTERS for x in expected)
 
 
 def test_window_and_soft_cap_matter():
@@ -142,10 +208,11 @@ def test_a_window_past_the_context_is_none():
   np.testing.assert_array_equal(a, attend(*x, rows_of()))
 
 
-def test_a_staircase_that_lies_is_found_out():
-  """Its bounds do cut the context: a promise not kept changes the result."""
+def test_starts_that_lie_are_found_out():
+  """They do cut the context: a promise not kept changes the result."""
   x = arrays()
-  far(attend(*x, rows_of((2, 4))), reference(*x))
+  rows = starts_at(rows_of())
+  far(attend(*x, rows.replace(starts=rows.starts + 1)), reference(*x))
 
 
 def test_repeated_key_heads_equal_grouped_queries():
@@ -168,7 +235,7 @@ def test_what_is_hidden_has_no_influence_at_all():
   x = arrays()
 
   def loss(k, v, keys, values):
-    out = attend.__wrapped__(x[0], k, v, keys, values, rows_of(), window=3)
+    out = attend(x[0], k, v, keys, values, rows_of(), window=3)
     return jnp.sin(out[:, 1]).sum()  # of every sequence's second block
 
   own_k, own_v, keys, values = jit(jax.grad(loss, (0, 1, 2, 3)))(*x[1:])
@@ -186,9 +253,7 @@ def test_a_row_that_sees_nothing_is_finite():
   empty = rows_of().replace(segments=np.zeros((B, M, R), np.int32))
   out = attend(*x, empty)
   assert np.isfinite(np.asarray(out)).all()
-  gradient = jit(
-    jax.grad(lambda q: attend.__wrapped__(q, *x[1:], empty).sum())
-  )(x[0])
+  gradient = jit(jax.grad(lambda q: attend(q, *x[1:], empty).sum()))(x[0])
   assert np.isfinite(np.asarray(gradient)).all()
 
 
@@ -197,7 +262,9 @@ def test_one_row_is_softmax_over_what_was_seen_before():
   q, k, v, _, _ = arrays()
   positions = np.broadcast_to(np.arange(R, dtype=np.int32), (B, R))
   ones = np.ones((B, R), np.int32)
-  run = functools.partial(attention.attend, window=2, softcap=1.5)
+  run = functools.partial(
+    attention.attend, window=2, softcap=1.5, kernel=Kernel("xla")
+  )
 
   @jit
   def both(q, k, v):

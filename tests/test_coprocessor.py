@@ -18,6 +18,7 @@ from tolerances import (
 from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
+from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import transformer
 
 N, S = 3, 12
@@ -53,7 +54,7 @@ def latents(start, coproc):
 
   def z(soft, keys, copied):
     return coprocessor.latents(
-      model,
+      model.clone(attention=Kernel("plain")),  # for gradients of the context
       coproc | {"soft_tokens": soft},
       cache.replace(keys=keys),
       laid,

@@ -30,6 +30,8 @@ from tolerances import (
 
 from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.augment.traces import TraceSpec
+from cacheaug.kernels import context_attention
+from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
 
@@ -290,36 +292,58 @@ def test_schemes_and_windows_and_caps_are_told_apart():
     far(loss(coproc), losses["overlay"])
 
 
-def test_staircase_equals_none():
-  """Through the loss itself, on stratified points."""
+@pytest.mark.parametrize("law", traces.LAWS)
+def test_tiles_equal_one_masked_softmax(law, monkeypatch):
+  """Through the loss itself, with several tiles of rows and of slots."""
   model, spec, decoder, coproc, tokens = setup(
-    2, "harmless", "replace", count=14, law="stratified"
+    2, "harmless", "replace", count=14, law=law
   )
   documents = np.where(DOCUMENTS < 0, 3, DOCUMENTS)
   key = jax.random.key(5)
-  stairs = traces.staircase(spec, S)
-  assert len(stairs) == 7
+  batch = {"tokens": tokens, "documents": documents}
 
-  @jit
-  def both(coproc):
-    batch = {"tokens": tokens, "documents": documents}
-    points = traces.sample_points(key, documents, spec)
-    args = model, decoder, coproc, batch, points, spec
-    sums = objective.coprocessor_loss(*args)
-    laid = traces.lay_out(tokens, documents, points, spec)
-    _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
-    nll = objective.traces_nll(model, decoder, coproc, cache, laid)
-    # Bounds that leave a run without its context.
-    low = laid.replace(rows=laid.rows.replace(staircase=(4, *stairs[:-1])))
-    lied = objective.traces_nll(model, decoder, coproc, cache, low)
-    w = laid.weights
-    plain = (nll * w).sum((0, 1)), w.sum((0, 1))
-    return sums, plain, (lied * w).sum((0, 1))
+  def run(name):
+    @jit
+    def sums(coproc):
+      points = traces.sample_points(key, documents, spec)
 
-  (nll, tokens_counted), (expected, count), lied = both(coproc)
-  np.testing.assert_array_equal(tokens_counted, count)
-  note("loss, staircase", close(nll / count, expected / count, LOSS))
-  far(lied / count, expected / count)
+      def loss(coproc):
+        nll, tokens = objective.coprocessor_loss(
+          model.clone(attention=Kernel(name)),
+          decoder,
+          coproc,
+          batch,
+          points,
+          spec,
+        )
+        return nll.sum() / tokens.sum()
+
+      return jax.value_and_grad(loss)(coproc)
+
+    return sums(coproc)
+
+  loss, grads = run("plain")
+  monkeypatch.setattr(context_attention, "ROWS", 16)
+  monkeypatch.setattr(context_attention, "SLOTS", 8)
+  tiled, tiled_grads = run("xla")
+  note("loss, tiles", close(tiled, loss, LOSS))
+  note("gradients, tiles", close_trees(tiled_grads, grads, GRADIENT))
+  # The tiles' bounds are real: without the last tile the loss is another.
+  monkeypatch.setattr(context_attention, "_last", lambda stop, slots: 1)
+  far(run("xla")[0], loss)
+
+
+def test_gradient_of_the_context_is_refused():
+  """Rather than wrong: it is a constant where tiles are skipped."""
+  model, spec, decoder, coproc, tokens = setup(2, "harmless", "replace")
+  laid = laid_out(tokens, spec)
+
+  def loss(decoder):
+    _, cache = transformer.prefill(model, decoder, tokens)
+    return objective.traces_nll(model, decoder, coproc, cache, laid).sum()
+
+  with pytest.raises(TypeError, match="plain"):
+    jax.grad(loss)(decoder)
 
 
 # --- what depends on what ---------------------------------------------------
@@ -334,7 +358,7 @@ def test_causality_by_gradient(scheme):
   """
   n, points = 2, np.array([[4, 7, 15, 20]], np.int32)
   documents = DOCUMENTS[:1]
-  model = make_model(tied_head=False)
+  model = make_model(tied_head=False).clone(attention=Kernel("plain"))
   spec = TraceSpec(n, A, scheme)
   decoder, coproc = make_params(model), make_coprocessor(model, spec)
   tokens = np.random.default_rng(0).permutation(37)[None, :S].astype(np.int32)
@@ -472,9 +496,9 @@ def frozen_hidden(model, decoder, tokens):
     x = model.apply({"params": decoder}, tokens, method="embed")
     positions = jnp.broadcast_to(jnp.arange(S)[None], (2, S))
     rows = Rows.plain(positions, segments)
-    return model.apply(
-      {"params": decoder}, x[:, None], rows, None, method="run"
-    )[0][:, 0]
+    first = [[list(d).index(x) for x in d] for d in DOCUMENTS]
+    rows = rows.replace(starts=jnp.array(first)[:, None])
+    return transformer.run_blocks(model, decoder, x[:, None], rows, None)[:, 0]
 
   return np.asarray(run(decoder))
 

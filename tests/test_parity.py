@@ -39,11 +39,9 @@ def run(model, params, tokens, mask):
     positions = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
     x = transformer.embed(model, params, tokens)
     rows = Rows.plain(positions, mask)
-    last, _, hidden = model.apply(
-      {"params": params}, x[:, None], rows, None, method="run"
-    )
-    hidden = jnp.concatenate([hidden[:-1], last[None]])
-    return transformer.logits(model, params, last[:, 0]), hidden[:, :, 0]
+    out = transformer.run(model, params, x[:, None], rows, None)
+    hidden = jnp.concatenate([out.layers, out.hidden[None]])
+    return transformer.logits(model, params, out.hidden[:, 0]), hidden[:, :, 0]
 
   return jax.tree.map(np.asarray, forward(params, tokens, mask))
 

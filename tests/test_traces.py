@@ -339,22 +339,12 @@ def test_stratified_points_fall_one_in_each_bucket():
   assert (points[:, 1, 3] == -1).all() and (points[:, 0] >= 0).all()
 
 
-@pytest.mark.parametrize("count", [1, 4, 8, 12, 16])
-def test_stairs_cover_every_stratified_point(count):
-  spec = TraceSpec(1, 1, start="as_is", count=count, law="stratified")
-  documents = np.zeros((1, 48), np.int32)
-  stairs = traces.staircase(spec, 48)
-  assert count % len(stairs) == 0 and len(stairs) <= traces.STAIRS
-  bounds = np.repeat(stairs, count // len(stairs))
-  points = many(spec, documents, 500)[:, 0]
-  assert (points < bounds[None]).all() and stairs[-1] == 48
-  # And are no higher than they must be: the last slot of a run is drawn.
-  if count == 16:
-    assert (points.max(0) == bounds - 1)[1::2].any()
-
-
-def test_uniform_points_have_no_stairs():
-  assert traces.staircase(TraceSpec(1, 1, count=4), 16) == ()
+def test_starts_are_where_segments_begin():
+  segments = np.array([[1, 1, 2, 2, 2, 0], [0, 0, 3, 3, 4, 4]])
+  starts = traces.starts_of(segments)
+  np.testing.assert_array_equal(
+    starts, [[0, 0, 2, 2, 2, 5], [0, 0, 2, 2, 4, 4]]
+  )
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def latents(
   harmless = "latent_projection" in params
   x = soft + copied if harmless else jnp.broadcast_to(soft, copied.shape)
   hidden = transformer.run_blocks(
-    model, params["transformer"], x, traces.latent_rows, cache
+    model, params["transformer"], x, traces.latent_rows, cache, trained=True
   )
   if not harmless:
     return hidden

@@ -29,7 +29,8 @@ def context_pass(
 ) -> tuple[jax.Array, KVCache]:  # hidden [B, S, D], cache
   """Pass 1."""
   segments = traces.segments_of(documents, spec.mask_documents)
-  return transformer.prefill(model, decoder, tokens, segments=segments)
+  starts = traces.starts_of(segments)
+  return transformer.read(model, decoder, tokens, segments, starts)
 
 
 def decoder_pass(
@@ -42,17 +43,29 @@ def decoder_pass(
   """Pass 3: negative log-likelihood of every ahead token."""
   ahead = transformer.embed(model, decoder, laid.ahead)
   x = jnp.concatenate([z.astype(ahead.dtype), ahead], axis=2)
-  hidden = transformer.run_blocks(model, decoder, x, laid.rows, cache)
-  predicting = hidden[:, :, z.shape[2] - 1 :]  # the last latent's row onwards
-  return _nll(model, decoder, predicting, laid.targets)
+  # Rows from the last latent's on predict.
+  predicting = transformer.run_blocks(
+    model, decoder, x, laid.rows, cache, wanted=z.shape[2] - 1
+  )
+  return rows_nll(model, decoder, predicting, laid.targets)
 
 
-def _nll(model, params, hidden, targets):
+def rows_nll(
+  model: Transformer,
+  params: Params,
+  hidden: jax.Array,  # [B, ..., D]
+  targets: jax.Array,  # [B, ...]
+  *,
+  frozen: bool = True,
+) -> jax.Array:  # [B, ...] nats
+  """Nll of each row's target; `frozen` gives `params` no gradient."""
   return token_nll(
     lambda h: transformer.logits(model, params, h),
     hidden,
     targets,
-    model.config.vocab_size,
+    vocab_size=model.config.vocab_size,
+    shards=model.attention.shards,
+    frozen=frozen,
   )
 
 
@@ -83,8 +96,7 @@ def coprocessor_loss(
   traces. Sums, so that accumulated micro-batches equal one big batch.
   """
   tokens, documents = batch["tokens"], batch["documents"]
-  stairs = traces.staircase(spec, tokens.shape[-1])
-  laid = traces.lay_out(tokens, documents, points, spec, stairs)
+  laid = traces.lay_out(tokens, documents, points, spec)
   _, cache = context_pass(model, decoder, tokens, documents, spec)
   nll = traces_nll(model, decoder, coproc, cache, laid)
   return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
@@ -113,9 +125,12 @@ def next_token_nll(
   params: Params,
   hidden: jax.Array,  # [B, S, D]
   tokens: jax.Array,  # [B, S]
+  *,
+  frozen: bool = True,
 ) -> jax.Array:  # [B, S - 1], entry t is the nll of token t + 1
   """Plain language-model nll from a context pass's hidden states."""
-  return _nll(model, params, hidden[:, :-1], tokens[:, 1:])
+  rows = hidden[:, :-1], tokens[:, 1:]
+  return rows_nll(model, params, *rows, frozen=frozen)
 
 
 def language_model_loss(
@@ -127,8 +142,8 @@ def language_model_loss(
   """Sums over this batch: nll [1] and tokens [1] (within documents)."""
   tokens, documents = batch["tokens"], batch["documents"]
   segments = traces.segments_of(documents, mask_documents)
-  hidden, _ = transformer.prefill(model, params, tokens, segments=segments)
-  nll = next_token_nll(model, params, hidden, tokens)
+  hidden = transformer.train_pass(model, params, tokens, segments)
+  nll = next_token_nll(model, params, hidden, tokens, frozen=False)
   same = documents[:, 1:] == documents[:, :-1]
   weights = (same & (documents[:, 1:] >= 0)).astype(jnp.float32)
   return (nll * weights).sum()[None], weights.sum()[None]

@@ -48,7 +48,6 @@ from cacheaug.model.attention import Rows
 SCHEMES = ("insert", "overlay", "replace")
 LAWS = ("uniform", "stratified")
 STARTS = ("as_is", "harmless")
-STAIRS = 8  # at most this many runs of blocks with a static context bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +143,8 @@ def sample_points(
 ) -> jax.Array:  # [B, M], ascending; -1 where there is no valid point left
   """Draws M different points a sequence.
 
-  uniform: the paper's law. stratified: one from each of M equal buckets of S,
-  which bounds every block's context statically. With either, points whose
+  uniform: the paper's law. stratified: one from each of M equal buckets of S.
+  With either, points whose
   document ends within `tail` tokens come before all others: where a document
   is a question and its answer, the latents that matter stand there.
   """
@@ -164,12 +163,12 @@ def sample_points(
   return jnp.where(noise.max(-1) >= 0, points, -1)
 
 
-def staircase(spec: TraceSpec, length: int) -> tuple[int, ...]:
-  """Static context bounds of equal runs of blocks; () where none hold."""
-  if spec.law != "stratified":
-    return ()
-  stairs = next(g for g in range(STAIRS, 0, -1) if spec.count % g == 0)
-  return tuple(length * (g + 1) // stairs for g in range(stairs))
+def starts_of(segments: jax.Array) -> jax.Array:
+  """Segments [B, S] -> the slot where each token's segment begins [B, S]."""
+  index = jnp.arange(segments.shape[-1], dtype=jnp.int32)[None]
+  new = segments[:, 1:] != segments[:, :-1]
+  new = jnp.pad(new, ((0, 0), (1, 0)), constant_values=True)
+  return jax.lax.cummax(jnp.where(new, index, 0), axis=1)
 
 
 def lay_out(
@@ -177,7 +176,6 @@ def lay_out(
   documents: jax.Array,  # [B, S], -1 = padding
   points: jax.Array,  # [B, M], -1 = no trace
   spec: TraceSpec,
-  stairs: tuple[int, ...] = (),
 ) -> Traces:
   """Rows, tokens, targets and weights of M traces a sequence."""
   n, a, s = spec.latents, spec.ahead, tokens.shape[-1]
@@ -194,11 +192,12 @@ def lay_out(
   shift = n if spec.scheme == "insert" else 0
   latent_positions = last + shift
   targets = at(tokens, p + after)
-  segment = at(segments_of(documents, spec.mask_documents), p)
+  segments = segments_of(documents, spec.mask_documents)
+  segment, starts = at(segments, p), at(starts_of(segments), p)
 
   def rows(positions, limits):
-    segments = jnp.broadcast_to(segment, positions.shape)
-    return Rows(positions, segments, limits, staircase=stairs)
+    here = jnp.broadcast_to(segment, positions.shape)
+    return Rows(positions, here, limits, starts=starts)
 
   row_positions = jnp.concatenate(
     [latent_positions, p + shift + after[..., :-1]], -1

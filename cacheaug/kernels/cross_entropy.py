@@ -1,38 +1,116 @@
-"""Negative log-likelihood over a large vocabulary, in chunks of rows."""
+"""Negative log-likelihood over a large vocabulary, in chunks of rows.
+
+No [rows, V] array outlives its chunk. Where the head is frozen, the forward
+pass also makes d(nll)/d(hidden) while it has the logits, so that the backward
+pass has nothing left to do but scale it: two products with the embedding, not
+three.
+"""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-CHUNK_ELEMENTS = 2**26  # logits held at once; 256 MiB in float32
+# Rows of logits held at once, on each device: many, where V is small; where it
+# is large, enough to keep the product with the embedding bound by arithmetic
+# and not by reading the embedding (2304 x 256k in bfloat16: 1.2 GB a chunk).
+CHUNK_ELEMENTS = 2**21
+CHUNK_ROWS = 512
+
+LogitsOf = Callable[[jax.Array], jax.Array]  # [..., D] -> [..., V]
 
 
 def token_nll(
-  logits_of: Callable[[jax.Array], jax.Array],  # [..., D] -> [..., V]
-  hidden: jax.Array,  # [..., D]
-  targets: jax.Array,  # [...] tokens
+  logits_of: LogitsOf,
+  hidden: jax.Array,  # [B, ..., D]
+  targets: jax.Array,  # [B, ...] tokens
+  *,
   vocab_size: int,  # V
-) -> jax.Array:  # [...] nats, float32
+  shards: int = 1,  # devices that B is split over
+  frozen: bool = False,
+) -> jax.Array:  # [B, ...] nats, float32
   """Nll of each row's target under the (soft-capped) logits.
 
-  Where all logits at once would exceed CHUNK_ELEMENTS, rows go through in
-  chunks whose logits are recomputed in the backward pass.
+  Args:
+    logits_of: the head; may close over its parameters.
+    hidden: rows.
+    targets: of each row.
+    vocab_size: V.
+    shards: chunks cut the other axes and leave B as it is split.
+    frozen: gradients are wanted with respect to `hidden` alone. Else the
+      chunks' logits are computed again in the backward pass.
   """
+  b = hidden.shape[0]
+  rows = max(CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size)
+  size = max(1, rows // max(1, b // shards))
+  flat = hidden.reshape(b, -1, hidden.shape[-1]), targets.reshape(b, -1)
+  if frozen:
+    out = _frozen(logits_of, size, *flat)
+  else:
+    nll = jax.checkpoint(lambda *args: _nll(logits_of, *args)[0])
+    out = _in_chunks(nll, size, *flat)
+  return out.reshape(targets.shape)
 
-  def nll(rows, wanted):
-    logits = logits_of(rows)
-    top = jax.nn.logsumexp(logits, axis=-1)
-    return top - jnp.take_along_axis(logits, wanted[..., None], -1)[..., 0]
 
-  if targets.size * vocab_size <= CHUNK_ELEMENTS:
-    return nll(hidden, targets)
-  rows = max(1, CHUNK_ELEMENTS // vocab_size)
-  pad = -targets.size % rows
-  flat = jnp.pad(hidden.reshape(targets.size, -1), ((0, pad), (0, 0)))
-  wanted = jnp.pad(targets.reshape(-1), (0, pad))
-  out = jax.lax.map(
-    lambda args: jax.checkpoint(nll)(*args),
-    (flat.reshape(-1, rows, flat.shape[-1]), wanted.reshape(-1, rows)),
-  )
-  return out.reshape(-1)[: targets.size].reshape(targets.shape)
+def _nll(logits_of, hidden, targets):
+  """Nll, and what its gradient needs."""
+  logits = logits_of(hidden)
+  lse = jax.nn.logsumexp(logits, axis=-1)
+  mine = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+  return lse - mine, logits, lse
+
+
+def _nll_and_gradient(logits_of, hidden, targets):
+  """Nll and d(nll)/d(hidden), from the same logits."""
+
+  def nll(hidden):
+    logits = logits_of(hidden)
+    return logits, logits
+
+  logits, pull, _ = jax.vjp(nll, hidden, has_aux=True)
+  lse = jax.nn.logsumexp(logits, axis=-1)
+  tokens = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,))
+  mine = tokens == targets[..., None]
+  out = lse - jnp.where(mine, logits, 0.0).sum(-1)
+  (gradient,) = pull(jnp.exp(logits - lse[..., None]) - mine)
+  return out, gradient
+
+
+def _frozen(logits_of, size, hidden, targets):
+  @jax.custom_vjp
+  def nll(hidden):
+    return _in_chunks(
+      lambda *args: _nll(logits_of, *args)[0], size, hidden, targets
+    )
+
+  def forward(hidden):
+    return _in_chunks(
+      lambda *args: _nll_and_gradient(logits_of, *args), size, hidden, targets
+    )
+
+  def backward(gradient, dnll):
+    return ((gradient * dnll[..., None]).astype(gradient.dtype),)
+
+  nll.defvjp(forward, backward)
+  return nll(hidden)
+
+
+def _in_chunks(function, size, hidden, targets):
+  """Function of [B, t, D] and [B, t], in turns over T."""
+  t = targets.shape[1]
+  if t <= size:
+    return function(hidden, targets)
+  turns = -(-t // size)
+  size = -(-t // turns)
+  pad = turns * size - t
+
+  def split(x):  # [B, T, ...] -> [turns, B, size, ...]
+    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], turns, size, *x.shape[2:]), 1, 0)
+
+  def join(x):
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], turns * size, *x.shape[3:])[:, :t]
+
+  out = jax.lax.map(lambda a: function(*a), (split(hidden), split(targets)))
+  return jax.tree.map(join, out)

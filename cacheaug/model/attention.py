@@ -5,16 +5,25 @@ pass is one block (M = 1) without context; one decoding step is one block of
 one row over a static cache; the paper's passes 2 and 3 are M blocks, one a
 trace, over one shared context. Blocks never see each other, so scores are
 [M R, S + R] and no (S + M R) x (S + M R) mask is ever formed.
+
+`attend` has two ways. Where what a row sees of the context is an interval of
+slots (training, see Rows.starts), tiles that no row sees are skipped, nothing
+as long as the context is kept for the backward pass, and the context gets no
+gradient: kernels/context_attention.py. Else (decoding, caches with holes) one
+masked softmax over everything, differentiable in everything.
 """
+
+import functools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from cacheaug.kernels.context_attention import MASKED
+from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model.cache import KVCache
 
-# Finite, so that a row that sees nothing (padding) gives no NaN.
-MASKED = -2.0e38
 NO_LIMIT = 2**30  # beyond every position
 
 
@@ -22,18 +31,18 @@ NO_LIMIT = 2**30  # beyond every position
 class Rows:
   """Where the rows of a pass stand.
 
-  `limits` is the last context position that rows may see. `staircase`
-  promises, statically, how much context equal runs of blocks can need: with
-  bounds (b_1, ..., b_G), blocks of run g see no context slot at or beyond b_g,
-  so those scores are never computed. `order` replaces "no later row of the
-  block" where one block stands for many (the dense reference).
+  `limits` is the last context position that rows may see. `starts` promises
+  that the context's positions are its slots, that a row's document begins at
+  that slot and has no hole up to the limit, and that no gradient with respect
+  to the context is wanted. `order` replaces "no later row of the block" where
+  one block stands for many (the dense reference).
   """
 
   positions: jax.Array  # [B, M, R] int32
   segments: jax.Array  # [B, M, R] int32, 0 = padding
   limits: jax.Array  # [B, M, R] or [B, M, 1] int32
   order: jax.Array | None = None  # [B, M, R, R] bool
-  staircase: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+  starts: jax.Array | None = None  # [B, M, R] or [B, M, 1] int32
 
   @classmethod
   def plain(cls, positions: jax.Array, segments: jax.Array) -> "Rows":
@@ -110,7 +119,7 @@ def block_mask(
 
 
 def _scores(q, keys, mask, softcap):
-  """Masked scores [B, K, m, r, G, T] of q over keys, float32.
+  """Scores [B, K, m, r, G, T] of q over keys, float32, masked if asked.
 
   q [B, K, m, r, G, E]; keys [B, K, T, E], or [B, K, m, T, E] where each block
   has its own; mask [B, m, r, T]. Batch axes lead and the rest is one matrix
@@ -123,6 +132,8 @@ def _scores(q, keys, mask, softcap):
   scores = scores.reshape(b, k, m, r, g, -1)
   if softcap:
     scores = softcap * jnp.tanh(scores / softcap)
+  if mask is None:
+    return scores
   return jnp.where(mask[:, None, :, :, None], scores, MASKED)
 
 
@@ -149,8 +160,126 @@ def _attend(q, own_k, own_v, own_mask, context, softcap):
   return (out / total[..., None]).astype(own_v.dtype)
 
 
+def _interval(
+  rows: Rows, window: jax.Array | int | None
+) -> tuple[jax.Array, jax.Array]:  # [B, M, R] each
+  """What `context_mask` says as slots start <= s < stop, given rows.starts."""
+  start = jnp.broadcast_to(rows.starts, rows.positions.shape)
+  if window is not None:
+    start = jnp.maximum(start, rows.positions - window + 1)
+  stop = jnp.where(rows.segments != 0, rows.limits + 1, 0)
+  return start, stop
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+def _joint(
+  q,  # [B, K, M, R, G, E]
+  own_k,  # [B, K, M, R, E]
+  own_v,
+  keys,  # [B, K, S, E], constants
+  values,
+  start,  # [B, M, R]
+  stop,
+  own_mask,  # [B, M, R, R]
+  softcap,
+  kernel,
+):
+  """Softmax over [context interval | own block], joined by log-sum-exp."""
+  return _joint_forward(
+    q, own_k, own_v, keys, values, start, stop, own_mask, softcap, kernel
+  )[0]
+
+
+def _joint_forward(
+  q, own_k, own_v, keys, values, start, stop, own_mask, softcap, kernel
+):
+  own = _scores(q, own_k, own_mask, softcap)
+  there, there_lse = kernel.forward(
+    _merge(q),
+    keys,
+    values,
+    _repeat(start, q),
+    _repeat(stop, q),
+    softcap=softcap,
+  )
+  there, there_lse = there.reshape(q.shape), there_lse.reshape(q.shape[:-1])
+  lse = jnp.logaddexp(there_lse, jax.nn.logsumexp(own, -1))
+  out = there * jnp.exp(there_lse - lse)[..., None]
+  out += _weighted(jnp.exp(own - lse[..., None]), own_v).astype(jnp.float32)
+  # Named, so that a checkpoint policy can keep them: the tiles are not run
+  # again in the backward pass.
+  out = checkpoint_name(out.astype(own_v.dtype), "attention")
+  lse = checkpoint_name(lse, "attention")
+  saved = q, own_k, own_v, keys, values, start, stop, own_mask, out, lse
+  return out, saved
+
+
+def _joint_backward(softcap, kernel, saved, dout):
+  q, own_k, own_v, keys, values, start, stop, own_mask, out, lse = saved
+  b, k, m, r, g, e = q.shape
+  delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
+  dq = kernel.backward_dq(
+    _merge(q),
+    keys,
+    values,
+    _repeat(start, q),
+    _repeat(stop, q),
+    lse.reshape(b, k, -1),
+    delta.reshape(b, k, -1),
+    _merge(dout),
+    softcap=softcap,
+  ).reshape(q.shape)
+  own = _scores(q, own_k, own_mask, softcap)  # [B, K, M, R, G, R]
+  weights = jnp.exp(own - lse[..., None])
+  back = weights * (_scores(dout, own_v, None, 0.0) - delta[..., None])
+  if softcap:
+    back *= 1.0 - (jnp.clip(own, -softcap, softcap) / softcap) ** 2
+  dq += _weighted(back, own_k).astype(jnp.float32)
+
+  def down(weights, rows):  # sum over the rows and groups that saw a key
+    weights = weights.reshape(b, k, m, r * g, -1).astype(rows.dtype)
+    rows = rows.reshape(b, k, m, r * g, e)
+    return jnp.einsum("bkmqt,bkmqe->bkmte", weights, rows)
+
+  dk, dv = down(back, q), down(weights, dout.astype(own_v.dtype))
+  return (
+    dq.astype(q.dtype),
+    dk.astype(own_k.dtype),
+    dv.astype(own_v.dtype),
+    *(None,) * 5,
+  )
+
+
+def _joint_checked(
+  q, own_k, own_v, keys, values, start, stop, own_mask, softcap, kernel
+):
+  if keys.perturbed or values.perturbed:
+    raise TypeError(
+      "a gradient with respect to a context's keys or values is wanted, which "
+      "tiled attention takes for constants: use the kernel 'plain'"
+    )
+  args = q, own_k, own_v, keys, values, start, stop, own_mask
+  return _joint_forward(*(x.value for x in args), softcap, kernel)
+
+
+_joint.defvjp(_joint_checked, _joint_backward, symbolic_zeros=True)
+
+
+def _merge(q):
+  """[B, K, M, R, G, E] -> [B, K, M R G, E]."""
+  return q.reshape(*q.shape[:2], -1, q.shape[-1])
+
+
+def _repeat(x, q):
+  """[B, M, R] -> [B, M R G], for the rows of `_merge`."""
+  groups = q.shape[4]
+  return jnp.broadcast_to(x[..., None], (*x.shape, groups)).reshape(
+    x.shape[0], -1
+  )
+
+
 def attend(
-  q: jax.Array,  # [B, M, R, H, E], scaled, RoPE applied
+  q: jax.Array,  # [B, M, Q, H, E], scaled, RoPE applied; the last Q of R rows
   k: jax.Array,  # [B, M, R, K, E], RoPE applied
   v: jax.Array,  # [B, M, R, K, E]
   rows: Rows,
@@ -158,30 +287,33 @@ def attend(
   *,
   window: jax.Array | int | None,
   softcap: float,
-) -> jax.Array:  # [B, M, R, H, E]
+  kernel: Kernel,
+) -> jax.Array:  # [B, M, Q, H, E]
   """Grouped-query attention over [cache | own block], softmax in float32."""
   b, m, r, h, e = q.shape
-  heads = k.shape[3]
+  heads, first = k.shape[3], k.shape[2] - r
+  asking = jax.tree.map(
+    lambda x: x if x.shape[2] == 1 else x[:, :, first:], rows
+  )
   q = q.reshape(b, m, r, heads, h // heads, e)
-  q = q.transpose(0, 3, 1, 2, 4, 5)  # [B, K, M, R, G, E]
+  q = q.transpose(0, 3, 1, 2, 4, 5)  # [B, K, M, Q, G, E]
   k, v = (x.transpose(0, 3, 1, 2, 4) for x in (k, v))  # [B, K, M, R, E]
-  own_mask = block_mask(rows, window)
-  if cache is None:
-    out = _attend(q, k, v, own_mask, None, softcap)
+  own_mask = block_mask(rows, window)[:, :, first:]
+  context = None
+  if cache is not None:
+    context = [x.swapaxes(1, 2) for x in (cache.keys, cache.values)]
+  if rows.starts is None or kernel.name == "plain":
+    if cache is not None:
+      context.append(context_mask(asking, cache, window))
+    out = _attend(q, k, v, own_mask, context, softcap)
+  elif cache is not None:
+    interval = _interval(asking, window)
+    args = q, k, v, *context, *interval, own_mask
+    out = _joint(*args, softcap, kernel)
   else:
-    seen = context_mask(rows, cache, window)
-    keys, values = (x.swapaxes(1, 2) for x in (cache.keys, cache.values))
-    bounds = rows.staircase or (cache.positions.shape[1],)
-    step = m // len(bounds)
-    outs = []
-    for i, bound in enumerate(bounds):
-      run = slice(i * step, (i + 1) * step)
-      context = (
-        keys[:, :, :bound],
-        values[:, :, :bound],
-        seen[:, run, :, :bound],
-      )
-      mine = (x[:, :, run] for x in (q, k, v))
-      outs.append(_attend(*mine, own_mask[:, run], context, softcap))
-    out = jnp.concatenate(outs, 2)
+    # A context that reads itself: each row up to its own slot.
+    interval = _interval(asking.replace(limits=asking.positions), window)
+    args = _merge(q), k[:, :, 0], v[:, :, 0], *(_repeat(x, q) for x in interval)
+    out, _ = kernel.forward(*args, softcap=softcap)
+    out = out.reshape(q.shape).astype(v.dtype)
   return out.transpose(0, 2, 3, 1, 4, 5).reshape(b, m, r, h, e)

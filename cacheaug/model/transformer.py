@@ -12,10 +12,12 @@ import math
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from cacheaug.errors import UserError
+from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import attention
 from cacheaug.model.attention import Rows
 from cacheaug.model.cache import KVCache
@@ -29,10 +31,16 @@ ACTIVATIONS = {
   "silu": jax.nn.silu,
 }
 
-# What jax.checkpoint keeps of a block for the backward pass, by name.
+# What the backward pass finds of a block, by name; it computes the rest again.
+# lean: the projections' and attention's outputs, so that no matrix product and
+# no attention tile is run twice, only what is between them.
 REMAT_POLICIES = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "lean": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("attention"),
+  ),
   "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -102,16 +110,18 @@ class Attention(nn.Module):
   config: ModelConfig
   dtype: Any
   param_dtype: Any
+  kernel: Kernel
 
   @nn.compact
-  def __call__(self, x, rows, cache, window, rope):
-    """[B, M, R, D] -> the same, and (keys, values) [B, M, R, K, E]."""
+  def __call__(self, x, rows, cache, window, rope, wanted):
+    """[B, M, R, D] -> rows from `wanted` on, and kv [B, M, R, K, E] of all."""
     c = self.config
     d, h, k, e = c.width, c.heads, c.kv_heads, c.head_dim
     kw = dict(
       dtype=self.dtype, param_dtype=self.param_dtype, use_bias=c.attention_bias
     )
-    query = Linear({"D": d}, {"H": h, "E": e}, name="q", **kw)(x)
+    asking = x[:, :, wanted:]
+    query = Linear({"D": d}, {"H": h, "E": e}, name="q", **kw)(asking)
     key = Linear({"D": d}, {"K": k, "E": e}, name="k", **kw)(x)
     value = Linear({"D": d}, {"K": k, "E": e}, name="v", **kw)(x)
     if c.qk_norm:
@@ -119,7 +129,8 @@ class Attention(nn.Module):
       norm["param_dtype"] = self.param_dtype
       query = RMSNorm(name="q_norm", **norm)(query)
       key = RMSNorm(name="k_norm", **norm)(key)
-    query = rotate(query, rope) * jnp.asarray(c.attention_scale, self.dtype)
+    query = rotate(query, [t[:, :, wanted:] for t in rope])
+    query *= jnp.asarray(c.attention_scale, self.dtype)
     key = rotate(key, rope)
     out = attention.attend(
       query,
@@ -129,6 +140,7 @@ class Attention(nn.Module):
       cache,
       window=window,
       softcap=c.attention_softcap,
+      kernel=self.kernel,
     )
     out = Linear(
       {"H": h, "E": e},
@@ -163,16 +175,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer; scanned over L, so its inputs after x are per layer."""
+  """One layer."""
 
   config: ModelConfig
   dtype: Any
   param_dtype: Any
-  keep_hidden: bool
+  kernel: Kernel
 
   @nn.compact
-  def __call__(self, x, layer, rows, context, ropes):
-    """[B, M, R, D] -> the same, (own kv, x if kept)."""
+  def __call__(self, x, layer, rows, context, ropes, wanted=0):
+    """[B, M, R, D] -> rows from `wanted` on, and the own kv of all."""
     c = self.config
     kw = dict(config=c, dtype=self.dtype, param_dtype=self.param_dtype)
 
@@ -191,13 +203,14 @@ class Block(nn.Module):
     cache = None
     if context is not None:
       cache = KVCache(kv[0], kv[1], *context)
-    y, own = Attention(name="attention", **kw)(
-      norm("attention", x), rows, cache, window, rope
+    y, own = Attention(name="attention", kernel=self.kernel, **kw)(
+      norm("attention", x), rows, cache, window, rope, wanted
     )
+    x = x[:, :, wanted:]
     x += norm("attention_post", y) if c.post_norms else y
     y = MLP(name="mlp", **kw)(norm("mlp", x))
     x += norm("mlp_post", y) if c.post_norms else y
-    return x, (own, x if self.keep_hidden else None)
+    return x, own
 
 
 class Transformer(nn.Module):
@@ -206,26 +219,21 @@ class Transformer(nn.Module):
   config: ModelConfig
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
-  remat: str = "none"
-  keep_hidden: bool = False  # return every layer's output too (tests)
+  remat: str = "lean"  # of REMAT_POLICIES
+  attention: Kernel = Kernel()  # of rows over a context
+  keep_hidden: bool = False  # give every layer's output too (tests)
 
   def setup(self):
-    """Blocks scanned over L, final norm, embedder, head where untied."""
+    """Blocks stacked over L, final norm, embedder, head where untied."""
     c = self.config
-    block = Block
-    if self.remat != "none":
-      block = nn.remat(
-        Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat]
-      )
     self.blocks = nn.scan(
-      block,
+      Block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
       length=c.layers,
-      unroll=c.layers,
       metadata_params={nn.PARTITION_NAME: "L"},
-    )(c, self.dtype, self.param_dtype, self.keep_hidden)
+    )(c, self.dtype, self.param_dtype, self.attention)
     self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, self.param_dtype)
     self.embedder = Embedder(c, self.dtype, self.param_dtype)
     if not c.tied_head:
@@ -237,33 +245,18 @@ class Transformer(nn.Module):
       )
 
   def __call__(self, tokens):
-    """Tokens [B, T] to logits; for init, as it touches every parameter."""
+    """Tokens [B, T] to logits; for init alone, as it makes every parameter."""
     segments = jnp.ones_like(tokens)
     rows = Rows.plain(jnp.cumsum(segments, -1) - 1, segments)
-    hidden, _ = self.run(self.embed(tokens)[:, None], rows, None)
-    return self.logits(hidden)
+    ropes = rope_table(self.config, rows.positions)
+    sliding = jnp.array([kind == SLIDING for kind in self.config.layer_kinds])
+    x = self.embed(tokens)[:, None]
+    x, _ = self.blocks(x, (sliding, None), rows, None, ropes)
+    return self.logits(self.final_norm(x))
 
   def embed(self, tokens):
     """Token embeddings in the residual stream's scale, [..., D]."""
     return self.embedder(tokens)
-
-  def run(self, x, rows, cache):
-    """Blocks and final norm; returns hidden and this pass's own kv."""
-    c = self.config
-    sliding = jnp.array([kind == SLIDING for kind in c.layer_kinds])
-    kv = context = None
-    if cache is not None:
-      kv = cache.keys.astype(self.dtype), cache.values.astype(self.dtype)
-      context = cache.positions, cache.segments
-    x, (own, hidden) = self.blocks(
-      x.astype(self.dtype),
-      (sliding, kv),
-      rows,
-      context,
-      rope_table(c, rows.positions),
-    )
-    x = self.final_norm(x)
-    return (x, own) if hidden is None else (x, own, hidden)
 
   def logits(self, hidden):
     """[..., D] -> [..., V] float32, soft-capped where the family does."""
@@ -337,9 +330,96 @@ def run_blocks(
   x: jax.Array,  # [B, M, R, D]
   rows: Rows,
   cache: KVCache | None,
-) -> jax.Array:  # [B, M, R, D]
-  """M blocks of rows over one context; hidden states after the final norm."""
-  return model.apply({"params": params}, x, rows, cache, method="run")[0]
+  *,
+  wanted: int = 0,
+  trained: bool = False,
+) -> jax.Array:  # [B, M, R - wanted, D]
+  """M blocks of rows over one context; hidden states after the final norm.
+
+  Args:
+    model: the architecture.
+    params: with `blocks` and `final_norm`.
+    x: the rows' input embeddings.
+    rows: where they stand.
+    cache: the context; None for none.
+    wanted: rows before this one are not asked for; the last layer makes no
+      more than their keys and values.
+    trained: gradients of `params` are wanted too (they are right without it,
+      and slow).
+  """
+  return run(
+    model, params, x, rows, cache, wanted=wanted, trained=trained
+  ).hidden
+
+
+@flax.struct.dataclass
+class Pass:
+  """What a run through all layers gives."""
+
+  hidden: jax.Array  # [B, M, R - wanted, D] after the final norm
+  keys: jax.Array  # [L, B, M, R, K, E], RoPE applied
+  values: jax.Array  # [L, B, M, R, K, E]
+  layers: jax.Array | None  # [L - 1, B, M, R, D], the inner layers' outputs
+
+
+def run(
+  model: Transformer,
+  params: Params,
+  x: jax.Array,  # [B, M, R, D]
+  rows: Rows,
+  cache: KVCache | None,
+  *,
+  wanted: int = 0,
+  trained: bool = False,
+) -> Pass:
+  """`run_blocks`, with the rows' own keys and values."""
+  c = model.config
+  block = Block(c, model.dtype, model.param_dtype, model.attention)
+  ropes = rope_table(c, rows.positions)
+  context = kv = None
+  if cache is not None:
+    context = cache.positions, cache.segments
+    kv = cache.keys.astype(model.dtype), cache.values.astype(model.dtype)
+  sliding = jnp.array([kind == SLIDING for kind in c.layer_kinds])
+  layers = params["blocks"], (sliding, kv)
+
+  def layer(x, this, wanted):
+    weights, of_layer = this
+    return block.apply(
+      {"params": weights}, x, of_layer, rows, context, ropes, wanted
+    )
+
+  if model.remat != "none":
+    layer = jax.checkpoint(
+      layer,
+      policy=REMAT_POLICIES[model.remat],
+      prevent_cse=False,  # a loop's body is apart from its backward pass
+      static_argnums=2,
+    )
+  x = x.astype(model.dtype)
+  if trained:
+    # As the loop's own inputs, so that each layer's gradient is written once.
+    assert not wanted
+    x, (k, v) = jax.lax.scan(lambda x, this: layer(x, this, 0), x, layers)
+    hidden = None
+  else:
+    # The last layer stands apart: what nobody asks of it (in a context's pass
+    # everything but its keys and values) is left out, which XLA does not do
+    # inside a loop. By index, since a slice of the weights would be a copy.
+    last = c.layers - 1
+
+    def inner(x, i):
+      x, own = layer(x, jax.tree.map(lambda a: a[i], layers), 0)
+      return x, (own, x if model.keep_hidden else None)
+
+    x, ((k, v), hidden) = jax.lax.scan(inner, x, jnp.arange(last))
+    x, own = layer(x, jax.tree.map(lambda a: a[last], layers), wanted)
+    k, v = (
+      jnp.concatenate([a, b[None]]) for a, b in zip((k, v), own, strict=True)
+    )
+  norm = RMSNorm(c.norm_eps, c.norm_offset, model.param_dtype)
+  x = norm.apply({"params": params["final_norm"]}, x)
+  return Pass(x, k, v, hidden)
 
 
 def extend(
@@ -361,10 +441,16 @@ def extend(
       raise UserError("extend needs positions where there is a cache")
     positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
   rows = Rows.plain(positions, segments)
-  hidden, (k, v) = model.apply(
-    {"params": params}, x[:, None], rows, cache, method="run"
-  )[:2]
-  return hidden[:, 0], KVCache(k[:, :, 0], v[:, :, 0], positions, segments)
+  return _own_cache(model, params, x, rows, cache)
+
+
+def _own_cache(model, params, x, rows, cache):
+  """Hidden [B, T, D] and the rows' own cache, of one block a sequence."""
+  out = run(model, params, x[:, None], rows, cache)
+  k, v = out.keys[:, :, 0], out.values[:, :, 0]
+  return out.hidden[:, 0], KVCache(
+    k, v, rows.positions[:, 0], rows.segments[:, 0]
+  )
 
 
 def prefill(
@@ -374,8 +460,41 @@ def prefill(
   positions: jax.Array | None = None,  # [B, S]; 0.. by default
   segments: jax.Array | None = None,  # [B, S]; ones by default, 0 = padding
 ) -> tuple[jax.Array, KVCache]:  # [B, S, D], the cache
-  """The frozen decoder reads a context and leaves its kv-cache."""
+  """The decoder reads a context and leaves its kv-cache."""
   return extend(model, params, None, tokens, positions, segments)
+
+
+def read(
+  model: Transformer,
+  params: Params,
+  tokens: jax.Array,  # [B, S]
+  segments: jax.Array,  # [B, S], 0 = padding
+  starts: jax.Array,  # [B, S] slot where each token's segment begins
+) -> tuple[jax.Array, KVCache]:  # [B, S, D], the cache
+  """`prefill` of a frozen decoder, by tiles, positions being slots.
+
+  Where the hidden states are not used, the last layer stops at its keys and
+  values. No gradient goes through it.
+  """
+  b, s = tokens.shape
+  positions = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32)[None], (b, s))
+  rows = Rows.plain(positions, segments).replace(starts=starts[:, None])
+  x = embed(model, params, tokens)
+  return _own_cache(model, params, x, rows, None)
+
+
+def train_pass(
+  model: Transformer,
+  params: Params,
+  tokens: jax.Array,  # [B, S]
+  segments: jax.Array,  # [B, S], 0 = padding
+) -> jax.Array:  # [B, S, D]
+  """Hidden states, for gradients with respect to `params`."""
+  b, s = tokens.shape
+  positions = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32)[None], (b, s))
+  rows = Rows.plain(positions, segments)
+  x = embed(model, params, tokens)[:, None]
+  return run_blocks(model, params, x, rows, None, trained=True)[:, 0]
 
 
 def decode_step(

@@ -1,0 +1,141 @@
+"""The same loss by the two ways that most people would write first.
+
+Both mask one long sequence of rows densely, as the paper's section 2.3 reads
+literally; they are what `python -m cacheaug.benchmark` measures objective.py
+against, and give the same numbers.
+
+  naive         the context's rows are run again in each pass, beside all
+                traces' rows, under one [S + M R, S + M R] mask; every row gets
+                logits.
+  cached_dense  the context's cache is kept; all traces' rows are one block
+                under a dense [M R, S + M R] mask; predicting rows get logits.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cacheaug.augment import objective, traces
+from cacheaug.augment.traces import Traces, TraceSpec
+from cacheaug.model import transformer
+from cacheaug.model.attention import Rows
+from cacheaug.model.transformer import Params, Transformer
+
+Sums = tuple[jax.Array, jax.Array]
+
+
+def naive_loss(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  batch: dict[str, jax.Array],  # tokens, documents [B, S]
+  points: jax.Array,  # [B, M]
+  spec: TraceSpec,
+) -> Sums:
+  """`objective.coprocessor_loss`, the context's rows in every pass."""
+  tokens, documents = batch["tokens"], batch["documents"]
+  laid = traces.lay_out(tokens, documents, points, spec)
+  _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
+  z = _latents(model, decoder, coproc, cache, laid)
+  ahead = transformer.embed(model, decoder, laid.ahead)
+  context = transformer.embed(model, decoder, tokens)[:, None]
+  x = [context, _flat(jnp.concatenate([z.astype(ahead.dtype), ahead], 2))]
+  rows = _with_context(laid.rows, cache.positions, cache.segments)
+  hidden = transformer.run_blocks(
+    model, decoder, jnp.concatenate(x, 2), rows, None
+  )
+  # Every row's logits, of which those of the context and of the first latents
+  # are thrown away.
+  s = tokens.shape[1]
+  b, m, r = laid.rows.positions.shape
+  targets = jnp.zeros((b, 1, s + m * r), jnp.int32)
+  mine = jnp.pad(laid.targets, ((0, 0), (0, 0), (spec.latents - 1, 0)))
+  targets = targets.at[:, :, s:].set(_flat(mine))
+  nll = objective.rows_nll(model, decoder, hidden, targets)
+  nll = nll[:, 0, s:].reshape(b, m, r)[..., spec.latents - 1 :]
+  return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
+
+
+def cached_dense_loss(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  batch: dict[str, jax.Array],  # tokens, documents [B, S]
+  points: jax.Array,  # [B, M]
+  spec: TraceSpec,
+) -> Sums:
+  """`objective.coprocessor_loss`, the traces' rows as one dense block."""
+  tokens, documents = batch["tokens"], batch["documents"]
+  laid = traces.lay_out(tokens, documents, points, spec)
+  _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
+  z = _latents(model, decoder, coproc, cache, laid)
+  ahead = transformer.embed(model, decoder, laid.ahead)
+  x = jnp.concatenate([z.astype(ahead.dtype), ahead], 2)
+  hidden = transformer.run_blocks(
+    model, decoder, _flat(x), _one_block(laid.rows), cache
+  ).reshape(x.shape)
+  predicting = hidden[:, :, spec.latents - 1 :]
+  nll = objective.rows_nll(model, decoder, predicting, laid.targets)
+  return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
+
+
+def _latents(model, decoder, coproc, cache, laid: Traces):
+  """Pass 2, all traces' rows as one block; z [B, M, N, D]."""
+  copied = transformer.embed(model, decoder, laid.copied)
+  soft = coproc["soft_tokens"].astype(copied.dtype)[None, None]
+  harmless = "latent_projection" in coproc
+  x = soft + copied if harmless else jnp.broadcast_to(soft, copied.shape)
+  hidden = transformer.run_blocks(
+    model, coproc["transformer"], _flat(x), _one_block(laid.latent_rows), cache
+  ).reshape(copied.shape)
+  if not harmless:
+    return hidden
+  return copied + hidden @ coproc["latent_projection"].astype(hidden.dtype)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+  """[B, M, R, ...] -> [B, 1, M R, ...]."""
+  return x.reshape(x.shape[0], 1, -1, *x.shape[3:])
+
+
+def _order(rows: Rows) -> jax.Array:
+  """[B, 1, M R, M R] bool: an earlier row, or itself, of the same trace."""
+  b, m, r = rows.positions.shape
+  index = jnp.arange(m * r)
+  same = index[:, None] // r == index[None] // r
+  order = same & (index[:, None] >= index[None])
+  return jnp.broadcast_to(order, (b, 1, m * r, m * r))
+
+
+def _one_block(rows: Rows) -> Rows:
+  limits = jnp.broadcast_to(rows.limits, rows.positions.shape)
+  return Rows(
+    _flat(rows.positions), _flat(rows.segments), _flat(limits), _order(rows)
+  )
+
+
+def _with_context(
+  rows: Rows,
+  positions: jax.Array,  # [B, S]
+  segments: jax.Array,  # [B, S]
+) -> Rows:
+  """[context | all traces] as one block, and its dense mask."""
+  block = _one_block(rows)
+  s = positions.shape[1]
+  b, _, q, _ = block.order.shape
+  at = positions[:, None]
+  causal = jnp.broadcast_to(jnp.tri(s, dtype=bool), (b, 1, s, s))
+  seen = at[:, :, None] <= block.limits[..., None]
+  unseen = jnp.zeros((b, 1, s, q), bool)
+  order = jnp.concatenate(
+    [
+      jnp.concatenate([causal, unseen], 3),
+      jnp.concatenate([seen, block.order], 3),
+    ],
+    2,
+  )
+  return Rows(
+    jnp.concatenate([at, block.positions], 2),
+    jnp.concatenate([segments[:, None], block.segments], 2),
+    jnp.zeros((b, 1, 1), jnp.int32),
+    order,
+  )

@@ -1,0 +1,98 @@
+"""Which kernel runs the context's part of attention, and over which devices."""
+
+import dataclasses
+import functools
+import importlib
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+# Name -> module with context_attention.py's two functions.
+KERNELS = {
+  "xla": "cacheaug.kernels.context_attention",
+  "tpu": "cacheaug.kernels.context_tpu",
+  "gpu": "cacheaug.kernels.context_gpu",
+}
+NAMES = ("auto", "plain", *KERNELS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """An implementation of context_attention.py's two functions.
+
+  `plain` is none: one masked softmax over everything (model/attention.py).
+  With a mesh, each device runs the kernel on its own sequences and key heads:
+  the compiler cannot split what is inside one.
+  """
+
+  name: str = "xla"
+  mesh: Mesh | None = None
+  batch: tuple[str, ...] = ()  # mesh axes that split B
+  heads: tuple[str, ...] = ()  # mesh axes that split K
+
+  @property
+  def shards(self) -> int:
+    """Devices that B is split over."""
+    if self.mesh is None:
+      return 1
+    return math.prod(self.mesh.shape[axis] for axis in self.batch)
+
+  def forward(
+    self, q, keys, values, start, stop, *, softcap
+  ) -> tuple[jax.Array, jax.Array]:
+    """See context_attention.forward."""
+    run = functools.partial(self._module().forward, softcap=softcap)
+    args = q, keys, values, start, stop
+    return self._split(run, args, outputs=(4, 3))
+
+  def backward_dq(
+    self, q, keys, values, start, stop, lse, delta, dout, *, softcap
+  ) -> jax.Array:
+    """See context_attention.backward_dq."""
+    run = functools.partial(self._module().backward_dq, softcap=softcap)
+    args = q, keys, values, start, stop, lse, delta, dout
+    return self._split(run, args, outputs=4)
+
+  def _module(self):
+    return importlib.import_module(KERNELS[self.name])
+
+  def _split(self, run, args, outputs):
+    if self.mesh is None or self.mesh.size == 1:
+      return run(*args)
+
+    def spec(rank):  # [B, Q] or [B, K, ...]
+      heads = () if rank == 2 else (self.heads,)
+      return PartitionSpec(self.batch, *heads)
+
+    return jax.shard_map(
+      run,
+      mesh=self.mesh,
+      in_specs=tuple(spec(x.ndim) for x in args),
+      out_specs=jax.tree.map(spec, outputs),
+      check_vma=False,
+    )(*args)
+
+
+def choose(
+  name: str, platform: str, head_dim: int, dtype: jnp.dtype
+) -> tuple[str, str]:
+  """The kernel to run and, in words, why.
+
+  Args:
+    name: of NAMES; what config.attention says.
+    platform: of the devices: cpu, tpu, gpu (or cuda).
+    head_dim: E.
+    dtype: of activations.
+  """
+  if name != "auto":
+    return name, "config.attention asks for it"
+  wanted = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(platform)
+  if wanted is None:
+    return "xla", f"there is no kernel for {platform}"
+  module = importlib.import_module(KERNELS[wanted])
+  reason = module.supported(head_dim, dtype)
+  if reason:
+    return "xla", f"the {wanted} kernel does not take it: {reason}"
+  return wanted, f"devices are {platform}"
