@@ -1,0 +1,151 @@
+"""FLOP counts: a published table, a compiler's count, and their own algebra."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from cacheaug import chips, decoders, flops
+from cacheaug import config as configs
+from cacheaug.flops import Sizes
+from cacheaug.model import config as model_config
+from cacheaug.model import transformer
+from cacheaug.model.transformer import Transformer
+
+# Gemma-2 2B, S=2048, A=16, M=128, TFLOP a sequence: N -> naive, cached-dense
+# (both with recomputation), structured with and without.
+_TABLE = {
+  8: (164, 86, 72, 56),
+  16: (211, 130, 103, 78),
+  32: (317, 229, 164, 122),
+  64: (571, 469, 285, 211),
+}
+
+
+def _gemma():
+  return configs.model_of(decoders.experiment("gemma2_2b"))
+
+
+def _sizes(n=16, **changes):
+  sizes = Sizes(batch=1, sequence=2048, traces=128, latents=n, ahead=16)
+  return dataclasses.replace(sizes, **changes)
+
+
+def test_units_of_gemma2_2b():
+  model = _gemma()
+  assert flops.body_per_row(model) == pytest.approx(4.05e9, rel=1e-3)
+  assert flops.logits_per_row(model) == pytest.approx(1.18e9, rel=1e-3)
+  assert flops.attention_per_pair(model) == 212_992
+
+
+@pytest.mark.parametrize("n", _TABLE)
+def test_totals_of_gemma2_2b(n):
+  model, sizes = _gemma(), _sizes(n)
+  found = (
+    flops.naive(model, sizes),
+    flops.cached_dense(model, sizes),
+    flops.structured(model, sizes, remat=True),
+    flops.useful(model, sizes),
+  )
+  found = [cost.total / 1e12 for cost in found]
+  # The table is rounded to whole TFLOP.
+  assert found == pytest.approx(_TABLE[n], abs=0.6)
+
+
+def test_least_leaves_out_what_is_frozen():
+  model, sizes = _gemma(), _sizes()
+  useful, least = flops.useful(model, sizes), flops.least(model, sizes)
+  assert least.body == useful.body
+  assert least.logits == useful.logits * 2 / 3
+  assert 0.6 * useful.attention < least.attention < 0.8 * useful.attention
+
+
+def test_batch_multiplies_everything():
+  model = _gemma()
+  for count in (flops.useful, flops.naive, flops.cached_dense, flops.least):
+    one, many = count(model, _sizes()), count(model, _sizes(batch=7))
+    assert many == pytest.approx([7 * part for part in one])
+
+
+def test_windows_count_only_pairs_within_them():
+  # By enumeration: 20 context rows, window 6 in the first of two layers.
+  model = model_config.make(
+    "gemma2", layers=2, heads=2, kv_heads=1, head_dim=4, window=6
+  )
+  near = sum(q - k < 6 for q in range(20) for k in range(q + 1))
+  sizes = Sizes(batch=1, sequence=20, traces=2, latents=3, ahead=2)
+  # The last layer's attention is not run.
+  assert flops.context_pass(model, sizes).attention == 4 * 2 * 4 * near
+  own = 2 * (6 + 15)  # triangles of 3 and 5 rows, two traces
+  rows = 2 * (3 + 5)
+  per_row = (near + 210) / 20
+  assert flops.useful(model, sizes).attention == pytest.approx(
+    4 * 2 * 4 * (near + 3 * (rows * per_row + 2 * own))
+  )
+
+
+def test_forward_agrees_with_xla():
+  """XLA's own count of a plain forward pass, whose mask it does not skip."""
+  model = Transformer(
+    model_config.make(
+      "gemma2",
+      vocab_size=512,
+      width=128,
+      layers=2,
+      heads=4,
+      kv_heads=2,
+      head_dim=32,
+      mlp_width=256,
+    )
+  )
+  tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+  params = jax.eval_shape(
+    lambda k: model.init(k, jnp.zeros((1, 2), jnp.int32)), jax.random.key(0)
+  )["params"]
+
+  def forward(params, tokens):
+    hidden, _ = transformer.prefill(model, params, tokens)
+    return transformer.logits(model, params, hidden)
+
+  counted = jax.jit(forward).lower(params, tokens).cost_analysis()["flops"]
+  c = model.config
+  ours = 64 * (flops.body_per_row(c) + flops.logits_per_row(c))
+  ours += 64 * 64 * flops.attention_per_pair(c)
+  # XLA adds norms, softmax, gelu and RoPE: a few per cent here.
+  assert ours < counted < 1.1 * ours
+
+
+def test_of_step_follows_the_objective():
+  config = decoders.experiment("gemma2_2b")
+  config.data.batch, config.traces.count = 1, 128
+  model = _gemma()
+  assert flops.of_step(config, model) == flops.useful(model, _sizes())
+  config.objective = "language_model"
+  cost = flops.of_step(config, model)
+  assert cost.body == 3 * 2048 * flops.body_per_row(model)
+  assert isinstance(config, ConfigDict)
+
+
+@pytest.mark.parametrize(
+  "kind, name",
+  [
+    ("TPU v4", "v4"),
+    ("TPU v5 lite", "v5e"),
+    ("TPU v5", "v5p"),
+    ("TPU v6 lite", "v6e"),
+    ("NVIDIA H100 80GB HBM3", "h100"),
+    ("NVIDIA H200", "h200"),
+    ("NVIDIA A100-SXM4-80GB", "a100"),
+  ],
+)
+def test_chip_of_a_device(kind, name):
+  assert chips.of_device_kind(kind) is chips.CHIPS[name]
+
+
+@pytest.mark.parametrize(
+  "kind", ["cpu", "NVIDIA H100 PCIe", "NVIDIA H200 NVL", "Tesla V100", ""]
+)
+def test_no_peak_where_it_is_not_known(kind):
+  assert chips.of_device_kind(kind) is None
