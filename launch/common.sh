@@ -96,7 +96,7 @@ whole() {
     misuse "--$1=${given[$1]} must be a whole number, $2 or more"
 }
 
-# config_in DIRECTORY: the config must be a file there; a `:argument` may follow.
+# config_in DIRECTORY: the config must be a file there; `:argument` may follow.
 config_in() {
   [[ -f $1/${given[config]%%:*} || -f ${given[config]%%:*} &&
     ${given[config]} == /* ]] ||

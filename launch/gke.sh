@@ -11,7 +11,8 @@
 # The cluster is kubectl's current context (or --context) and needs JobSet 0.6
 # or newer and a node pool of that accelerator and topology for each slice. The
 # image is launch/Dockerfile's, with what the config reads added to it (here
-# /models). FLAGS go to `python -m cacheaug.main` as they are, after --multihost.
+# /models). FLAGS go to `python -m cacheaug.main` as they are, after
+# --multihost.
 #
 # COMMAND
 #   render  prints the manifest
@@ -64,9 +65,6 @@ json() {
   local word=$1
   word=${word//\\/\\\\}
   word=${word//\"/\\\"}
-  word=${word//$'\n'/\\n}
-  word=${word//$'\t'/\\t}
-  [[ $word != *[[:cntrl:]]* ]] || misuse "$(quoted "$1") has control characters"
   printf '"%s"' "$word"
 }
 
@@ -94,6 +92,8 @@ count_hosts() {
 # Exit status 143 is launch/local.sh's word for "stopped by SIGTERM, saved", and
 # DisruptionTarget a node taken away: either makes the whole set again.
 manifest() {
+  local accelerator
+  accelerator=$(json "${given[accelerator]}")
   cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -134,7 +134,7 @@ $(if has service-account; then
     echo "              serviceAccountName: $(json "${given[service-account]}")"
   fi)
               nodeSelector:
-                cloud.google.com/gke-tpu-accelerator: $(json "${given[accelerator]}")
+                cloud.google.com/gke-tpu-accelerator: $accelerator
                 cloud.google.com/gke-tpu-topology: "${given[topology]}"
 $(if has spot; then
     echo '                cloud.google.com/gke-spot: "true"'
@@ -168,6 +168,10 @@ render() {
   lasting_workdir
   count_hosts
   worker_command launch/local.sh
+  for word in "${given[@]}" "${worker[@]}"; do
+    [[ $word != *[[:cntrl:]]* ]] ||
+      misuse "$(quoted "$word") has line breaks or other control characters"
+  done
   rendered=$(manifest | sed '/^$/d')
 }
 

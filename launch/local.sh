@@ -50,12 +50,17 @@ stop() {
 trap leave EXIT
 trap stop TERM INT
 
-# Waits for `child` and sets `ended`; a signal cuts `wait` short: then again.
-finish() {
+# attend COMMAND...: runs it and sets `status`; a signal goes on to it.
+attend() {
   local before=-1
+  "$@" &
+  child=$!
+  # One that came before there was a child to pass it on to.
+  if ((signals)); then kill -TERM "$child" 2>/dev/null || true; fi
+  # A signal cuts `wait` short: then again.
   while ((before != signals)); do
-    before=$signals ended=0
-    wait "$child" || ended=$?
+    before=$signals status=0
+    wait "$child" || status=$?
   done
   child=
 }
@@ -63,23 +68,17 @@ finish() {
 pause=${POLL_SECONDS:-10}
 for ((try = 1; try <= given[tries]; try++)); do
   echo "+ $(quoted "${trainer[@]}")" >&2
-  "${trainer[@]}" &
-  child=$!
-  # One that came before there was a child to pass it on to.
-  if ((signals)); then kill -TERM "$child" 2>/dev/null || true; fi
-  finish
-  status=$ended
+  attend "${trainer[@]}"
   if ((signals)); then
     echo "stopped by a signal, the trainer ended with status $status" >&2
     exit $((status == 0 ? 143 : status))
   fi
   ((status != 0)) || exit 0
-  echo "try $try of ${given[tries]} ended with status $status" >&2
+  last=$status
+  echo "try $try of ${given[tries]} ended with status $last" >&2
   ((try < given[tries])) || break
-  sleep "$pause" &
-  child=$!
-  finish
+  attend sleep "$pause"
   ((signals == 0)) || exit 143
   pause=$((pause < 300 ? pause * 2 : 600))
 done
-exit "$status"
+exit "$last"

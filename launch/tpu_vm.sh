@@ -210,7 +210,8 @@ outcome() {
 }
 
 delete() {
-  call "${tpus[@]}" queued-resources delete "$name" "${where[@]}" --force --quiet
+  call "${tpus[@]}" queued-resources delete "$name" "${where[@]}" --force \
+    --quiet
 }
 
 # How `advance` ends, besides 1 for what failed.
