@@ -279,11 +279,13 @@ def abstract_state(config, model, optimizer, decoder, mesh) -> TrainState:
   )
 
 
-def make_step(config, model, optimizer, mesh, shardings):
+def make_step(
+  config, model, optimizer, mesh, shardings, sums=objective.coprocessor_loss
+):
   """step(state, decoder, batch, key, reset) -> state, metrics. Donates state.
 
   Gradients are those of the trainable tree alone. `reset` starts the running
-  sums of the next log line.
+  sums of the next log line; `sums` is the coprocessor objective's function.
   """
   k = config.optimizer.accumulation
   decay = config.optimizer.average
@@ -294,9 +296,7 @@ def make_step(config, model, optimizer, mesh, shardings):
       nll, tokens = objective.language_model_loss(model, params, batch, mask)
     else:
       spec = configs.spec_of(config)
-      nll, tokens = objective.coprocessor_loss(
-        model, decoder, params, batch, batch["points"], spec
-      )
+      nll, tokens = sums(model, decoder, params, batch, batch["points"], spec)
     return nll.sum(), (nll, tokens)
 
   def step(state, decoder, batch, key, reset):

@@ -8,11 +8,12 @@ against, and give the same numbers.
                 traces' rows, under one [S + M R, S + M R] mask; every row gets
                 logits.
   cached_dense  the context's cache is kept; all traces' rows are one block
-                under a dense [M R, S + M R] mask; predicting rows get logits.
+                under a dense [M R, S + M R] mask, and all get logits.
 """
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from cacheaug.augment import objective, traces
 from cacheaug.augment.traces import Traces, TraceSpec
@@ -43,16 +44,7 @@ def naive_loss(
   hidden = transformer.run_blocks(
     model, decoder, jnp.concatenate(x, 2), rows, None
   )
-  # Every row's logits, of which those of the context and of the first latents
-  # are thrown away.
-  s = tokens.shape[1]
-  b, m, r = laid.rows.positions.shape
-  targets = jnp.zeros((b, 1, s + m * r), jnp.int32)
-  mine = jnp.pad(laid.targets, ((0, 0), (0, 0), (spec.latents - 1, 0)))
-  targets = targets.at[:, :, s:].set(_flat(mine))
-  nll = objective.rows_nll(model, decoder, hidden, targets)
-  nll = nll[:, 0, s:].reshape(b, m, r)[..., spec.latents - 1 :]
-  return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
+  return _sums(model, decoder, hidden, laid)
 
 
 def cached_dense_loss(
@@ -72,9 +64,17 @@ def cached_dense_loss(
   x = jnp.concatenate([z.astype(ahead.dtype), ahead], 2)
   hidden = transformer.run_blocks(
     model, decoder, _flat(x), _one_block(laid.rows), cache
-  ).reshape(x.shape)
-  predicting = hidden[:, :, spec.latents - 1 :]
-  nll = objective.rows_nll(model, decoder, predicting, laid.targets)
+  )
+  return _sums(model, decoder, hidden, laid)
+
+
+def _sums(model, decoder, hidden, laid: Traces) -> Sums:
+  """Logits of every row, the last M R of which are traces'; then their nll."""
+  a = laid.targets.shape[-1]
+  b, m, r = laid.rows.positions.shape
+  logits = transformer.logits(model, decoder, hidden)[:, 0, -m * r :]
+  logits = logits.reshape(b, m, r, -1)[:, :, r - a :]
+  nll = optax.softmax_cross_entropy_with_integer_labels(logits, laid.targets)
   return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
 
 

@@ -19,8 +19,8 @@ MASKED = -2.0e38
 
 # A tile is ROWS x SLOTS scores for each sequence and key head: on a CPU it
 # should stay in the cache between the products that write and read it.
-ROWS = 512
-SLOTS = 128
+ROWS = 1024
+SLOTS = 256
 
 
 def forward(

@@ -1,0 +1,204 @@
+"""One training step as many would write it today, against this package's.
+
+  python benchmarks/torch_peer.py [--config=configs/benchmark.py] [--repeats=7]
+
+PyTorch and transformers (the `parity` extra): the frozen decoder's cache is
+kept, all traces' rows follow as one sequence under one 4-D mask, every row gets
+logits, AdamW. Same weights, tokens and points, so the same loss, which is
+checked; the two are run in turns.
+"""
+
+import argparse
+import copy
+import runpy
+import statistics
+import tempfile
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from transformers import DynamicCache
+
+from cacheaug import benchmark, flops, sharding, train
+from cacheaug import config as configs
+from cacheaug.augment import traces
+from cacheaug.model import pretrained
+
+_HIDDEN = -1e30
+
+
+class Peer:
+  """The coprocessor, its soft tokens and its optimizer in PyTorch."""
+
+  def __init__(self, directory, params, spec, learning_rate):
+    load = partial(
+      transformers.AutoModelForCausalLM.from_pretrained,
+      directory,
+      attn_implementation="eager",  # the others take no soft cap
+      dtype=torch.float32,
+    )
+    self.decoder = load().eval().requires_grad_(False)
+    self.coprocessor = copy.deepcopy(self.decoder.model)
+    # In training mode transformers drops nothing here: all rates are 0.
+    self.coprocessor.requires_grad_(True).embed_tokens.requires_grad_(False)
+
+    def own(x):
+      return torch.nn.Parameter(torch.tensor(np.array(x)))
+
+    self.soft = own(params["soft_tokens"])
+    self.projection = own(params["latent_projection"])
+    trained = [p for p in self.coprocessor.parameters() if p.requires_grad]
+    trained += [self.soft, self.projection]
+    self.optimizer = torch.optim.AdamW(trained, lr=learning_rate)
+    self.spec = spec
+
+  def step(self, tokens, laid):
+    """One update; the loss before it."""
+    loss = self.loss(tokens, laid)
+    self.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    self.optimizer.step()
+    return float(loss.detach())
+
+  def loss(self, tokens, laid):
+    """Mean nll of the ahead tokens."""
+    n = self.spec.latents
+    b, m, r = laid["rows"]["positions"].shape
+    with torch.no_grad():
+      past = self.decoder.model(tokens, use_cache=True).past_key_values
+      copied = self.decoder.model.embed_tokens(laid["copied"])
+      ahead = self.decoder.model.embed_tokens(laid["ahead"])
+    hidden = self.run(
+      self.coprocessor, self.soft + copied, past, laid["latent_rows"]
+    )
+    z = copied + hidden.reshape(copied.shape) @ self.projection
+    x = torch.cat([z, ahead], 2)
+    hidden = self.run(self.decoder.model, x, past, laid["rows"])
+    logits = self.decoder.lm_head(hidden)
+    cap = self.decoder.config.final_logit_softcapping
+    if cap:
+      logits = cap * torch.tanh(logits / cap)
+    logits = logits.reshape(b, m, r, -1)[:, :, n - 1 :]
+    nll = torch.nn.functional.cross_entropy(
+      logits.flatten(0, 2), laid["targets"].flatten(), reduction="none"
+    )
+    weights = laid["weights"].flatten()
+    return (nll * weights).sum() / weights.sum()
+
+  def run(self, model, x, past, rows):
+    """All traces' rows [B, M R, D] over a copy of the cache."""
+    cache = DynamicCache()
+    for i, layer in enumerate(past.layers):
+      cache.update(layer.keys, layer.values, i)
+    mask = self.mask(rows, past.get_seq_length())
+    return model(
+      inputs_embeds=x.flatten(1, 2),
+      position_ids=rows["positions"].flatten(1),
+      attention_mask={"full_attention": mask, "sliding_attention": mask},
+      past_key_values=cache,
+      use_cache=True,
+    ).last_hidden_state
+
+  @staticmethod
+  def mask(rows, s):
+    """Additive [B, 1, M R, S + M R]; windows are longer than S here."""
+    b, m, r = rows["positions"].shape
+    limits = rows["limits"].expand(b, m, r).flatten(1)
+    context = torch.arange(s) <= limits[..., None]
+    index = torch.arange(m * r)
+    same = index[:, None] // r == index // r
+    own = (same & (index[:, None] >= index)).expand(b, -1, -1)
+    seen = torch.cat([context, own], -1)[:, None]
+    return torch.where(seen, 0.0, _HIDDEN)
+
+
+def _torch(tree):
+  if isinstance(tree, dict):
+    return {key: _torch(value) for key, value in tree.items()}
+  x = np.array(tree)
+  return torch.tensor(x.astype(np.int64) if x.dtype.kind == "i" else x)
+
+
+def _laid_out(config, batch):
+  """The step's traces, as the peer takes them."""
+  key = jax.random.key(config.seed)
+  points = train.add_points(config, batch, key, 0)["points"]
+  laid = traces.lay_out(
+    batch["tokens"], batch["documents"], points, configs.spec_of(config)
+  )
+
+  def rows(x):
+    return {"positions": x.positions, "limits": x.limits}
+
+  return _torch(
+    {
+      "rows": rows(laid.rows),
+      "latent_rows": rows(laid.latent_rows),
+      "copied": laid.copied,
+      "ahead": laid.ahead,
+      "targets": laid.targets,
+      "weights": laid.weights,
+    }
+  )
+
+
+def main() -> None:
+  """Measures both in turns and prints the ratio."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--config", default="configs/benchmark.py")
+  parser.add_argument("--repeats", type=int, default=7)
+  args = parser.parse_args()
+  config = configs.resolve(runpy.run_path(args.config)["get_config"]())
+  mesh = sharding.make_mesh(config.mesh)
+  made = benchmark.prepare(config, mesh)
+  batch = benchmark.random_batch(config, made.model, mesh)
+  key, reset = jax.random.key(config.seed), np.bool_(False)
+  step = train.make_step(
+    config, made.model, made.optimizer, mesh, made.shardings
+  )
+  state = made.state
+  with tempfile.TemporaryDirectory() as directory:
+    pretrained.save(directory, made.model.config, made.decoder)
+    peer = Peer(
+      directory,
+      state.params,
+      configs.spec_of(config),
+      config.optimizer.learning_rate,
+    )
+  laid = _laid_out(config, batch)
+  tokens = _torch(batch["tokens"])
+  times = {"cacheaug": [], "torch": []}
+  for turn in range(args.repeats + 1):
+    began = time.perf_counter()
+    state, metrics = step(state, made.decoder, batch, key, reset)
+    jax.block_until_ready((state, metrics))
+    middle = time.perf_counter()
+    theirs = peer.step(tokens, laid)
+    if turn:
+      times["cacheaug"].append(middle - began)
+      times["torch"].append(time.perf_counter() - middle)
+    else:
+      ours = float(metrics["loss"])
+      assert abs(ours - theirs) < 1e-3, f"losses {ours} and {theirs} differ"
+      print(f"loss: cacheaug {ours:.5f}, torch {theirs:.5f}")
+    zero = jax.device_put(jnp.int32(0), made.shardings.step)
+    state = state.replace(step=zero)
+  median = {name: statistics.median(x) for name, x in times.items()}
+  gflop = flops.of_step(config, made.model.config).total / 1e9
+  for name, seconds in median.items():
+    print(
+      f"{name:9} {1e3 * seconds:8.1f} ms a step, "
+      f"{gflop / seconds:6.1f} useful GFLOP/s"
+    )
+  print(
+    f"torch {torch.__version__} ({torch.get_num_threads()} threads) / "
+    f"cacheaug: {median['torch'] / median['cacheaug']:.2f}"
+  )
+
+
+if __name__ == "__main__":
+  main()
