@@ -89,6 +89,9 @@ def measure(
       f"objective={config.objective!r}: only 'coprocessor' has variants"
     )
   configs.validate(config, jax.device_count())
+  config = ConfigDict(config)
+  # All variants go on from one state: it must not move.
+  config.optimizer.learning_rate = 1e-12
   mesh = sharding.make_mesh(config.mesh)
   made = prepare(config, mesh)
   model, decoder, state = made.model, made.decoder, made.state
