@@ -1,0 +1,314 @@
+"""Attention of rows over intervals of a constant context, on GPU (Pallas).
+
+The same mathematics and interface as kernels/context_tpu.py, lowered by
+Pallas to Triton. **It has not been run on a GPU**: what has been seen is the
+numbers in interpret mode, and the compilation for compute capability 9.0.
+
+Why a kernel of our own: cuDNN's attention has no soft cap, tokamax's
+head_dim-256 backward is weak, and all of them compute the context's dK and
+dV, which do not exist here: 3 products in the backward, not 5.
+
+One program takes one block of rows of one key head and walks the key blocks
+from first to last that any of its rows sees. Blocks of rows are started from
+the last: where traces are sorted by point those have the most to do, and the
+short ones fill the gaps at the end.
+
+jax 0.12 deprecates Pallas' Triton lowering in favour of its Mosaic one, which
+asks for kernels of another form; it still works there.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from cacheaug.kernels import intervals
+from cacheaug.kernels.intervals import LOWEST, MASKED
+
+# The hardware's exponential is to base 2: scores are kept in bits inside.
+_BITS = math.log2(math.e)
+
+_NT = (((1,), (1,)), ((), ()))  # [q, e] x [k, e] -> [q, k]
+_NN = (((1,), (0,)), ((), ()))  # [q, k] x [k, e] -> [q, e]
+
+
+def supported(
+  head_dim: int, dtype: jnp.dtype, compute_capability: str
+) -> str | None:
+  """Why these kernels do not take shapes and device, or None where they do.
+
+  Args:
+    head_dim: E.
+    dtype: of q, keys and values.
+    compute_capability: as jax.Device has it, "9.0" for an H100 or H200.
+  """
+  if compute_capability.split(".")[0] not in ("9", "10"):
+    return (
+      "the tiles need the 227 KB of shared memory of compute capability 9 or "
+      f"10, not {compute_capability}"
+    )
+  return intervals.unsupported(head_dim, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+  """Rows and keys of a tile, and how Triton is to work on it."""
+
+  q: int
+  k: int
+  warps: int
+  stages: int  # of keys and values, loaded ahead of their use
+
+  @property
+  def params(self) -> plgpu.CompilerParams:
+    return plgpu.CompilerParams(num_warps=self.warps, num_stages=self.stages)
+
+
+_FORWARD = _Tiles(128, 64, 8, 2)
+_BACKWARD = _Tiles(64, 64, 4, 2)
+
+
+def _dot(a, b, dims):
+  return jax.lax.dot_general(
+    a,
+    b,
+    dims,
+    precision=intervals.precision(a.dtype),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _tanh(x, dtype, interpret):
+  """The cap's tanh.
+
+  For bfloat16 operands it is one instruction, off by 2^-11 of its value at
+  most; the score itself carries more from the rounding of q and keys (2^-9
+  each). FlashAttention caps in the same way.
+  """
+  if dtype == jnp.float32 or interpret:
+    return jnp.tanh(x)
+  return plgpu.approx_tanh(x)
+
+
+def _scores(q, keys, low, high, block, softcap, interpret):
+  """Masked scores [q, k] in bits, float32, and the soft cap's tanh or None."""
+  scores, tanh = _dot(q, keys, _NT), None
+  if softcap:
+    tanh = _tanh(scores * (1 / softcap), q.dtype, interpret)
+    scores = softcap * _BITS * tanh
+  else:
+    scores *= _BITS
+  slots = (block * keys.shape[0] + jnp.arange(keys.shape[0]))[None]
+  seen = (slots >= low[:, None]) & (slots < high[:, None])
+  return jnp.where(seen, scores, MASKED), tanh
+
+
+def _forward_kernel(
+  first_ref,  # [], as is last: this row block's
+  last_ref,
+  q_ref,  # [q, E]
+  keys_ref,  # [S, E], as are values
+  values_ref,
+  start_ref,  # [q], as is stop
+  stop_ref,
+  out_ref,  # [q, E] float32
+  lse_ref,  # [q] float32
+  *,
+  block_k,
+  softcap,
+  interpret,
+):
+  q, low, high = q_ref[...], start_ref[...], stop_ref[...]
+
+  def add(block, carry):
+    top, total, out = carry
+    keys = keys_ref[pl.ds(block * block_k, block_k), :]
+    scores, _ = _scores(q, keys, low, high, block, softcap, interpret)
+    now = jnp.maximum(top, scores.max(1))
+    p = jnp.exp2(scores - now[:, None])
+    shrink = jnp.exp2(top - now)
+    values = values_ref[pl.ds(block * block_k, block_k), :]
+    out = out * shrink[:, None] + _dot(p.astype(values.dtype), values, _NN)
+    return now, total * shrink + p.sum(1), out
+
+  top, total, out = jax.lax.fori_loop(
+    first_ref[...],
+    last_ref[...],
+    add,
+    (
+      jnp.full(q.shape[:1], LOWEST, jnp.float32),
+      jnp.zeros(q.shape[:1], jnp.float32),
+      jnp.zeros(q.shape, jnp.float32),
+    ),
+  )
+  empty = total == 0
+  total = jnp.where(empty, 1.0, total)
+  out_ref[...] = out / total[:, None]
+  lse_ref[...] = jnp.where(empty, MASKED, (top + jnp.log2(total)) / _BITS)
+
+
+def _dq_kernel(
+  first_ref,  # [], as is last: this row block's
+  last_ref,
+  q_ref,  # [q, E]
+  keys_ref,  # [S, E], as are values
+  values_ref,
+  start_ref,  # [q], as are stop, lse and delta
+  stop_ref,
+  lse_ref,
+  delta_ref,
+  dout_ref,  # [q, E]
+  dq_ref,  # [q, E] float32
+  *,
+  block_k,
+  softcap,
+  interpret,
+):
+  q, dout = q_ref[...], dout_ref[...]
+  low, high, delta = start_ref[...], stop_ref[...], delta_ref[...]
+  # A row that sees nothing anywhere has MASKED here, as its scores are.
+  lse = jnp.maximum(lse_ref[...] * _BITS, LOWEST)
+
+  def add(block, dq):
+    keys = keys_ref[pl.ds(block * block_k, block_k), :]
+    scores, tanh = _scores(q, keys, low, high, block, softcap, interpret)
+    p = jnp.exp2(scores - lse[:, None])
+    values = values_ref[pl.ds(block * block_k, block_k), :]
+    ds = p * (_dot(dout, values, _NT) - delta[:, None])
+    if softcap:
+      ds *= 1 - tanh * tanh
+    return dq + _dot(ds.astype(keys.dtype), keys, _NN)
+
+  dq_ref[...] = jax.lax.fori_loop(
+    first_ref[...], last_ref[...], add, jnp.zeros(q.shape, jnp.float32)
+  )
+
+
+def _specs(q, keys, block_q):
+  """The grid, and block specs of bounds, queries, keys, row numbers [B, Q]
+  and row numbers [B, K, Q].
+  """
+  b, k, rows, e = q.shape
+  blocks = rows // block_q
+
+  def turn(i):
+    return blocks - 1 - i
+
+  return (
+    (blocks, k, b),
+    pl.BlockSpec((None, None), lambda i, h, b: (b, turn(i))),
+    pl.BlockSpec((None, None, block_q, e), lambda i, h, b: (b, h, turn(i), 0)),
+    pl.BlockSpec((None, None, keys.shape[2], e), lambda i, h, b: (b, h, 0, 0)),
+    pl.BlockSpec((None, block_q), lambda i, h, b: (b, turn(i))),
+    pl.BlockSpec((None, None, block_q), lambda i, h, b: (b, h, turn(i))),
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("softcap", "interpret", "tiles"))
+def forward(
+  q: jax.Array,  # [B, K, Q, E], scaled
+  keys: jax.Array,  # [B, K, S, E]
+  values: jax.Array,  # [B, K, S, E]
+  start: jax.Array,  # [B, Q] int32
+  stop: jax.Array,  # [B, Q] int32
+  *,
+  softcap: float,
+  interpret: bool = False,
+  tiles: _Tiles | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """As `context_tpu.forward`: out [B, K, Q, E] and lse [B, K, Q], float32."""
+  tiles = tiles or _FORWARD
+  rows = q.shape[2]
+  q = intervals.pad(q, 2, tiles.q)
+  keys, values = (intervals.pad(x, 2, tiles.k) for x in (keys, values))
+  start, stop = (intervals.pad(x, 1, tiles.q) for x in (start, stop))
+  grid, bound_spec, q_spec, key_spec, row_spec, head_spec = _specs(
+    q, keys, tiles.q
+  )
+  out, lse = pl.pallas_call(
+    functools.partial(
+      _forward_kernel, block_k=tiles.k, softcap=softcap, interpret=interpret
+    ),
+    out_shape=(
+      intervals.shape_like(q, q.shape, jnp.float32),
+      intervals.shape_like(q, q.shape[:-1], jnp.float32),
+    ),
+    grid=grid,
+    in_specs=[
+      *(bound_spec, bound_spec, q_spec, key_spec, key_spec),
+      *(row_spec, row_spec),
+    ],
+    out_specs=[q_spec, head_spec],
+    compiler_params=tiles.params,
+    cost_estimate=intervals.cost(q, keys, 2),
+    interpret=interpret,
+    name="context_forward",
+  )(
+    *intervals.block_bounds(start, stop, tiles.q, tiles.k),
+    q,
+    keys,
+    values,
+    start,
+    stop,
+  )
+  return out[:, :, :rows], lse[:, :, :rows]
+
+
+@functools.partial(jax.jit, static_argnames=("softcap", "interpret", "tiles"))
+def backward_dq(
+  q: jax.Array,  # [B, K, Q, E], scaled
+  keys: jax.Array,  # [B, K, S, E]
+  values: jax.Array,  # [B, K, S, E]
+  start: jax.Array,  # [B, Q] int32
+  stop: jax.Array,  # [B, Q] int32
+  lse: jax.Array,  # [B, K, Q] float32
+  delta: jax.Array,  # [B, K, Q] float32
+  dout: jax.Array,  # [B, K, Q, E]
+  *,
+  softcap: float,
+  interpret: bool = False,
+  tiles: _Tiles | None = None,
+) -> jax.Array:  # [B, K, Q, E] float32
+  """As `context_tpu.backward_dq`: the context's share of q's gradient."""
+  tiles = tiles or _BACKWARD
+  rows = q.shape[2]
+  dout = dout.astype(values.dtype)
+  q, lse, delta, dout = (
+    intervals.pad(x, 2, tiles.q) for x in (q, lse, delta, dout)
+  )
+  keys, values = (intervals.pad(x, 2, tiles.k) for x in (keys, values))
+  start, stop = (intervals.pad(x, 1, tiles.q) for x in (start, stop))
+  grid, bound_spec, q_spec, key_spec, row_spec, head_spec = _specs(
+    q, keys, tiles.q
+  )
+  dq = pl.pallas_call(
+    functools.partial(
+      _dq_kernel, block_k=tiles.k, softcap=softcap, interpret=interpret
+    ),
+    out_shape=intervals.shape_like(q, q.shape, jnp.float32),
+    grid=grid,
+    in_specs=[
+      *(bound_spec, bound_spec, q_spec, key_spec, key_spec),
+      *(row_spec, row_spec, head_spec, head_spec, q_spec),
+    ],
+    out_specs=q_spec,
+    compiler_params=tiles.params,
+    cost_estimate=intervals.cost(q, keys, 3),
+    interpret=interpret,
+    name="context_dq",
+  )(
+    *intervals.block_bounds(start, stop, tiles.q, tiles.k),
+    q,
+    keys,
+    values,
+    start,
+    stop,
+    lse,
+    delta,
+    dout,
+  )
+  return dq[:, :, :rows]

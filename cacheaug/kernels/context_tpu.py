@@ -1,0 +1,372 @@
+"""Attention of rows over intervals of a constant context, on TPU (Pallas).
+
+The context part of the structured attention: many rows, each seeing one
+interval of the context's slots (kernels/intervals.py), keys and values
+constant. Mosaic lowers it; compiled for v5e, v5p and v6e without a device,
+computed in interpret mode; not yet run on a TPU.
+
+Why not splash attention (jax.experimental.pallas.ops.tpu.splash_attention),
+which has soft cap, GQA and head_dim 256 too. Per (row, slot) pair and unit of
+head_dim, 2 FLOP a product:
+
+                         splash                        here
+  forward                2 products                    2 products
+  backward               7: scores and dP twice, as    3: scores, dP, dQ. The
+                         dQ and dK/dV are separate     context is a constant:
+                         kernels (5 when fused)        dK and dV do not exist
+  mask                   block tables, and for a mask  two int32 a row; the
+                         only known on the device a    tile's mask is two
+                         [blocks, block, block] array  comparisons, and the
+                         of partial blocks (4 MiB a    same program serves
+                         row of 1024 at S = 4096),     every draw of points
+                         prepared once a batch
+  keys of a query group  read once for each of the G   read once: the group's
+                         query heads                   heads are rows
+  second part of the     must be appended to the keys  joined outside by
+  softmax (own block)    and to the mask               log-sum-exp
+
+The grid is (B, K, blocks of rows, blocks of keys), the keys innermost. Step j
+of a row block works on key block first + j while that is below last; later
+steps compute nothing, and name the block that is there already, so that
+nothing is fetched for them. An idle step costs a fraction of a microsecond.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from cacheaug.kernels import intervals
+from cacheaug.kernels.intervals import LOWEST, MASKED
+
+LANES = 128  # of a vector register; a tile's last axis is a multiple of it
+
+# Rows by keys of one tile. A key block is read once for each row block, at
+# rows / itemsize * 2 FLOP a byte: 512 rows lie above v5e's (240) and v5p's
+# (166) balance of bfloat16 FLOP to HBM bytes.
+BLOCK_Q = 512
+BLOCK_K = 512
+
+_NT = (((1,), (1,)), ((), ()))  # [q, e] x [k, e] -> [q, k]
+_NN = (((1,), (0,)), ((), ()))  # [q, k] x [k, e] -> [q, e]
+
+
+def supported(head_dim: int, dtype: jnp.dtype) -> str | None:
+  """Why these kernels do not take the shapes, or None where they do."""
+  return intervals.unsupported(head_dim, dtype)
+
+
+def _dot(a, b, dims):
+  return jax.lax.dot_general(
+    a,
+    b,
+    dims,
+    precision=intervals.precision(a.dtype),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _column(row):
+  """Row numbers [1, q] as [q, LANES], equal along the lanes.
+
+  Rows lie along the lanes in memory, 128 times smaller than columns would be;
+  turning them once a row block is cheap, once a tile is not.
+  """
+  return jnp.broadcast_to(jnp.expand_dims(row[0], -1), (row.shape[1], LANES))
+
+
+def _wide(column, width):
+  """[q, LANES] of equal lanes as [q, width], without moving data."""
+  return jnp.tile(column, (1, pl.cdiv(width, LANES)))[:, :width]
+
+
+def _scores(q, keys, low, high, block, softcap):
+  """Masked scores [q, k] in float32, and the soft cap's tanh or None."""
+  scores, tanh = _dot(q, keys, _NT), None
+  if softcap:
+    tanh = jnp.tanh(scores * (1 / softcap))
+    scores = softcap * tanh
+  shape = scores.shape
+  slots = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + block * shape[1]
+  # Masking every tile, not only those at an interval's end, costs four vector
+  # operations a score, a tenth of what the products take on the matrix unit.
+  seen = (slots >= _wide(low, shape[1])) & (slots < _wide(high, shape[1]))
+  return jnp.where(seen, scores, MASKED), tanh
+
+
+def _forward_kernel(
+  first,  # [B, blocks] in scalar memory, as is last
+  last,
+  q_ref,  # [q, E]
+  keys_ref,  # [k, E]
+  values_ref,  # [k, E]
+  start_ref,  # [1, q]
+  stop_ref,  # [1, q]
+  out_ref,  # [q, E] float32, the running sum
+  lse_ref,  # [1, q] float32
+  low,  # [q, LANES] int32, as is high
+  high,
+  top,  # [q, LANES] float32, running maximum and sum of exponentials
+  total,
+  *,
+  softcap,
+):
+  b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+  @pl.when(j == 0)
+  def _begin():
+    low[...] = _column(start_ref[...])
+    high[...] = _column(stop_ref[...])
+    top[...] = jnp.full_like(top, LOWEST)
+    total[...] = jnp.zeros_like(total)
+    out_ref[...] = jnp.zeros_like(out_ref)
+
+  block = first[b, i] + j
+
+  @pl.when(block < last[b, i])
+  def _add():
+    q, keys, values = q_ref[...], keys_ref[...], values_ref[...]
+    scores, _ = _scores(q, keys, low[...], high[...], block, softcap)
+    before = top[...]
+    now = jnp.maximum(before, scores.max(1, keepdims=True))
+    p = jnp.exp(scores - _wide(now, scores.shape[1]))
+    shrink = jnp.exp(before - now)
+    top[...] = now
+    total[...] = total[...] * shrink + p.sum(1, keepdims=True)
+    out_ref[...] = out_ref[...] * _wide(shrink, q.shape[1]) + _dot(
+      p.astype(values.dtype), values, _NN
+    )
+
+  @pl.when(j == pl.num_programs(3) - 1)
+  def _end():
+    empty = total[...] == 0
+    sums = jnp.where(empty, 1.0, total[...])
+    out_ref[...] *= _wide(1 / sums, out_ref.shape[1])
+    lse = jnp.where(empty, MASKED, top[...] + jnp.log(sums))
+    lse_ref[...] = lse.T[:1]
+
+
+def _dq_kernel(
+  first,  # [B, blocks] in scalar memory, as is last
+  last,
+  q_ref,  # [q, E]
+  keys_ref,  # [k, E]
+  values_ref,  # [k, E]
+  start_ref,  # [1, q], as are stop, lse, delta
+  stop_ref,
+  lse_ref,
+  delta_ref,
+  dout_ref,  # [q, E]
+  dq_ref,  # [q, E] float32, the running sum
+  low,  # [q, LANES], as are high, lse, delta
+  high,
+  lse,
+  delta,
+  *,
+  softcap,
+):
+  b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+  @pl.when(j == 0)
+  def _begin():
+    low[...] = _column(start_ref[...])
+    high[...] = _column(stop_ref[...])
+    # A row that sees nothing anywhere has MASKED here, as its scores are.
+    lse[...] = jnp.maximum(_column(lse_ref[...]), LOWEST)
+    delta[...] = _column(delta_ref[...])
+    dq_ref[...] = jnp.zeros_like(dq_ref)
+
+  block = first[b, i] + j
+
+  @pl.when(block < last[b, i])
+  def _add():
+    q, keys, values = q_ref[...], keys_ref[...], values_ref[...]
+    scores, tanh = _scores(q, keys, low[...], high[...], block, softcap)
+    width = scores.shape[1]
+    p = jnp.exp(scores - _wide(lse[...], width))
+    dp = _dot(dout_ref[...], values, _NT)
+    ds = p * (dp - _wide(delta[...], width))
+    if softcap:
+      ds *= 1 - tanh * tanh
+    dq_ref[...] += _dot(ds.astype(keys.dtype), keys, _NN)
+
+
+def _specs(shape, block_q, block_k):
+  """Block specs of queries, keys, rows that the heads share, and others."""
+  e = shape[-1]
+
+  def key_index(b, h, i, j, first, last):
+    return b, h, jnp.maximum(jnp.minimum(first[b, i] + j, last[b, i] - 1), 0), 0
+
+  return (
+    pl.BlockSpec((None, None, block_q, e), lambda b, h, i, *_: (b, h, i, 0)),
+    pl.BlockSpec((None, None, block_k, e), key_index),
+    pl.BlockSpec((None, 1, block_q), lambda b, h, i, *_: (b, 0, i)),
+    pl.BlockSpec((None, None, 1, block_q), lambda b, h, i, *_: (b, h, 0, i)),
+  )
+
+
+def _grid(q, keys, block_q, block_k):
+  # Queries may end inside the last row block: what lies beyond is arbitrary,
+  # stays in its own rows, and is not written back. So q is never copied.
+  return *q.shape[:2], pl.cdiv(q.shape[2], block_q), keys.shape[2] // block_k
+
+
+def _fit(rows, block_q):
+  """Rows of a tile: no more than there are, in whole vector registers."""
+  return min(block_q, pl.cdiv(rows, LANES) * LANES)
+
+
+_PARAMS = pltpu.CompilerParams(
+  dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("softcap", "interpret", "block_q", "block_k")
+)
+def forward(
+  q: jax.Array,  # [B, K, Q, E], scaled
+  keys: jax.Array,  # [B, K, S, E]
+  values: jax.Array,  # [B, K, S, E]
+  start: jax.Array,  # [B, Q] int32
+  stop: jax.Array,  # [B, Q] int32
+  *,
+  softcap: float,
+  interpret: bool = False,
+  block_q: int = BLOCK_Q,
+  block_k: int = BLOCK_K,
+) -> tuple[jax.Array, jax.Array]:
+  """Softmax over each row's interval of the context, and its log-sum-exp.
+
+  Args:
+    q: rows of all traces and of the query heads of one key head. Any number;
+      traces sorted by point, so that neighbours need the same keys.
+    keys: of the context; constants, as are `values`.
+    values: of the context.
+    start: first slot that a row sees.
+    stop: one past the last; a row with stop <= start sees nothing.
+    softcap: scores become softcap * tanh(scores / softcap); 0 for none.
+    interpret: compute without a TPU, slowly.
+    block_q: rows of a tile, a multiple of 128 on a TPU.
+    block_k: keys of a tile, a multiple of 128.
+
+  Returns:
+    out [B, K, Q, E] float32, 0 where a row sees nothing, and lse [B, K, Q]
+    float32, MASKED there.
+  """
+  block_q = _fit(q.shape[2], block_q)
+  keys, values = (intervals.pad(x, 2, block_k) for x in (keys, values))
+  start, stop = (intervals.pad(x, 1, block_q) for x in (start, stop))
+  q_spec, key_spec, row_spec, head_spec = _specs(q.shape, block_q, block_k)
+  column = functools.partial(pltpu.VMEM, (block_q, LANES))
+  lse_shape = *q.shape[:2], 1, start.shape[1]
+  out, lse = pl.pallas_call(
+    functools.partial(_forward_kernel, softcap=softcap),
+    out_shape=(
+      intervals.shape_like(q, q.shape, jnp.float32),
+      intervals.shape_like(q, lse_shape, jnp.float32),
+    ),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=_grid(q, keys, block_q, block_k),
+      in_specs=[q_spec, key_spec, key_spec, row_spec, row_spec],
+      out_specs=[q_spec, head_spec],
+      scratch_shapes=[
+        *(column(jnp.int32) for _ in range(2)),
+        *(column(jnp.float32) for _ in range(2)),
+      ],
+    ),
+    compiler_params=_PARAMS,
+    cost_estimate=intervals.cost(q, keys, 2),
+    interpret=interpret,
+    name="context_forward",
+  )(
+    *intervals.block_bounds(start, stop, block_q, block_k),
+    q,
+    keys,
+    values,
+    start[:, None],
+    stop[:, None],
+  )
+  return out, lse[:, :, 0, : q.shape[2]]
+
+
+@functools.partial(
+  jax.jit, static_argnames=("softcap", "interpret", "block_q", "block_k")
+)
+def backward_dq(
+  q: jax.Array,  # [B, K, Q, E], scaled
+  keys: jax.Array,  # [B, K, S, E]
+  values: jax.Array,  # [B, K, S, E]
+  start: jax.Array,  # [B, Q] int32
+  stop: jax.Array,  # [B, Q] int32
+  lse: jax.Array,  # [B, K, Q] float32
+  delta: jax.Array,  # [B, K, Q] float32
+  dout: jax.Array,  # [B, K, Q, E]
+  *,
+  softcap: float,
+  interpret: bool = False,
+  block_q: int = BLOCK_Q,
+  block_k: int = BLOCK_K,
+) -> jax.Array:  # [B, K, Q, E] float32
+  """The context's share of the gradient with respect to q.
+
+  p = exp(s - lse) on the interval, ds = p (dout . v - delta) times the soft
+  cap's 1 - (s / softcap)^2, dq = ds @ keys: FlashAttention's backward with
+  what ring attention hands around. `lse` and `delta` belong to the whole
+  softmax, context and own block together; the other arguments are `forward`'s.
+
+  Args:
+    q: as in `forward`, as are the next four.
+    keys: of the context.
+    values: of the context.
+    start: first slot that a row sees.
+    stop: one past the last.
+    lse: log-sum-exp of all scores of the row, wherever they were computed.
+    delta: sum of dout * out over E, out being the row's joined output.
+    dout: gradient of that output; rounded to the values' dtype.
+    softcap: 0 for none.
+    interpret: compute without a TPU, slowly.
+    block_q: rows of a tile, a multiple of 128 on a TPU.
+    block_k: keys of a tile, a multiple of 128.
+  """
+  block_q = _fit(q.shape[2], block_q)
+  keys, values = (intervals.pad(x, 2, block_k) for x in (keys, values))
+  start, stop = (intervals.pad(x, 1, block_q) for x in (start, stop))
+  lse, delta = (intervals.pad(x, 2, block_q) for x in (lse, delta))
+  q_spec, key_spec, row_spec, head_spec = _specs(q.shape, block_q, block_k)
+  column = functools.partial(pltpu.VMEM, (block_q, LANES))
+  return pl.pallas_call(
+    functools.partial(_dq_kernel, softcap=softcap),
+    out_shape=intervals.shape_like(q, q.shape, jnp.float32),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=_grid(q, keys, block_q, block_k),
+      in_specs=[
+        *(q_spec, key_spec, key_spec, row_spec, row_spec),
+        *(head_spec, head_spec, q_spec),
+      ],
+      out_specs=q_spec,
+      scratch_shapes=[
+        *(column(jnp.int32) for _ in range(2)),
+        *(column(jnp.float32) for _ in range(2)),
+      ],
+    ),
+    compiler_params=_PARAMS,
+    cost_estimate=intervals.cost(q, keys, 3),
+    interpret=interpret,
+    name="context_dq",
+  )(
+    *intervals.block_bounds(start, stop, block_q, block_k),
+    q,
+    keys,
+    values,
+    start[:, None],
+    stop[:, None],
+    lse[:, :, None],
+    delta[:, :, None],
+    dout.astype(values.dtype),
+  )

@@ -1,0 +1,111 @@
+"""What the context kernels share: rows that each see one interval of slots.
+
+A row of a trace sees context slots start <= s < stop and no others: the point
+ends the interval, the start of a packed document or a sliding window begins
+it. So a mask is two integers a row, and a tile of scores needs computing only
+where some row's interval reaches into it:
+
+    slots       0 . . . 4 . . . 8 . . .      block_q = 2, block_k = 4
+    row 0 [0, 2)  # #     |       |          first 0, last 1: one tile
+    row 1 [1, 4)    # # # |       |
+    row 2 [2, 6)      # # | # #   |          first 0, last 2: two tiles
+    row 3 [3, 7)        # | # # # |
+    row 4 [5, 9)          |   # # | #        first 1, last 3: two tiles
+    row 5 [5, 5)          |       |          sees nothing, counts for nothing
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+# The log-sum-exp of a row that sees nothing: finite, so that no arithmetic on
+# it gives NaN. The same number as in model/attention.py, which kernels may not
+# import.
+MASKED = -2.0e38
+# Where a running maximum starts: far below every score, far above MASKED, so
+# that exp(MASKED - maximum) is 0 even where a row has seen nothing yet.
+LOWEST = -1.0e38
+
+HEAD_DIMS = (64, 128, 256)
+
+
+def unsupported(head_dim: int, dtype: jnp.dtype) -> str | None:
+  """Why no kernel takes these shapes, or None where they do."""
+  if head_dim not in HEAD_DIMS:
+    return f"head_dim {head_dim} is none of {HEAD_DIMS}"
+  if dtype not in (jnp.float32, jnp.bfloat16):
+    return f"dtype {jnp.dtype(dtype).name} is neither float32 nor bfloat16"
+  return None
+
+
+def block_bounds(
+  start: jax.Array,  # [B, Q] int32
+  stop: jax.Array,  # [B, Q] int32
+  block_q: int,
+  block_k: int,
+) -> tuple[jax.Array, jax.Array]:  # 2 x [B, Q / block_q] int32
+  """First block of keys that a block of rows needs, and one past its last.
+
+  The two are equal where no row sees anything. Rows whose intervals lie far
+  apart should not share a block: sort the traces by point.
+  """
+  blocks = start.shape[0], -1, block_q
+  empty = stop <= start
+  start = jnp.where(empty, jnp.iinfo(jnp.int32).max, start)
+  stop = jnp.where(empty, 0, stop)
+  last = -(-stop.reshape(blocks).max(-1) // block_k)
+  first = jnp.minimum(start.reshape(blocks).min(-1) // block_k, last)
+  return first.astype(jnp.int32), last.astype(jnp.int32)
+
+
+def pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+  """Appends zeros to x along `axis` up to a multiple; x itself if it is one.
+
+  A row of zeros has the interval [0, 0) and sees nothing; a key of zeros lies
+  beyond every interval.
+  """
+  lacking = -x.shape[axis] % multiple
+  if not lacking:
+    return x
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, lacking)
+  return jnp.pad(x, widths)
+
+
+def shape_like(
+  x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
+) -> jax.ShapeDtypeStruct:
+  """A kernel's result that varies over the same mesh axes as its operand x.
+
+  Without it a kernel inside shard_map is refused (check_vma).
+  """
+  return jax.ShapeDtypeStruct(
+    shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type
+  )
+
+
+def cost(q: jax.Array, keys: jax.Array, matmuls: int) -> pl.CostEstimate:
+  """What XLA's scheduler should expect of a kernel with that many products.
+
+  Half of all pairs: uniform points see half of the context on average. The
+  true share is known on the device only.
+  """
+  pairs = math.prod(q.shape[:-1]) * keys.shape[2] // 2
+  size = q.size * (q.dtype.itemsize + 4) + 2 * keys.size * keys.dtype.itemsize
+  return pl.CostEstimate(
+    flops=2 * matmuls * pairs * q.shape[-1],
+    transcendentals=2 * pairs,
+    bytes_accessed=size,
+  )
+
+
+def precision(dtype: jnp.dtype) -> jax.lax.Precision:
+  """Of a kernel's products: float32 in float32, bfloat16 in one pass.
+
+  Said aloud, so that the session's default, which XLA's own products follow,
+  neither rounds float32 nor asks for six passes over bfloat16.
+  """
+  exact = dtype == jnp.float32
+  return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
