@@ -25,10 +25,12 @@ head_dim, 2 FLOP a product:
   second part of the     must be appended to the keys  joined outside by
   softmax (own block)    and to the mask               log-sum-exp
 
-The grid is (B, K, blocks of rows, blocks of keys), the keys innermost. Step j
-of a row block works on key block first + j while that is below last; later
-steps compute nothing, and name the block that is there already, so that
-nothing is fetched for them. An idle step costs a fraction of a microsecond.
+The grid is (B, K, blocks of rows, chunks of keys), the chunks innermost. A
+chunk is what is fetched at once, all keys of S = 2048 at Gemma's shapes, so
+that they are fetched once a key head; a loop inside walks the blocks of it
+that the rows need. Chunks that no row needs are neither computed nor fetched:
+step j names chunk `first chunk + j`, and beyond the last one that last again,
+which is there already.
 """
 
 import functools
@@ -43,11 +45,14 @@ from cacheaug.kernels.intervals import LOWEST, MASKED
 
 LANES = 128  # of a vector register; a tile's last axis is a multiple of it
 
-# Rows by keys of one tile. A key block is read once for each row block, at
-# rows / itemsize * 2 FLOP a byte: 512 rows lie above v5e's (240) and v5p's
-# (166) balance of bfloat16 FLOP to HBM bytes.
+# Rows by keys of one tile of scores. Smaller tiles follow the staircase more
+# closely, larger ones keep the matrix unit busier between two looks at the
+# softmax's state (tests/compile_kernels.py prints what is computed in vain).
 BLOCK_Q = 512
-BLOCK_K = 512
+BLOCK_K = 256
+# Keys of one chunk, and as many values: two of each in flight are 4 MiB of the
+# 16 MiB that a kernel gets by default.
+CHUNK_BYTES = 2**20
 
 _NT = (((1,), (1,)), ((), ()))  # [q, e] x [k, e] -> [q, k]
 _NN = (((1,), (0,)), ((), ()))  # [q, k] x [k, e] -> [q, e]
@@ -96,12 +101,32 @@ def _scores(q, keys, low, high, block, softcap):
   return jnp.where(seen, scores, MASKED), tanh
 
 
+def _chunk(first, j, blocks):
+  """The chunk of step j, `blocks` key blocks each, from a row block's first."""
+  return jax.lax.div(first, blocks) + j
+
+
+def _walk(first, last, keys_ref, values_ref, block_k, add):
+  """Calls add(block, keys, values) for this chunk's blocks in [first, last)."""
+  at = pl.program_id(0), pl.program_id(2)
+  blocks = keys_ref.shape[0] // block_k
+  begin = _chunk(first[at], pl.program_id(3), blocks) * blocks
+
+  def step(block, _):
+    here = pl.ds(pl.multiple_of((block - begin) * block_k, block_k), block_k)
+    add(block, keys_ref[here, :], values_ref[here, :])
+
+  low = jnp.maximum(first[at], begin)
+  high = jnp.minimum(last[at], begin + blocks)
+  jax.lax.fori_loop(low, high, step, None)
+
+
 def _forward_kernel(
   first,  # [B, blocks] in scalar memory, as is last
   last,
   q_ref,  # [q, E]
-  keys_ref,  # [k, E]
-  values_ref,  # [k, E]
+  keys_ref,  # [chunk, E], as are values
+  values_ref,
   start_ref,  # [1, q]
   stop_ref,  # [1, q]
   out_ref,  # [q, E] float32, the running sum
@@ -112,8 +137,9 @@ def _forward_kernel(
   total,
   *,
   softcap,
+  block_k,
 ):
-  b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+  j = pl.program_id(3)
 
   @pl.when(j == 0)
   def _begin():
@@ -123,11 +149,8 @@ def _forward_kernel(
     total[...] = jnp.zeros_like(total)
     out_ref[...] = jnp.zeros_like(out_ref)
 
-  block = first[b, i] + j
-
-  @pl.when(block < last[b, i])
-  def _add():
-    q, keys, values = q_ref[...], keys_ref[...], values_ref[...]
+  def add(block, keys, values):
+    q = q_ref[...]
     scores, _ = _scores(q, keys, low[...], high[...], block, softcap)
     before = top[...]
     now = jnp.maximum(before, scores.max(1, keepdims=True))
@@ -138,6 +161,8 @@ def _forward_kernel(
     out_ref[...] = out_ref[...] * _wide(shrink, q.shape[1]) + _dot(
       p.astype(values.dtype), values, _NN
     )
+
+  _walk(first, last, keys_ref, values_ref, block_k, add)
 
   @pl.when(j == pl.num_programs(3) - 1)
   def _end():
@@ -152,8 +177,8 @@ def _dq_kernel(
   first,  # [B, blocks] in scalar memory, as is last
   last,
   q_ref,  # [q, E]
-  keys_ref,  # [k, E]
-  values_ref,  # [k, E]
+  keys_ref,  # [chunk, E], as are values
+  values_ref,
   start_ref,  # [1, q], as are stop, lse, delta
   stop_ref,
   lse_ref,
@@ -166,8 +191,9 @@ def _dq_kernel(
   delta,
   *,
   softcap,
+  block_k,
 ):
-  b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+  j = pl.program_id(3)
 
   @pl.when(j == 0)
   def _begin():
@@ -178,11 +204,8 @@ def _dq_kernel(
     delta[...] = _column(delta_ref[...])
     dq_ref[...] = jnp.zeros_like(dq_ref)
 
-  block = first[b, i] + j
-
-  @pl.when(block < last[b, i])
-  def _add():
-    q, keys, values = q_ref[...], keys_ref[...], values_ref[...]
+  def add(block, keys, values):
+    q = q_ref[...]
     scores, tanh = _scores(q, keys, low[...], high[...], block, softcap)
     width = scores.shape[1]
     p = jnp.exp(scores - _wide(lse[...], width))
@@ -192,30 +215,39 @@ def _dq_kernel(
       ds *= 1 - tanh * tanh
     dq_ref[...] += _dot(ds.astype(keys.dtype), keys, _NN)
 
+  _walk(first, last, keys_ref, values_ref, block_k, add)
 
-def _specs(shape, block_q, block_k):
-  """Block specs of queries, keys, rows that the heads share, and others."""
-  e = shape[-1]
+
+def _chunks(keys, block_k, chunk_k):
+  """Number of chunks of at most chunk_k keys, and the blocks in each."""
+  fitting = chunk_k or CHUNK_BYTES // (keys.shape[3] * keys.dtype.itemsize)
+  blocks = pl.cdiv(keys.shape[2], block_k)
+  chunks = pl.cdiv(blocks, max(1, fitting // block_k))
+  return chunks, pl.cdiv(blocks, chunks)
+
+
+def _specs(e, block_q, block_k, blocks):
+  """Block specs of queries, keys, row numbers [B, 1, Q] and [B, K, 1, Q]."""
 
   def key_index(b, h, i, j, first, last):
-    return b, h, jnp.maximum(jnp.minimum(first[b, i] + j, last[b, i] - 1), 0), 0
+    end = jnp.maximum(last[b, i] - 1, 0)
+    chunk = _chunk(first[b, i], j, blocks)
+    return b, h, jnp.minimum(chunk, jax.lax.div(end, blocks)), 0
 
   return (
     pl.BlockSpec((None, None, block_q, e), lambda b, h, i, *_: (b, h, i, 0)),
-    pl.BlockSpec((None, None, block_k, e), key_index),
+    pl.BlockSpec((None, None, blocks * block_k, e), key_index),
     pl.BlockSpec((None, 1, block_q), lambda b, h, i, *_: (b, 0, i)),
     pl.BlockSpec((None, None, 1, block_q), lambda b, h, i, *_: (b, h, 0, i)),
   )
 
 
-def _grid(q, keys, block_q, block_k):
-  # Queries may end inside the last row block: what lies beyond is arbitrary,
-  # stays in its own rows, and is not written back. So q is never copied.
-  return *q.shape[:2], pl.cdiv(q.shape[2], block_q), keys.shape[2] // block_k
-
-
 def _fit(rows, block_q):
-  """Rows of a tile: no more than there are, in whole vector registers."""
+  """Rows of a tile: no more than there are, in whole vector registers.
+
+  Queries may end inside the last row block: what lies beyond is arbitrary,
+  stays in its own rows, and is not written back. So q is never copied.
+  """
   return min(block_q, pl.cdiv(rows, LANES) * LANES)
 
 
@@ -225,7 +257,8 @@ _PARAMS = pltpu.CompilerParams(
 
 
 @functools.partial(
-  jax.jit, static_argnames=("softcap", "interpret", "block_q", "block_k")
+  jax.jit,
+  static_argnames=("softcap", "interpret", "block_q", "block_k", "chunk_k"),
 )
 def forward(
   q: jax.Array,  # [B, K, Q, E], scaled
@@ -238,6 +271,7 @@ def forward(
   interpret: bool = False,
   block_q: int = BLOCK_Q,
   block_k: int = BLOCK_K,
+  chunk_k: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Softmax over each row's interval of the context, and its log-sum-exp.
 
@@ -252,26 +286,30 @@ def forward(
     interpret: compute without a TPU, slowly.
     block_q: rows of a tile, a multiple of 128 on a TPU.
     block_k: keys of a tile, a multiple of 128.
+    chunk_k: keys fetched at once; None for CHUNK_BYTES of them.
 
   Returns:
     out [B, K, Q, E] float32, 0 where a row sees nothing, and lse [B, K, Q]
     float32, MASKED there.
   """
   block_q = _fit(q.shape[2], block_q)
-  keys, values = (intervals.pad(x, 2, block_k) for x in (keys, values))
+  chunks, blocks = _chunks(keys, block_k, chunk_k)
+  keys, values = (intervals.pad(x, 2, blocks * block_k) for x in (keys, values))
   start, stop = (intervals.pad(x, 1, block_q) for x in (start, stop))
-  q_spec, key_spec, row_spec, head_spec = _specs(q.shape, block_q, block_k)
+  q_spec, key_spec, row_spec, head_spec = _specs(
+    q.shape[3], block_q, block_k, blocks
+  )
   column = functools.partial(pltpu.VMEM, (block_q, LANES))
   lse_shape = *q.shape[:2], 1, start.shape[1]
   out, lse = pl.pallas_call(
-    functools.partial(_forward_kernel, softcap=softcap),
+    functools.partial(_forward_kernel, softcap=softcap, block_k=block_k),
     out_shape=(
       intervals.shape_like(q, q.shape, jnp.float32),
       intervals.shape_like(q, lse_shape, jnp.float32),
     ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
-      grid=_grid(q, keys, block_q, block_k),
+      grid=(*q.shape[:2], pl.cdiv(q.shape[2], block_q), chunks),
       in_specs=[q_spec, key_spec, key_spec, row_spec, row_spec],
       out_specs=[q_spec, head_spec],
       scratch_shapes=[
@@ -295,7 +333,8 @@ def forward(
 
 
 @functools.partial(
-  jax.jit, static_argnames=("softcap", "interpret", "block_q", "block_k")
+  jax.jit,
+  static_argnames=("softcap", "interpret", "block_q", "block_k", "chunk_k"),
 )
 def backward_dq(
   q: jax.Array,  # [B, K, Q, E], scaled
@@ -311,6 +350,7 @@ def backward_dq(
   interpret: bool = False,
   block_q: int = BLOCK_Q,
   block_k: int = BLOCK_K,
+  chunk_k: int | None = None,
 ) -> jax.Array:  # [B, K, Q, E] float32
   """The context's share of the gradient with respect to q.
 
@@ -332,19 +372,23 @@ def backward_dq(
     interpret: compute without a TPU, slowly.
     block_q: rows of a tile, a multiple of 128 on a TPU.
     block_k: keys of a tile, a multiple of 128.
+    chunk_k: keys fetched at once; None for CHUNK_BYTES of them.
   """
   block_q = _fit(q.shape[2], block_q)
-  keys, values = (intervals.pad(x, 2, block_k) for x in (keys, values))
+  chunks, blocks = _chunks(keys, block_k, chunk_k)
+  keys, values = (intervals.pad(x, 2, blocks * block_k) for x in (keys, values))
   start, stop = (intervals.pad(x, 1, block_q) for x in (start, stop))
   lse, delta = (intervals.pad(x, 2, block_q) for x in (lse, delta))
-  q_spec, key_spec, row_spec, head_spec = _specs(q.shape, block_q, block_k)
+  q_spec, key_spec, row_spec, head_spec = _specs(
+    q.shape[3], block_q, block_k, blocks
+  )
   column = functools.partial(pltpu.VMEM, (block_q, LANES))
   return pl.pallas_call(
-    functools.partial(_dq_kernel, softcap=softcap),
+    functools.partial(_dq_kernel, softcap=softcap, block_k=block_k),
     out_shape=intervals.shape_like(q, q.shape, jnp.float32),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
-      grid=_grid(q, keys, block_q, block_k),
+      grid=(*q.shape[:2], pl.cdiv(q.shape[2], block_q), chunks),
       in_specs=[
         *(q_spec, key_spec, key_spec, row_spec, row_spec),
         *(head_spec, head_spec, q_spec),
