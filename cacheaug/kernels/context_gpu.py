@@ -2,7 +2,8 @@
 
 The same mathematics and interface as kernels/context_tpu.py, lowered by
 Pallas to Triton. **It has not been run on a GPU**: what has been seen is the
-numbers in interpret mode, and the compilation for compute capability 9.0.
+numbers in interpret mode, the lowering by Pallas, and that Triton compiles
+what comes out for compute capabilities 9.0 and 10.0.
 
 Why a kernel of our own: cuDNN's attention has no soft cap, tokamax's
 head_dim-256 backward is weak, and all of them compute the context's dK and
@@ -55,7 +56,7 @@ def supported(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tiles:
+class Tiles:
   """Rows and keys of a tile, and how Triton is to work on it."""
 
   q: int
@@ -65,11 +66,27 @@ class _Tiles:
 
   @property
   def params(self) -> plgpu.CompilerParams:
+    """What Pallas hands on to Triton."""
     return plgpu.CompilerParams(num_warps=self.warps, num_stages=self.stages)
 
 
-_FORWARD = _Tiles(128, 64, 8, 2)
-_BACKWARD = _Tiles(64, 64, 4, 2)
+# bfloat16 tiles by head_dim, chosen by what Triton 3.6 and ptxas said of them
+# for compute capability 9.0: KB of shared memory (227 may be used), registers
+# a thread, bytes spilled. All use the warpgroup products.
+_FORWARD = {
+  64: Tiles(128, 128, 8, 3),  # 112 KB, 164, 0
+  128: Tiles(128, 128, 8, 2),  # 160 KB, 249, 0
+  256: Tiles(128, 64, 8, 2),  # 192 KB, 255, 472; 128 x 32 spills 376
+}
+_BACKWARD = {
+  64: Tiles(128, 64, 8, 3),  # 80 KB, 155, 0
+  128: Tiles(128, 64, 8, 2),  # 128 KB, 192, 0
+  256: Tiles(64, 64, 8, 2),  # 192 KB, 211, 0; with 4 warps 572 spilled
+}
+# float32 is for comparing numbers, not for speed: its products are exact and
+# so do without the matrix units. At head_dim 256 the backward spills 1 KB.
+_FORWARD_FLOAT32 = Tiles(64, 32, 8, 2)
+_BACKWARD_FLOAT32 = Tiles(32, 32, 4, 2)
 
 
 def _dot(a, b, dims):
@@ -218,10 +235,11 @@ def forward(
   *,
   softcap: float,
   interpret: bool = False,
-  tiles: _Tiles | None = None,
+  tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """As `context_tpu.forward`: out [B, K, Q, E] and lse [B, K, Q], float32."""
-  tiles = tiles or _FORWARD
+  exact = q.dtype == jnp.float32
+  tiles = tiles or (_FORWARD_FLOAT32 if exact else _FORWARD[q.shape[3]])
   rows = q.shape[2]
   q = intervals.pad(q, 2, tiles.q)
   keys, values = (intervals.pad(x, 2, tiles.k) for x in (keys, values))
@@ -271,10 +289,11 @@ def backward_dq(
   *,
   softcap: float,
   interpret: bool = False,
-  tiles: _Tiles | None = None,
+  tiles: Tiles | None = None,
 ) -> jax.Array:  # [B, K, Q, E] float32
   """As `context_tpu.backward_dq`: the context's share of q's gradient."""
-  tiles = tiles or _BACKWARD
+  exact = q.dtype == jnp.float32
+  tiles = tiles or (_BACKWARD_FLOAT32 if exact else _BACKWARD[q.shape[3]])
   rows = q.shape[2]
   dout = dout.astype(values.dtype)
   q, lse, delta, dout = (
