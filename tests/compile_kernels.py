@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-# One chip each of the kinds; what a larger slice runs on each chip.
+# Four chips of each kind; those of a larger slice run the same program.
 TOPOLOGIES = "v5e:2x2", "v5p:2x2x1", "v6e:2x2"
 K, G, E, S, M, R = 4, 2, 256, 2048, 128, 31
 ROWS = R * G  # of one trace and key head

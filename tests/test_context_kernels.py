@@ -211,7 +211,7 @@ def test_blocks_that_no_row_sees_are_skipped(kernel):
   # the blocks needed may be NaN, but not one slot more.
   c = case(64, 1, "points")
   block = BLOCK_K[kernel]
-  low, high = 160, 190
+  low, high = 165, 185  # within one block
   c["bounds"] = tuple(jnp.full((B, ROWS), x, jnp.int32) for x in (low, high))
   _, _, _, total, delta = expected(c, 0.0)
   clean = computed(kernel, c, 0.0, total, delta)
@@ -245,7 +245,7 @@ def test_bounds_are_those_of_the_drawing():
 @kernels
 def test_kernels_under_shard_map(kernel):
   c = case(64, 1, "points")
-  mesh = jax.make_mesh((B,), ("data",))
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:B]), ("data",))
   args = c["q"], c["keys"], c["values"], *c["bounds"]
   run = functools.partial(
     MODULES[kernel].forward, softcap=0.0, interpret=True, **SMALL[kernel]
@@ -307,9 +307,10 @@ def test_tpu_kernels_compile_ahead_of_time():
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("needs libtpu: pip install 'cacheaug[tpu]'")
   here = pathlib.Path(__file__).resolve().parent
+  path = os.pathsep.join([str(here.parent), *sys.path])
   done = subprocess.run(
     [sys.executable, str(here / "compile_kernels.py")],
-    env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent)])},
+    env=os.environ | {"PYTHONPATH": path},
     capture_output=True,
     text=True,
   )

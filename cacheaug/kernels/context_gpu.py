@@ -20,7 +20,6 @@ asks for kernels of another form; it still works there.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from cacheaug.kernels import intervals
-from cacheaug.kernels.intervals import LOWEST, MASKED
-
-# The hardware's exponential is to base 2: scores are kept in bits inside.
-_BITS = math.log2(math.e)
-
-_NT = (((1,), (1,)), ((), ()))  # [q, e] x [k, e] -> [q, k]
-_NN = (((1,), (0,)), ((), ()))  # [q, k] x [k, e] -> [q, e]
+from cacheaug.kernels.intervals import BITS, LOWEST, MASKED, dot, masked_scores
 
 
 def supported(
@@ -89,16 +82,6 @@ _FORWARD_FLOAT32 = Tiles(64, 32, 8, 2)
 _BACKWARD_FLOAT32 = Tiles(32, 32, 4, 2)
 
 
-def _dot(a, b, dims):
-  return jax.lax.dot_general(
-    a,
-    b,
-    dims,
-    precision=intervals.precision(a.dtype),
-    preferred_element_type=jnp.float32,
-  )
-
-
 def _tanh(x, dtype, interpret):
   """The cap's tanh.
 
@@ -111,17 +94,13 @@ def _tanh(x, dtype, interpret):
   return plgpu.approx_tanh(x)
 
 
-def _scores(q, keys, low, high, block, softcap, interpret):
-  """Masked scores [q, k] in bits, float32, and the soft cap's tanh or None."""
-  scores, tanh = _dot(q, keys, _NT), None
-  if softcap:
-    tanh = _tanh(scores * (1 / softcap), q.dtype, interpret)
-    scores = softcap * _BITS * tanh
-  else:
-    scores *= _BITS
-  slots = (block * keys.shape[0] + jnp.arange(keys.shape[0]))[None]
-  seen = (slots >= low[:, None]) & (slots < high[:, None])
-  return jnp.where(seen, scores, MASKED), tanh
+def _scores(q, keys, block, low, high, softcap, interpret):
+  """`masked_scores` of a tile."""
+  products = dot(q, keys, transposed=True)
+  tanh = functools.partial(_tanh, dtype=q.dtype, interpret=interpret)
+  return masked_scores(
+    products, block, low[:, None], high[:, None], softcap, tanh
+  )
 
 
 def _forward_kernel(
@@ -144,12 +123,12 @@ def _forward_kernel(
   def add(block, carry):
     top, total, out = carry
     keys = keys_ref[pl.ds(block * block_k, block_k), :]
-    scores, _ = _scores(q, keys, low, high, block, softcap, interpret)
+    scores, _ = _scores(q, keys, block, low, high, softcap, interpret)
     now = jnp.maximum(top, scores.max(1))
     p = jnp.exp2(scores - now[:, None])
     shrink = jnp.exp2(top - now)
     values = values_ref[pl.ds(block * block_k, block_k), :]
-    out = out * shrink[:, None] + _dot(p.astype(values.dtype), values, _NN)
+    out = out * shrink[:, None] + dot(p.astype(values.dtype), values)
     return now, total * shrink + p.sum(1), out
 
   top, total, out = jax.lax.fori_loop(
@@ -165,7 +144,7 @@ def _forward_kernel(
   empty = total == 0
   total = jnp.where(empty, 1.0, total)
   out_ref[...] = out / total[:, None]
-  lse_ref[...] = jnp.where(empty, MASKED, (top + jnp.log2(total)) / _BITS)
+  lse_ref[...] = jnp.where(empty, MASKED, (top + jnp.log2(total)) / BITS)
 
 
 def _dq_kernel(
@@ -188,17 +167,17 @@ def _dq_kernel(
   q, dout = q_ref[...], dout_ref[...]
   low, high, delta = start_ref[...], stop_ref[...], delta_ref[...]
   # A row that sees nothing anywhere has MASKED here, as its scores are.
-  lse = jnp.maximum(lse_ref[...] * _BITS, LOWEST)
+  lse = jnp.maximum(lse_ref[...] * BITS, LOWEST)
 
   def add(block, dq):
     keys = keys_ref[pl.ds(block * block_k, block_k), :]
-    scores, tanh = _scores(q, keys, low, high, block, softcap, interpret)
+    scores, slope = _scores(q, keys, block, low, high, softcap, interpret)
     p = jnp.exp2(scores - lse[:, None])
     values = values_ref[pl.ds(block * block_k, block_k), :]
-    ds = p * (_dot(dout, values, _NT) - delta[:, None])
+    ds = p * (dot(dout, values, transposed=True) - delta[:, None])
     if softcap:
-      ds *= 1 - tanh * tanh
-    return dq + _dot(ds.astype(keys.dtype), keys, _NN)
+      ds *= slope
+    return dq + dot(ds.astype(keys.dtype), keys)
 
   dq_ref[...] = jax.lax.fori_loop(
     first_ref[...], last_ref[...], add, jnp.zeros(q.shape, jnp.float32)

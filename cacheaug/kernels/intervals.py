@@ -15,6 +15,7 @@ where some row's interval reaches into it:
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,10 @@ MASKED = -2.0e38
 # Where a running maximum starts: far below every score, far above MASKED, so
 # that exp(MASKED - maximum) is 0 even where a row has seen nothing yet.
 LOWEST = -1.0e38
+
+# The processors' exponential is to base 2: inside the kernels scores are in
+# bits, which costs nothing where a soft cap multiplies them anyway.
+BITS = math.log2(math.e)
 
 HEAD_DIMS = (64, 128, 256)
 
@@ -101,11 +106,44 @@ def cost(q: jax.Array, keys: jax.Array, matmuls: int) -> pl.CostEstimate:
   )
 
 
-def precision(dtype: jnp.dtype) -> jax.lax.Precision:
-  """Of a kernel's products: float32 in float32, bfloat16 in one pass.
+def masked_scores(
+  products: jax.Array,  # [q, k] float32, q @ keys
+  block: jax.Array,  # [] int32, which block of k keys
+  start: jax.Array,  # [q, k] or [q, 1] int32, as is stop
+  stop: jax.Array,
+  softcap: float,
+  tanh: Callable[[jax.Array], jax.Array] = jnp.tanh,
+) -> tuple[jax.Array, jax.Array | None]:
+  """A tile's scores in bits, MASKED beyond the intervals, and the cap's slope.
 
-  Said aloud, so that the session's default, which XLA's own products follow,
-  neither rounds float32 nor asks for six passes over bfloat16.
+  The slope is d score / d product = 1 - (s / softcap)^2, None without a cap.
   """
-  exact = dtype == jnp.float32
-  return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+  slope = None
+  if softcap:
+    bent = tanh(products * (1 / softcap))
+    slope = 1 - bent * bent
+    scores = bent * (softcap * BITS)
+  else:
+    scores = products * BITS
+  slots = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+  slots += block * scores.shape[1]
+  # Every tile is masked, not only those at an interval's end: four vector
+  # operations a score, which on v5e and v5p hide behind the matrix unit.
+  seen = (slots >= start) & (slots < stop)
+  return jnp.where(seen, scores, MASKED), slope
+
+
+def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
+  """Product of a [m, e] and b [e, n] (or [n, e], transposed), in float32.
+
+  float32 operands are not rounded, bfloat16 ones go through once, whatever the
+  session's default precision is.
+  """
+  exact = a.dtype == jnp.float32
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((1,), (1 if transposed else 0,)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+    preferred_element_type=jnp.float32,
+  )
