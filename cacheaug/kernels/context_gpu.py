@@ -31,15 +31,20 @@ from cacheaug.kernels.intervals import BITS, LOWEST, MASKED, dot, masked_scores
 
 
 def supported(
-  head_dim: int, dtype: jnp.dtype, compute_capability: str
+  head_dim: int, dtype: jnp.dtype, compute_capability: str | None = None
 ) -> str | None:
   """Why these kernels do not take shapes and device, or None where they do.
 
   Args:
     head_dim: E.
     dtype: of q, keys and values.
-    compute_capability: as jax.Device has it, "9.0" for an H100 or H200.
+    compute_capability: as jax.Device has it, "9.0" for an H100 or H200; None
+      asks the first device of this process.
   """
+  if compute_capability is None:
+    device = jax.local_devices()[0]
+    # Absent on what is not a GPU: compiling for one from elsewhere.
+    compute_capability = getattr(device, "compute_capability", "9.0")
   if compute_capability.split(".")[0] not in ("9", "10"):
     return (
       "the tiles need the 227 KB of shared memory of compute capability 9 or "

@@ -21,10 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-# The log-sum-exp of a row that sees nothing: finite, so that no arithmetic on
-# it gives NaN. The same number as in model/attention.py, which kernels may not
-# import.
-MASKED = -2.0e38
+from cacheaug.kernels.context_attention import MASKED
+
 # Where a running maximum starts: far below every score, far above MASKED, so
 # that exp(MASKED - maximum) is 0 even where a row has seen nothing yet.
 LOWEST = -1.0e38
