@@ -4,8 +4,8 @@
       [--against=naive,cached_dense] [--repeats=5] [--json]
 
 Runs the step that `cacheaug.main` runs, of random tokens, and the same step
-with the peers of augment/peers.py in place of the objective, in one process
-and in turns of a few steps; prints the median of each. Peers keep what automatic
+with the peers of augment/peers.py in place of the objective, in one process, in
+turns of a few steps; prints the median of each. Peers keep what automatic
 differentiation keeps (remat 'none'), as a first version would, unless
 --peers_remat says otherwise. `useful` counts the structured step's FLOP
 without recomputation, for every variant; MFU is their share of the devices'
