@@ -3,6 +3,7 @@
   lm = cacheaug.load("path/to/gemma-2-2b")          # decoder and tokenizer
   lm = lm.with_coprocessor("runs/gemma2b")          # a run, or an export
   lm.generate(["Natalia sold clips to"])            # augments once, at the end
+  for _, piece in lm.stream(["Once upon"]): ...     # the same, as it comes
   lm.nll(tokens, points=[[17, 63]], ahead=16)       # [B, M, A] nats
   context = lm.augment(lm.prefill(tokens))
   lm.decode(context, max_new_tokens=32)             # [B, 32] tokens
@@ -13,7 +14,7 @@ decoder alone, where a coprocessor is there or not.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
 from cacheaug.inference import generate
 from cacheaug.inference.generate import Context
+from cacheaug.inference.sampling import GREEDY, Sampling
+from cacheaug.inference.session import Plan, Session
+from cacheaug.inference.writer import Completion, Writer, check_asked
 from cacheaug.model import pretrained
 from cacheaug.model.transformer import Params, Transformer
 
@@ -51,6 +55,14 @@ class Coprocessor:
 
   params: Params = dataclasses.field(repr=False)
   spec: TraceSpec
+
+  @functools.cached_property
+  def layers(self) -> Params:
+    """The parameters as decoding wants them."""
+    return {
+      **self.params,
+      "transformer": generate.apart(self.params["transformer"]),
+    }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,7 +134,7 @@ class LM:
     """
     rows = self._checked(tokens)
     tokens, documents = generate.pad_left(rows, self._pad_id)
-    return _read(self.model, self.decoder, tokens, documents)
+    return _read(self.model, self._layers, tokens, documents)
 
   def augment(self, context: Context) -> Context:
     """N latents at the end of each context; of a fresh `prefill`, once.
@@ -137,7 +149,7 @@ class LM:
     lengths = (np.asarray(context.documents) >= 0).sum(1)
     generate.check_prompts([[0] * int(n) for n in lengths], coproc.spec)
     return _augment(
-      self.model, self.decoder, coproc.params, context, coproc.spec
+      self.model, self._layers, coproc.layers, context, coproc.spec
     )
 
   def decode(
@@ -166,7 +178,7 @@ class LM:
     self._check_positions(longest + pushed, max_new_tokens)
     out = _decode(
       self.model,
-      self.decoder,
+      self._layers,
       context,
       max_new_tokens=max_new_tokens,
       stop_ids=stop_ids or (-1,),
@@ -178,40 +190,124 @@ class LM:
     prompts: Sequence[str],
     max_new_tokens: int = 128,
     *,
-    latents: bool = True,
+    latents: bool | Sequence[bool] = True,
+    plan: Plan | None = None,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop: Sequence[str] = (),
   ) -> list[str]:
-    """Greedy continuations, latents once at the end of each prompt.
+    """Continuations.
 
     A BOS is put first where the decoder's tokenizer has one; a stop token ends
     a text and is left out of it.
+
+    Args:
+      prompts: texts, in one batch.
+      max_new_tokens: at least 1.
+      latents: for all prompts, or for each; where False, what comes is the
+        frozen decoder's, whatever the others have.
+      plan: when latents are inserted; once, at the prompt's end, by default.
+      sampling: the law of a token; the most likely one by default.
+      seed: of the draws. Prompt i's draws do not depend on the others.
+      stop: strings that end a text and are left out of it.
 
     Raises:
       UserError: no tokenizer, no coprocessor with latents=True, or prompts
         that are too short or too long.
     """
-    if isinstance(prompts, str):
-      raise UserError("prompts is one string: give a list of them")
-    if latents:
-      self._coprocessor()
+    options = dict(latents=latents, plan=plan, sampling=sampling, seed=seed)
+    done = self.complete(prompts, max_new_tokens, stop=stop, **options)
+    return [completion.text for completion in done]
+
+  def complete(
+    self, prompts: Sequence[str], max_new_tokens: int = 128, **options: Any
+  ) -> list[Completion]:
+    """`generate`, with tokens and where latents went.
+
+    Args:
+      prompts: as of `generate`.
+      max_new_tokens: as of `generate`.
+      **options: as of `generate`; `scored=True` gives each token's nll too.
+    """
+    writer = self.writer(prompts, max_new_tokens, **options)
+    return writer.complete() if writer else []
+
+  def stream(
+    self, prompts: Sequence[str], max_new_tokens: int = 128, **options: Any
+  ) -> Iterator[tuple[int, str]]:
+    """`generate`, as it comes: (prompt, further text).
+
+    Each prompt's pieces joined are what `generate` gives.
+    """
+    writer = self.writer(prompts, max_new_tokens, **options)
+    return writer.pieces(1) if writer else iter(())
+
+  def writer(
+    self,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    latents: bool | Sequence[bool] = True,
+    plan: Plan | None = None,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    scored: bool = False,
+  ) -> Writer | None:
+    """Prompts read and laid out, to be run; None where there are none.
+
+    Arguments and errors as of `complete`. `latents` as a list keeps room for
+    them even where none is True: the very programs of the others.
+    """
+    check_asked(prompts, max_new_tokens, stop)
+    on = [latents] * len(prompts) if isinstance(latents, bool) else [*latents]
+    if len(on) != len(prompts):
+      raise UserError(f"latents names {len(on)} prompts of {len(prompts)}")
+    coproc = None if latents is False else self._coprocessor()
     if self.tokenizer is None:
       raise UserError(
         "this decoder came without tokenizer.json or tokenizer.model: put it "
         "beside the weights, or use prefill and decode with tokens"
       )
     if not prompts:
-      return []
+      return None
     bos = self.tokenizer.bos_id
     bos = [] if bos is None else [bos]
     rows = self._checked([bos + self.tokenizer.encode(p) for p in prompts])
+    spec, plan = coproc and coproc.spec, plan or Plan()
+    if coproc:
+      said = min(plan.steps(max_new_tokens), default=0)
+      generate.check_prompts(rows, spec, on=on, said=0 if plan.after else said)
     longest = max(map(len, rows))
+    pushed = 0
+    if coproc and spec.scheme == "insert":
+      pushed = plan.room(max_new_tokens) * spec.latents
+    self._check_positions(longest + pushed, max_new_tokens)
     tokens, documents = generate.pad_left(
       rows, self._pad_id, longest + -longest % _LENGTHS
     )
-    context = _read(self.model, self.decoder, tokens, documents)
-    if latents:
-      context = self.augment(context)
-    out = self.decode(context, max_new_tokens)
-    return [self.tokenizer.decode(self._until_stop(ids)) for ids in out]
+    session = Session(
+      self.model,
+      self._layers,
+      _read(self.model, self._layers, tokens, documents),
+      max_new_tokens=max_new_tokens,
+      coproc=coproc and coproc.layers,
+      spec=spec,
+      on=on,
+      plan=plan,
+      sampling=sampling,
+      seed=seed,
+      stop_ids=self.stop_ids,
+      scored=scored,
+    )
+    return Writer(
+      session,
+      self.tokenizer,
+      rows,
+      stop=stop,
+      stop_ids=self.stop_ids,
+      scored=scored,
+    )
 
   def nll(
     self,
@@ -265,9 +361,10 @@ class LM:
   def _pad_id(self) -> int:
     return 0 if self.tokenizer is None else self.tokenizer.pad_id
 
-  def _until_stop(self, ids: np.ndarray) -> list[int]:
-    stops = np.flatnonzero(np.isin(ids, self.stop_ids))
-    return ids[: stops[0] if len(stops) else None].tolist()
+  @functools.cached_property
+  def _layers(self) -> Params:
+    """The decoder as decoding wants it."""
+    return generate.apart(self.decoder)
 
   def _checked(self, tokens: Tokens) -> list[list[int]]:
     """As lists, none empty, of the vocabulary, within the positions."""

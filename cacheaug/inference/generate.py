@@ -1,22 +1,31 @@
-"""Greedy generation on a static cache, augmented once at the prompt's end.
+"""Prompts in, tokens out: reading, augmenting once at the end, decoding.
 
 Prompts are padded on the left, so that a batch's last tokens and its free
 slots line up; slots double as positions, which RoPE, being relative, allows.
 """
 
 import functools
+from collections.abc import Sequence
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheaug.augment import coprocessor, objective, traces
+from cacheaug.augment import objective
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
-from cacheaug.model import transformer
+from cacheaug.inference import engine
+from cacheaug.inference.engine import Context
+from cacheaug.model import decoding, transformer
 from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Params, Transformer
+
+_split = jax.jit(decoding.split_layers)
+
+
+def apart(params: Params) -> Params:
+  """On the CPU a copy with the layers apart; see `decoding.split_layers`."""
+  return _split(params) if jax.default_backend() == "cpu" else params
 
 
 def pad_left(
@@ -42,18 +51,30 @@ def pad_left(
   return tokens, documents
 
 
-def check_prompts(prompts: list[list[int]], spec: TraceSpec) -> None:
+def check_prompts(
+  prompts: list[list[int]],
+  spec: TraceSpec,
+  *,
+  on: Sequence[bool] | None = None,
+  said: int = 0,
+) -> None:
   """Refuses what cannot be augmented at its end, before any device work.
+
+  Args:
+    prompts: tokens of each.
+    spec: of the coprocessor.
+    on: which of them get latents; all by default.
+    said: new tokens before the first latents.
 
   Raises:
     UserError: a prompt with fewer tokens than the latents stand on.
   """
   for i, prompt in enumerate(prompts):
-    if len(prompt) < spec.context_needed:
+    if (on is None or on[i]) and len(prompt) + said < spec.context_needed:
       raise UserError(
         f"prompt {i} has {len(prompt)} tokens: with latents={spec.latents} "
         f"(positions={spec.scheme!r}, start={spec.start!r}) it needs at least "
-        f"{spec.context_needed}; lengthen it, or decode without latents"
+        f"{spec.context_needed - said}; lengthen it, or decode without latents"
       )
 
 
@@ -72,29 +93,21 @@ def augment(
   the cache with N more slots, and that token's position [B].
   """
   b, s = tokens.shape
-  points = jnp.full((b, 1), s - 1, jnp.int32)
-  laid = traces.lay_out(tokens, documents, points, spec)
-  copied = transformer.embed(model, decoder, laid.copied)
-  z = coprocessor.latents(model, coproc, cache, laid, copied)[:, 0]
-  if spec.scheme == "replace":
-    cache = cache.hide_after(laid.rows.limits[:, 0, 0])
-  positions = laid.latent_rows.positions[:, 0]
-  hidden, rows = transformer.extend(
-    model, decoder, cache, z, positions, laid.latent_rows.segments[:, 0]
+  z, positions = engine.deliberate(
+    model,
+    decoder,
+    coproc,
+    cache,
+    tokens,
+    documents,
+    last=s - 1,
+    position=jnp.full((b,), s, jnp.int32),
+    spec=spec,
   )
+  if spec.scheme == "replace":
+    cache = cache.hide_after(positions[:, 0] - 1)
+  hidden, rows = transformer.extend(model, decoder, cache, z, positions)
   return hidden[:, -1], cache.concat(rows), positions[:, -1] + 1
-
-
-@flax.struct.dataclass
-class Context:
-  """Prompts that the decoder has read, as `decode` goes on from them."""
-
-  cache: KVCache
-  tokens: jax.Array  # [B, S] from pad_left
-  documents: jax.Array  # [B, S], -1 = padding
-  hidden: jax.Array  # [B, D], of the row that predicts the next token
-  position: jax.Array  # [B], of the next token
-  augmented: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def read(
@@ -148,36 +161,16 @@ def decode(
   A sequence ends with the first of `stop_ids` that it says, and is filled up
   with stop_ids[0]; the -1 by default is no token and ends none.
   """
-  b, position = len(context.tokens), context.position
-  fill, stops = stop_ids[0], jnp.array(stop_ids, jnp.int32)
-  first_slot = context.cache.length
-  cache = context.cache.pad(max_new_tokens)
-
-  def choose(hidden):
-    return jnp.argmax(transformer.logits(model, decoder, hidden), -1)
-
-  def unfinished(carry):
-    step, _, _, _, done = carry
-    return (step < max_new_tokens) & ~done.all()
-
-  def body(carry):
-    step, last, cache, out, done = carry
-    token = jnp.where(done, fill, choose(last)).astype(jnp.int32)
-    out = out.at[:, step].set(token)
-    done |= (token[:, None] == stops[None]).any(-1)
-    last, cache = transformer.decode_step(
-      model,
-      decoder,
-      cache,
-      jnp.maximum(token, 0),
-      position + step,
-      first_slot + step,
-    )
-    return step + 1, last, cache, out, done
-
-  out = jnp.full((b, max_new_tokens), fill, jnp.int32)
-  carry = jnp.int32(0), context.hidden, cache, out, jnp.zeros((b,), bool)
-  return jax.lax.while_loop(unfinished, body, carry)[3]
+  # The barrier: once a call in place of once a step.
+  decoder = jax.lax.optimization_barrier(apart(decoder))
+  keys = jax.random.split(jax.random.key(0), len(context.tokens))  # unused
+  state = engine.start(model, context, keys, max_new_tokens=max_new_tokens)
+  state = engine.advance(
+    model, decoder, state, max_new_tokens, stop_ids=stop_ids
+  )
+  # All sequences may be done before the last step.
+  said = jnp.arange(max_new_tokens)[None] < state.step
+  return jnp.where(said, state.said, stop_ids[0])
 
 
 @functools.partial(

@@ -23,6 +23,7 @@ from cacheaug.model.attention import Rows
 from cacheaug.model.cache import KVCache
 from cacheaug.model.config import SLIDING, ModelConfig
 from cacheaug.model.rope import rope_table, rotate
+from cacheaug.model.slots import SlotLayer, SlotRows
 
 Params = Any  # a tree of arrays
 
@@ -114,7 +115,10 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x, rows, cache, window, rope, wanted):
-    """[B, M, R, D] -> rows from `wanted` on, and kv [B, M, R, K, E] of all."""
+    """[B, M, R, D] -> rows from `wanted` on, and kv [B, M, R, K, E] of all.
+
+    Of a SlotLayer, its keys and values in place of the rows' own.
+    """
     c = self.config
     d, h, k, e = c.width, c.heads, c.kv_heads, c.head_dim
     kw = dict(
@@ -132,16 +136,20 @@ class Attention(nn.Module):
     query = rotate(query, [t[:, :, wanted:] for t in rope])
     query *= jnp.asarray(c.attention_scale, self.dtype)
     key = rotate(key, rope)
-    out = attention.attend(
-      query,
-      key,
-      value,
-      rows,
-      cache,
-      window=window,
-      softcap=c.attention_softcap,
-      kernel=self.kernel,
-    )
+    own = key, value
+    if isinstance(cache, SlotLayer):
+      out, own = cache.attend(query, key, value, c.attention_softcap)
+    else:
+      out = attention.attend(
+        query,
+        key,
+        value,
+        rows,
+        cache,
+        window=window,
+        softcap=c.attention_softcap,
+        kernel=self.kernel,
+      )
     out = Linear(
       {"H": h, "E": e},
       {"D": d},
@@ -149,7 +157,7 @@ class Attention(nn.Module):
       name="o",
       **kw,
     )(out)
-    return out, (key, value)
+    return out, own
 
 
 class MLP(nn.Module):
@@ -195,13 +203,15 @@ class Block(nn.Module):
 
     sliding, kv = layer
     window = None
-    if SLIDING in c.layer_kinds:
+    if SLIDING in c.layer_kinds and not isinstance(context, SlotRows):
       window = jnp.where(sliding, c.window, attention.NO_LIMIT)
     rope = ropes[0]
     if len(ropes) > 1:
       rope = jax.tree.map(lambda g, s: jnp.where(sliding, s, g), *ropes)
     cache = None
-    if context is not None:
+    if isinstance(context, SlotRows):
+      cache = SlotLayer(*kv, context, sliding)
+    elif context is not None:
       cache = KVCache(kv[0], kv[1], *context)
     y, own = Attention(name="attention", kernel=self.kernel, **kw)(
       norm("attention", x), rows, cache, window, rope, wanted
@@ -338,7 +348,8 @@ def run_blocks(
 
   Args:
     model: the architecture.
-    params: with `blocks` and `final_norm`.
+    params: with `blocks` (stacked, or of decoding.split_layers) and
+      `final_norm`.
     x: the rows' input embeddings.
     rows: where they stand.
     cache: the context; None for none.
@@ -397,7 +408,14 @@ def run(
       static_argnums=2,
     )
   x = x.astype(model.dtype)
-  if trained:
+  if isinstance(params["blocks"], tuple):  # of decoding.split_layers
+    own, hidden = [], None
+    for i, weights in enumerate(params["blocks"]):
+      this = weights, jax.tree.map(lambda a, i=i: a[i], layers[1])
+      x, pair = layer(x, this, wanted if i == c.layers - 1 else 0)
+      own.append(pair)
+    k, v = (jnp.stack(pairs) for pairs in zip(*own, strict=True))
+  elif trained:
     # As the loop's own inputs, so that each layer's gradient is written once.
     assert not wanted
     x, (k, v) = jax.lax.scan(lambda x, this: layer(x, this, 0), x, layers)

@@ -1,0 +1,261 @@
+"""Greedy decoding against `transformers` on the same CPU.
+
+  python benchmarks/decode.py --decoder=path/to/llama --batch=1,16
+  python benchmarks/decode.py --batch=1,16   # a random Llama of 110M parameters
+
+Each prompt is read (prefill) and continued by as many tokens as asked, every
+token of a batch chosen and fed back. What is compared, in one process, in
+alternation, medians over repeats:
+
+  plain      this package, the frozen decoder
+  augmented  the same with N latents at the prompt's end, coprocessor random
+  dynamic    transformers' model in a bare loop, DynamicCache (its default)
+  static     the same with its StaticCache
+
+The bare loop calls the model and takes the argmax: it leaves out what
+`generate` adds for each token. Then what inserting the latents costs, beside
+two passes of N rows by the same decoder over the same cache. Needs the extra
+`parity`.
+"""
+
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import transformers
+from absl import flags
+
+from cacheaug import command
+from cacheaug.augment import coprocessor
+from cacheaug.augment.traces import TraceSpec
+from cacheaug.errors import UserError
+from cacheaug.inference import engine, generate
+from cacheaug.inference.engine import Context, State
+from cacheaug.model import decoding, pretrained, transformer
+from cacheaug.model.transformer import Params, Transformer
+
+# D768 L12 H12 K12 E64 F2048 V32000, head tied: 110M parameters.
+_RANDOM = dict(
+  vocab_size=32_000,
+  hidden_size=768,
+  intermediate_size=2048,
+  num_hidden_layers=12,
+  num_attention_heads=12,
+  num_key_value_heads=12,
+  max_position_embeddings=2048,
+  tie_word_embeddings=True,
+)
+
+flags.DEFINE_string("decoder", "", "a Hugging Face directory; '': random")
+flags.DEFINE_list("batch", ["1", "16"], "sequences, a row of the table each")
+flags.DEFINE_integer("prompt_tokens", 64, "S")
+flags.DEFINE_integer("new_tokens", 128, "decoding steps that are timed")
+flags.DEFINE_integer("latents", 16, "N")
+flags.DEFINE_integer("repeats", 5, "timed, after one that is not")
+flags.DEFINE_integer("threads", 2, "torch's; give XLA as many by taskset")
+flags.DEFINE_string("json", "", "file to write the figures to")
+
+
+class Ours:
+  """The package's side, each part timed apart."""
+
+  def __init__(self, model: Transformer, decoder: Params, n: int):
+    split = jax.jit(decoding.split_layers)
+    self._model, self._decoder = model, split(decoder)
+    self._spec = TraceSpec(n, 1, "overlay", "harmless")
+    key = jax.random.key(0)
+    coproc = coprocessor.init(model, self._spec, key, decoder)
+    coproc["transformer"] = split(coproc["transformer"])
+    self._coproc = coproc
+    self._read = jax.jit(generate.read, static_argnames="model")
+    self._rows = jax.jit(self._rows_of)
+
+  def _rows_of(self, decoder: Params, state: State) -> tuple[jax.Array, Any]:
+    """One pass of N rows at the prompt's end, into a cache of its own."""
+    spec, s = self._spec, state.prompt
+    x = transformer.embed(
+      self._model, decoder, state.tokens[:, s - spec.latents : s]
+    )
+    positions = (
+      state.position[:, None] - 1 - jax.numpy.arange(spec.latents)[None]
+    )
+    return transformer.extend(
+      self._model, decoder, state.cache.stacked(), x, positions
+    )
+
+  def start(self, tokens: np.ndarray, new: int) -> tuple[float, State]:
+    """Seconds of the prefill, and the state after it."""
+    begun = time.perf_counter()
+    context: Context = self._read(
+      self._model, self._decoder, tokens, np.zeros_like(tokens)
+    )
+    jax.block_until_ready(context)
+    seconds = time.perf_counter() - begun
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    state = engine.start(
+      self._model,
+      context,
+      keys,
+      max_new_tokens=new,
+      latents=self._spec.latents,
+    )
+    return seconds, jax.block_until_ready(state)
+
+  def insert(self, state: State) -> tuple[float, State]:
+    """Seconds of inserting N latents, and the state after it."""
+    on = np.ones(len(state.tokens), bool)
+    begun = time.perf_counter()
+    state = engine.insert(
+      self._model, self._decoder, self._coproc, state, 0, on, self._spec
+    )
+    jax.block_until_ready(state)
+    return time.perf_counter() - begun, state
+
+  def rows(self, state: State) -> float:
+    """Seconds of one pass of N rows."""
+    begun = time.perf_counter()
+    jax.block_until_ready(self._rows(self._decoder, state))
+    return time.perf_counter() - begun
+
+  def decode(self, state: State, new: int) -> tuple[float, np.ndarray]:
+    """Seconds of `new` tokens, and the tokens."""
+    begun = time.perf_counter()
+    state = engine.advance(self._model, self._decoder, state, new)
+    said = np.asarray(state.said)
+    return time.perf_counter() - begun, said
+
+
+def peer(
+  model: Any, tokens: np.ndarray, new: int, cache: Any
+) -> tuple[float, float, np.ndarray]:
+  """Seconds of prefill and decoding by transformers, and the tokens."""
+  ids = torch.tensor(tokens).long()
+  with torch.inference_mode():
+    begun = time.perf_counter()
+    out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1].argmax(-1, keepdim=True)
+    read, said = time.perf_counter(), []
+    for _ in range(new):
+      said.append(token)
+      out = model(
+        token, past_key_values=cache, use_cache=True, logits_to_keep=1
+      )
+      token = out.logits[:, -1].argmax(-1, keepdim=True)
+    end = time.perf_counter()
+  return read - begun, end - read, torch.cat(said, 1).numpy()
+
+
+def measure(
+  ours: Ours, theirs: Any, tokens: np.ndarray, new: int, repeats: int
+) -> dict[str, Any]:
+  """Medians of seconds by name, and whether all say the same tokens."""
+  room = tokens.shape[1] + new
+  caches: dict[str, Callable[[], Any]] = {
+    "dynamic": lambda: transformers.DynamicCache(config=theirs.config),
+    "static": lambda: transformers.StaticCache(
+      config=theirs.config, max_cache_len=room
+    ),
+  }
+  seconds: dict[str, list[float]] = {}
+  said = {}
+
+  def note(name, value):
+    seconds.setdefault(name, []).append(value)
+
+  def plain():
+    prefill, state = ours.start(tokens, new)
+    note("rows", ours.rows(state))
+    took, said["plain"] = ours.decode(state, new)
+    note("plain prefill", prefill)
+    note("plain", took)
+
+  def augmented():
+    took, state = ours.insert(ours.start(tokens, new)[1])
+    note("insert", took)
+    note("augmented", ours.decode(state, new)[0])
+
+  for i in range(repeats + 1):
+    # Torch's threads spin on for a while: neither of ours always comes first.
+    for run in (plain, augmented) if i % 2 else (augmented, plain):
+      run()
+    for name, cache in caches.items():
+      prefill, took, said[name] = peer(theirs, tokens, new, cache())
+      note(f"{name} prefill", prefill)
+      note(name, took)
+  found = {k: statistics.median(v[1:]) for k, v in seconds.items()}
+  pairs = zip(seconds["augmented"][1:], seconds["plain"][1:], strict=True)
+  found["augmented over plain"] = statistics.median(a / p for a, p in pairs)
+  found["same tokens"] = float(
+    np.mean([said["plain"] == said[name] for name in caches])
+  )
+  return found
+
+
+def show(batch: int, new: int, found: dict[str, Any]) -> list[str]:
+  """The table's rows of one batch size."""
+  lines = []
+  for name in ("plain", "augmented", "dynamic", "static"):
+    took = found[name]
+    prefill = found.get(f"{name} prefill")
+    prefill = "" if prefill is None else f"{prefill * 1e3:.2f}"
+    lines.append(
+      f"{batch:5}  {name:9}  {prefill:>10}  {took / new * 1e3:8.3f}"
+      f"  {batch * new / took:8.0f}  {took / found['plain']:10.2f}"
+    )
+  lines.append(
+    f"       insertion {found['insert'] * 1e3:.2f} ms, two passes of N rows "
+    f"{2e3 * found['rows']:.2f} ms: "
+    f"{found['insert'] / found['rows'] / 2:.2f}; augmented over plain, median "
+    f"of the repeats' ratios: {found['augmented over plain']:.3f}; same tokens "
+    f"as transformers: {found['same tokens']:.1%}"
+  )
+  return lines
+
+
+def main() -> None:
+  """Reads the flags above."""
+  values = flags.FLAGS
+  if jax.default_backend() != "cpu":
+    raise UserError("this compares CPUs: set JAX_PLATFORMS=cpu")
+  torch.set_num_threads(values.threads)
+  with tempfile.TemporaryDirectory() as scratch:
+    directory = values.decoder
+    if not directory:
+      directory = scratch
+      torch.manual_seed(0)
+      config = transformers.LlamaConfig(**_RANDOM)
+      transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    path = pretrained.resolve(directory)
+    config = pretrained.read_config(path)
+    decoder = pretrained.load(path, config, dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+      path, dtype=torch.float32
+    ).eval()
+  ours = Ours(Transformer(config), decoder, values.latents)
+  size = sum(x.size for x in jax.tree.leaves(decoder))
+  print(
+    f"{size / 1e6:.2f}M parameters, {values.prompt_tokens} prompt tokens, "
+    f"{values.new_tokens} new, N={values.latents}, {values.threads} threads"
+  )
+  print("batch  what       prefill ms  ms/token  tokens/s  over plain")
+  results = {}
+  for batch in map(int, values.batch):
+    tokens = np.random.default_rng(0).integers(
+      3, config.vocab_size, (batch, values.prompt_tokens), dtype=np.int32
+    )
+    found = measure(ours, theirs, tokens, values.new_tokens, values.repeats)
+    results[batch] = found
+    print("\n".join(show(batch, values.new_tokens, found)), flush=True)
+  if values.json:
+    pathlib.Path(values.json).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  command.run(main, __doc__)

@@ -1,0 +1,267 @@
+"""Continues text, with and without latents.
+
+  python -m cacheaug.generate --prompt="def main(argv):" --compare
+
+Without --workdir and --decoder it is the tiny decoder that ships in the
+package, with its coprocessor. Without --prompt and --file each line that is
+typed, or comes through a pipe, is a prompt. One prompt's text is shown as it
+comes; several are one batch, shown at its end.
+"""
+
+import itertools
+import pathlib
+import sys
+import textwrap
+import time
+
+from absl import flags
+
+import cacheaug
+from cacheaug import command
+from cacheaug.errors import UserError
+from cacheaug.inference.sampling import Sampling
+from cacheaug.inference.session import Insertion, Plan
+from cacheaug.inference.writer import Completion
+from cacheaug.lm import LM
+from cacheaug.model import safetensor_files as files
+
+_DECODER, _COPROCESSOR = "shipped:tiny", "shipped:tiny_coprocessor"
+_COLUMN = 38  # characters a side of --compare, two within 80
+_AROUND = 6  # tokens that --trace shows before and after the latents
+
+flags.DEFINE_multi_string("prompt", [], "text to continue; may be repeated")
+flags.DEFINE_string("file", "", "a file of prompts, one a line")
+flags.DEFINE_string("workdir", "", "a run: its coprocessor and its decoder")
+flags.DEFINE_string("decoder", "", "a Hugging Face directory, or shipped:NAME")
+flags.DEFINE_string(
+  "coprocessor", "", "an exported coprocessor, a run, or shipped:NAME"
+)
+flags.DEFINE_enum("latents", "on", ["on", "off"], "augment the decoder's cache")
+flags.DEFINE_integer("max_new_tokens", 64, "the most tokens of a continuation")
+flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token")
+flags.DEFINE_integer("top_k", 0, "draw from so many likeliest tokens; 0: all")
+flags.DEFINE_float("top_p", 1.0, "draw from the likeliest of this probability")
+flags.DEFINE_integer("seed", 0, "of the draws")
+flags.DEFINE_multi_string("stop", [], "text that ends; may be repeated")
+flags.DEFINE_list(
+  "insert_at", ["0"], "insert latents after so many new tokens; 0: at once"
+)
+flags.DEFINE_integer("insert_every", 0, "and after every so many new tokens")
+flags.DEFINE_multi_string("insert_after", [], "and after this text, one token")
+flags.DEFINE_bool("compare", False, "the frozen decoder beside the augmented")
+flags.DEFINE_bool("trace", False, "say where the latents went")
+
+
+def open_lm(workdir: str, decoder: str, coprocessor: str, latents: bool) -> LM:
+  """The decoder and, with latents, the coprocessor that the flags name.
+
+  Raises:
+    UserError: paths that do not fit together, or hold nothing of the kind.
+  """
+  if workdir and coprocessor:
+    raise UserError("--workdir and --coprocessor: give one of the two")
+  if workdir:
+    coprocessor = workdir
+    decoder = decoder or _decoder_of(workdir)
+  elif not decoder:
+    decoder = _DECODER
+    coprocessor = coprocessor or _COPROCESSOR
+  if latents and not coprocessor:
+    raise UserError(
+      "--coprocessor is missing: give the decoder's, or --latents=off"
+    )
+  lm = cacheaug.load(decoder)
+  return lm.with_coprocessor(coprocessor) if latents else lm
+
+
+def _decoder_of(workdir: str) -> str:
+  path = pathlib.Path(workdir).expanduser() / "config.json"
+  if not path.exists():
+    raise UserError(f"{path}: missing; give the --workdir of a run")
+  try:
+    decoder = files.read_json(path)["decoder"]["path"]
+  except (KeyError, TypeError) as e:
+    raise UserError(
+      f"{path}: not a run's config; give the --workdir of a run"
+    ) from e
+  if not decoder:
+    raise UserError(
+      f"{workdir}: this run has no decoder.path (it is random, or the run "
+      "trains one: export it with --decoder); give --decoder=DIR"
+    )
+  return decoder
+
+
+def plan_of(lm: LM, at: list[str], every: int, after: list[str]) -> Plan:
+  """When latents are inserted, from the flags.
+
+  Raises:
+    UserError: a count that is none, or text that is not one token.
+  """
+  try:
+    steps = tuple(int(step) for step in at)
+  except ValueError:
+    raise UserError(
+      f"--insert_at={','.join(at)}: give counts of new tokens, as 0,16"
+    ) from None
+  ids = []
+  for text in after:
+    found = lm.tokenizer.encode(text) if lm.tokenizer else []
+    if len(found) != 1:
+      raise UserError(
+        f"--insert_after={text!r} is {len(found)} tokens of this decoder's "
+        "tokenizer: give the text of one"
+      )
+    ids += found
+  return Plan(steps, every, tuple(ids))
+
+
+def prompts_of(prompts: list[str], file: str) -> list[str]:
+  """Of the flags; [] where neither is given.
+
+  Raises:
+    UserError: an empty prompt, or a file that cannot be read.
+  """
+  if prompts and file:
+    raise UserError("--prompt and --file: give one of the two")
+  if any(not prompt for prompt in prompts):
+    raise UserError("--prompt is empty: give at least one character")
+  if not file:
+    return list(prompts)
+  try:
+    text = pathlib.Path(file).expanduser().read_text(encoding="utf-8")
+  except OSError as e:
+    raise UserError(f"--file={file}: cannot be read ({e.strerror})") from e
+  except UnicodeDecodeError as e:
+    raise UserError(f"--file={file}: not UTF-8 text") from e
+  lines = [line for line in text.splitlines() if line.strip()]
+  if not lines:
+    raise UserError(f"--file={file}: holds no prompt; give one a line")
+  return lines
+
+
+def describe(lm: LM, completion: Completion, insertion: Insertion) -> str:
+  """One line: the point, the tokens around it, the latents' places."""
+  ids = completion.prompt + completion.ids
+  at = len(completion.prompt) + insertion.step
+  first, n = insertion.position, insertion.latents
+  before = _tokens(lm, ids[max(0, at - _AROUND) : at])
+  after = _tokens(lm, ids[at : at + _AROUND])
+  ends = {"replace": "in place of the cache there", "overlay": "beside it"}
+  how = ends.get(lm.coprocessor.spec.scheme, "further text pushed back")
+  return (
+    f"trace: after token {at - 1} ({insertion.step} new): {before} | {after}: "
+    f"{n} latents at positions {first}-{first + n - 1}, {how}, slots "
+    f"{insertion.slot}-{insertion.slot + n - 1}"
+  )
+
+
+def _tokens(lm: LM, ids: tuple[int, ...]) -> str:
+  """Each token's text; its number where it has none, as a BOS."""
+  texts = ((i, lm.tokenizer.decode([i])) for i in ids)
+  return " ".join(repr(text) if text else f"<{i}>" for i, text in texts)
+
+
+def _compare(lm: LM, prompt: str, options: dict) -> tuple[list[str], list[str]]:
+  """Both continuations, each with its speed and nll, and where latents went.
+
+  Speed is over the tokens after the first, which waits for the compiler.
+  """
+  sides, traces = [], []
+  for name, on in (("frozen decoder", False), ("with latents", True)):
+    writer = lm.writer([prompt], **options, latents=[on], scored=True)
+    writer.advance(1)
+    start = time.perf_counter()
+    (done,) = writer.complete()
+    seconds, count = time.perf_counter() - start, len(done.ids)
+    head = f"{name}: {count} tokens"
+    if count > 1:
+      rate = (count - 1) / seconds
+      head += f"\n{rate:.0f} tokens/s, nll {done.nll.mean():.4f} a token"
+    sides.append(_column(head) + ["-" * _COLUMN] + _column(done.text))
+    traces += [describe(lm, done, x) for x in done.insertions]
+  lines = [
+    f"{a:<{_COLUMN}} | {b}".rstrip()
+    for a, b in itertools.zip_longest(*sides, fillvalue="")
+  ]
+  return lines, traces
+
+
+def _column(text: str) -> list[str]:
+  """Lines that fit one side."""
+  wrapped = (
+    textwrap.wrap(line.expandtabs(), _COLUMN, drop_whitespace=False) or [""]
+    for line in text.splitlines()
+  )
+  return [line for lines in wrapped for line in lines]
+
+
+def _answer(lm: LM, prompts: list[str], options: dict) -> None:
+  """Prints the continuations of one batch."""
+  values, traces = flags.FLAGS, []
+  if values.compare:
+    for prompt in prompts:
+      lines, traces = _compare(lm, prompt, options)
+      print("\n".join([f"prompt: {prompt}", *lines]))
+      print("\n".join([*(traces if values.trace else []), ""]), flush=True)
+    return
+  writer = lm.writer(prompts, **options, latents=values.latents == "on")
+  if len(prompts) == 1:
+    print(prompts[0], end="", flush=True)
+    for _, piece in writer.pieces(1):
+      print(piece, end="", flush=True)
+    print()
+  for prompt, done in zip(prompts, writer.complete(), strict=True):
+    if len(prompts) > 1:
+      print(f"{prompt}{done.text}\n", flush=True)
+    for insertion in done.insertions if values.trace else ():
+      print(describe(lm, done, insertion), flush=True)
+
+
+def _converse(lm: LM, options: dict) -> None:
+  """Each line that comes is a prompt, until there are no more."""
+  typed = sys.stdin.isatty()
+  if typed:
+    print("A line is a prompt; an empty one ends.", file=sys.stderr)
+  while True:
+    print("> " * typed, end="", flush=True)
+    line = sys.stdin.readline()
+    prompt = line.rstrip("\n")
+    if not line or (typed and not prompt):
+      return
+    try:
+      if not prompt:
+        raise UserError("a prompt is empty: give at least one character")
+      _answer(lm, [prompt], options)
+    except UserError as e:
+      if not typed:
+        raise
+      print(f"error: {e}", file=sys.stderr)
+
+
+def main() -> None:
+  """Reads the flags above."""
+  values = flags.FLAGS
+  latents = values.latents == "on"
+  if values.compare and not latents:
+    raise UserError("--compare shows both: leave out --latents=off")
+  prompts = prompts_of(values.prompt, values.file)
+  sampling = Sampling(values.temperature, values.top_k, values.top_p)
+  lm = open_lm(values.workdir, values.decoder, values.coprocessor, latents)
+  options = dict(
+    max_new_tokens=values.max_new_tokens,
+    plan=plan_of(
+      lm, values.insert_at, values.insert_every, values.insert_after
+    ),
+    sampling=sampling,
+    seed=values.seed,
+    stop=values.stop,
+  )
+  if prompts:
+    _answer(lm, prompts, options)
+  else:
+    _converse(lm, options)
+
+
+if __name__ == "__main__":
+  command.run(main, __doc__)

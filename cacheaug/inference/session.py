@@ -1,0 +1,198 @@
+"""One batch being decoded: when latents are inserted, and what was said.
+
+The loop over tokens runs on the device (`engine.advance`); this is the loop
+around it, which stops it where latents are due.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacheaug.augment.traces import TraceSpec
+from cacheaug.errors import UserError
+from cacheaug.inference import engine
+from cacheaug.inference.engine import Context
+from cacheaug.inference.sampling import GREEDY, Sampling
+from cacheaug.model.transformer import Params, Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """When latents are inserted; by default once, at the prompt's end.
+
+  Raises:
+    UserError: a value out of range; names it.
+  """
+
+  at: tuple[int, ...] = (0,)  # after so many new tokens; 0: the prompt's end
+  every: int = 0  # and after every so many new tokens; 0: not
+  after: tuple[int, ...] = ()  # and after each of these tokens
+  most: int = 8  # of the insertions by `after`
+
+  def __post_init__(self):
+    if any(step < 0 for step in self.at):
+      raise UserError(f"at={self.at}: counts of new tokens are 0 or more")
+    if self.every < 0:
+      raise UserError(f"every={self.every} must be 0 (never) or more")
+    if self.most < 1:
+      raise UserError(f"most={self.most} must be at least 1")
+
+  def steps(self, max_new_tokens: int) -> list[int]:
+    """Counts of new tokens after which latents are due, ascending."""
+    repeated = range(self.every, max_new_tokens, self.every or max_new_tokens)
+    steps = {*self.at, *repeated} if self.every else {*self.at}
+    return sorted(step for step in steps if step < max_new_tokens)
+
+  def room(self, max_new_tokens: int) -> int:
+    """The most insertions that there can be."""
+    return len(self.steps(max_new_tokens)) + (self.most if self.after else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Insertion:
+  """N latents that were inserted into one sequence."""
+
+  sequence: int
+  step: int  # new tokens before them
+  position: int  # of the first latent, the prompt's first token at 0
+  slot: int  # of the first latent
+  latents: int  # N
+
+
+class Session:
+  """A batch from its context to its last token.
+
+  Attributes:
+    insertions: so far, in order.
+    state: what `engine` works on.
+  """
+
+  def __init__(
+    self,
+    model: Transformer,
+    decoder: Params,  # stacked, or of decoding.split_layers
+    context: Context,
+    *,
+    max_new_tokens: int,
+    coproc: Params | None = None,
+    spec: TraceSpec | None = None,
+    on: Sequence[bool] | None = None,
+    plan: Plan | None = None,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop_ids: tuple[int, ...] = (),
+    scored: bool = False,
+  ):
+    """Lays out the cache; no token is said yet.
+
+    Args:
+      model: of decoder and coprocessor.
+      decoder: frozen parameters.
+      context: of `generate.read`; kept as it is.
+      max_new_tokens: the most that `run` may be asked for.
+      coproc: None decodes without latents.
+      spec: the coprocessor's.
+      on: [B], which sequences get latents; all by default.
+      plan: when.
+      sampling: the law of a token.
+      seed: sequence i draws from key(seed) folded with i, whatever its batch.
+      stop_ids: end a sequence.
+      scored: keep each token's nll.
+    """
+    b = len(context.tokens)
+    self._model, self._decoder = model, decoder
+    self._coproc, self._spec = coproc, spec
+    self._on = np.ones(b, bool) if on is None else np.array(on, bool)
+    plan = plan or Plan()
+    self._skipped = (np.asarray(context.documents) < 0).sum(1)
+    self._due: list[int] = []
+    self._room = latents = 0
+    pause_ids: tuple[int, ...] = ()
+    if coproc is not None:
+      self._due = plan.steps(max_new_tokens)
+      self._room = plan.room(max_new_tokens)
+      latents, pause_ids = self._room * spec.latents, plan.after
+    self._options = dict(
+      sampling=sampling,
+      stop_ids=stop_ids or (-1,),
+      pause_ids=pause_ids,
+      scored=scored,
+    )
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    self.state = engine.start(
+      model,
+      context,
+      fold(jax.random.key(seed), jnp.arange(b)),
+      max_new_tokens=max_new_tokens,
+      latents=latents,
+    )
+    self.insertions: list[Insertion] = []
+    self._count = self._step = 0
+    self._done = np.zeros(b, bool)
+
+  @property
+  def finished(self) -> bool:
+    """No sequence has more to say."""
+    return self._step >= self.state.room or bool(self._done.all())
+
+  @property
+  def done(self) -> np.ndarray:
+    """[B], sequences that have ended by a stop token or by `end`."""
+    return self._done.copy()
+
+  def end(self, sequence: int) -> None:
+    """Ends a sequence; what it has said stays."""
+    self._done[sequence] = True
+    self.state = engine.end(self.state, self.done)
+
+  def run(self, tokens: int) -> np.ndarray:  # [B, up to `tokens`]
+    """Up to so many further tokens of each sequence, and latents where due."""
+    first = self._step
+    until = min(first + tokens, self.state.room)
+    while self._step < until and not self.finished:
+      self._insert_where_due()
+      stop = min([until, *(d for d in self._due if d > self._step)])
+      self.state = engine.advance(
+        self._model, self._decoder, self.state, stop, **self._options
+      )
+      self._step = int(self.state.step)
+      self._done = np.array(self.state.done)
+    return np.asarray(self.state.said)[:, first : self._step]
+
+  def nll(self) -> np.ndarray:  # [B, tokens said]
+    """Nats of each token under the model, 0 after a sequence's end."""
+    return np.asarray(self.state.nll)[:, : self._step]
+
+  def _insert_where_due(self) -> None:
+    paused = np.asarray(self.state.paused)
+    due = bool(self._due) and self._due[0] == self._step
+    if due:
+      self._due.pop(0)
+    elif not paused.any():
+      return
+    on = self._on & ~self._done & (due | paused)
+    # Insertions by `after` must leave room for those that are planned.
+    if on.any() and (due or self._count + len(self._due) < self._room):
+      self._insert(on)
+
+  def _insert(self, on: np.ndarray) -> None:
+    n = self._spec.latents
+    slot = self.state.latent_slot(self._count, n)
+    self.state = engine.insert(
+      self._model,
+      self._decoder,
+      self._coproc,
+      self.state,
+      self._count,
+      on,
+      self._spec,
+    )
+    self._count += 1
+    first = np.asarray(self.state.position) - n - self._skipped
+    self.insertions += [
+      Insertion(int(i), self._step, int(first[i]), slot, n)
+      for i in np.flatnonzero(on)
+    ]

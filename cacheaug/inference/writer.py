@@ -1,0 +1,118 @@
+"""A session's tokens as text: pieces as they come, and what it came to."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from cacheaug.data.tokenizers import Tokenizer
+from cacheaug.errors import UserError
+from cacheaug.inference.session import Insertion, Session
+from cacheaug.inference.text import TextStream
+
+# Tokens between looks for a stop string where nobody reads along.
+_CHUNK = 16
+
+
+def check_asked(
+  prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]
+) -> None:
+  """Refuses what cannot be asked of any decoder.
+
+  Raises:
+    UserError: a string in place of a list, an empty stop string, no tokens.
+  """
+  for name, given in (("prompts", prompts), ("stop", stop)):
+    if isinstance(given, str):
+      raise UserError(f"{name} is one string: give a list of them")
+  if "" in stop:
+    raise UserError("stop holds an empty string, which ends any text at once")
+  if max_new_tokens < 1:
+    raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """What one sequence said."""
+
+  prompt: tuple[int, ...]  # its tokens, BOS too
+  text: str  # without the stop string or token
+  ids: tuple[int, ...]  # without the stop token, with a stop string's tokens
+  nll: np.ndarray | None  # [len(ids)] nats under the model, where scored
+  insertions: tuple[Insertion, ...]
+
+
+class Writer:
+  """Runs a session to its end.
+
+  Attributes:
+    session: what is run.
+  """
+
+  def __init__(
+    self,
+    session: Session,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: Sequence[str] = (),
+    stop_ids: tuple[int, ...] = (),
+    scored: bool = False,
+  ):
+    """`stop` are strings that end a text; the others as the session's."""
+    self.session = session
+    self._streams = [TextStream(tokenizer, stop, p[-1:]) for p in prompts]
+    self._prompts = [tuple(p) for p in prompts]
+    self._ids: list[list[int]] = [[] for _ in prompts]
+    self._ended = [False] * len(prompts)
+    self._stop, self._stop_ids, self._scored = stop, stop_ids, scored
+
+  def advance(self, tokens: int) -> list[tuple[int, str]]:
+    """Up to so many further tokens: (sequence, further text) where any."""
+    new = self.session.run(tokens)
+    last, pieces = self.session.finished, []
+    for i, row in enumerate(new.tolist()):
+      piece = "" if self._ended[i] else self._take(i, row, last)
+      if piece:
+        pieces.append((i, piece))
+    return pieces
+
+  def pieces(self, tokens: int) -> Iterator[tuple[int, str]]:
+    """All that comes, after every so many tokens."""
+    while not self.session.finished:
+      yield from self.advance(tokens)
+
+  def complete(self) -> list[Completion]:
+    """All sequences to their ends."""
+    while not self.session.finished:
+      self.advance(_CHUNK if self._stop else self.session.state.room)
+    nll = self.session.nll() if self._scored else None
+    return [
+      Completion(
+        prompt=self._prompts[i],
+        text=stream.text,
+        ids=tuple(ids),
+        nll=None if nll is None else nll[i, : len(ids)],
+        insertions=tuple(x for x in self.session.insertions if x.sequence == i),
+      )
+      for i, (stream, ids) in enumerate(
+        zip(self._streams, self._ids, strict=True)
+      )
+    ]
+
+  def _take(self, i: int, row: list[int], last: bool) -> str:
+    """Adds a sequence's tokens; ends it at a stop token or string."""
+    ends = [j for j, token in enumerate(row) if token in self._stop_ids]
+    row, last = row[: ends[0] if ends else None], last or bool(ends)
+    stream, piece = self._streams[i], ""
+    # One by one, to know the token with which a stop string became whole.
+    for ids in [[t] for t in row] if self._stop else [row]:
+      piece += stream.push(ids)
+      self._ids[i] += ids
+      if stream.stopped:
+        self.session.end(i)
+        break
+    if last:
+      piece += stream.push([], last=True)
+    self._ended[i] = last or stream.stopped
+    return piece

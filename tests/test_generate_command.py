@@ -1,0 +1,147 @@
+"""`python -m cacheaug.generate`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+import cacheaug
+from cacheaug.errors import UserError
+from cacheaug.model import pretrained
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def command():
+  """The module; its flags are the process's while these tests run."""
+  before = set(flags.FLAGS)
+  from cacheaug import generate
+
+  yield generate
+  for name in set(flags.FLAGS) - before:
+    delattr(flags.FLAGS, name)
+  sys.modules.pop("cacheaug.generate")
+
+
+def run(*arguments, stdin=""):
+  done = subprocess.run(
+    [sys.executable, "-m", "cacheaug.generate", *arguments],
+    cwd=_ROOT,
+    input=stdin,
+    capture_output=True,
+    text=True,
+    timeout=280,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_compare_and_trace():
+  prompt = "def main(argv):"
+  status, out, err = run(
+    f"--prompt={prompt}",
+    "--compare",
+    "--trace",
+    "--max_new_tokens=12",
+    "--insert_every=8",
+  )
+  assert (status, err) == (0, "")
+  lines = out.splitlines()
+  assert lines[0] == f"prompt: {prompt}"
+  assert lines[1].split(" | ") == [
+    "frozen decoder: 12 tokens".ljust(38),
+    "with latents: 12 tokens",
+  ]
+  assert lines[2].count("tokens/s, nll ") == 2
+  traces = [line for line in lines if line.startswith("trace: ")]
+  assert len(traces) == 2
+  # 16 tokens with the BOS, padded to 32: slots 32-43 are the new tokens'.
+  assert traces[0].startswith(
+    "trace: after token 15 (0 new): 'a' 'r' 'g' 'v' ')' ':' | '\\n' "
+  )
+  assert traces[0].endswith(
+    "4 latents at positions 12-15, in place of the cache there, slots 44-47"
+  )
+  assert "after token 23 (8 new): " in traces[1]
+  assert traces[1].endswith(
+    "positions 20-23, in place of the cache there, slots 48-51"
+  )
+
+
+def test_lines_of_a_pipe_are_prompts():
+  status, out, err = run("--latents=off", "--max_new_tokens=3", stdin="ab\nc\n")
+  assert (status, err) == (0, "")
+  texts = cacheaug.load("shipped:tiny")
+  expected = [p + texts.generate([p], 3, latents=False)[0] for p in ("ab", "c")]
+  assert out == "\n".join([*expected, ""])
+
+
+def test_bad_flags_are_one_line():
+  for arguments, message in (
+    (["--prompt=ab", "--temprature=1"], "did you mean temperature"),
+    (["--prompt=ab"], "prompt 0 has 3 tokens"),
+  ):
+    status, out, err = run(*arguments)
+    assert status == 1 and len(err.splitlines()) == 1
+    assert err.startswith("error: ") and message in err, err
+
+
+def test_which_decoder_and_coprocessor(command, tmp_path):
+  lm = command.open_lm("", "", "", True)
+  assert lm.coprocessor.spec.latents == 4
+  assert command.open_lm("", "", "", False).coprocessor is None
+  (tmp_path / "config.json").write_text('{"decoder": {"path": ""}}')
+  for arguments, message in (
+    (("x", "", "y", True), "--workdir and --coprocessor: give one"),
+    (("", "shipped:nano", "", True), "--coprocessor is missing"),
+    ((str(tmp_path / "none"), "", "", True), "config.json: missing"),
+    ((str(tmp_path), "", "", True), "has no decoder.path"),
+    (("", "shipped:nano", "shipped:tiny_coprocessor", True), "trained for"),
+  ):
+    with pytest.raises(UserError, match=message):
+      command.open_lm(*arguments)
+  (tmp_path / "config.json").write_text('{"family": "gemma2"}')
+  with pytest.raises(UserError, match="not a run's config"):
+    command.open_lm(str(tmp_path), "", "", True)
+
+
+def test_plans_and_prompts(command, tmp_path):
+  lm = command.open_lm("", "", "", False)
+  plan = command.plan_of(lm, ["0", "5"], 7, ["="])
+  assert (plan.at, plan.every) == ((0, 5), 7)
+  assert plan.after == (lm.tokenizer.encode("=")[0],)
+  for at, after, message in (
+    (["a"], [], "--insert_at=a: give counts"),
+    (["0"], ["=="], "--insert_after='==' is 2 tokens"),
+    (["0"], [""], "--insert_after='' is 0 tokens"),
+  ):
+    with pytest.raises(UserError, match=message):
+      command.plan_of(lm, at, 0, after)
+  path = tmp_path / "prompts.txt"
+  path.write_text("one\n\ntwo\n")
+  assert command.prompts_of([], str(path)) == ["one", "two"]
+  assert command.prompts_of(["a", "b"], "") == ["a", "b"]
+  path.write_text(" \n")
+  (tmp_path / "latin").write_bytes("é".encode("latin-1"))
+  for prompts, file, message in (
+    (["a", ""], "", "--prompt is empty"),
+    (["a"], str(path), "give one of the two"),
+    ([], str(path), "holds no prompt"),
+    ([], str(tmp_path / "latin"), "not UTF-8"),
+    ([], str(tmp_path), "cannot be read"),
+  ):
+    with pytest.raises(UserError, match=message):
+      command.prompts_of(prompts, file)
+
+
+def test_a_decoder_without_a_tokenizer(command, tmp_path):
+  shipped = pretrained.resolve("shipped:nano")
+  for name in ("config.json", "model.safetensors"):
+    (tmp_path / name).write_bytes((shipped / name).read_bytes())
+  lm = command.open_lm("", str(tmp_path), "", False)
+  with pytest.raises(UserError, match="without tokenizer.json"):
+    lm.generate(["abc"], latents=False)
+  with pytest.raises(UserError, match="is 0 tokens of this decoder's"):
+    command.plan_of(lm, ["0"], 0, ["a"])
