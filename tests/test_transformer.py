@@ -21,8 +21,8 @@ from tolerances import (
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
+from cacheaug.model.layers import Block, RMSNorm
 from cacheaug.model.rope import rope_table
-from cacheaug.model.transformer import Block, RMSNorm
 
 T = 7  # beyond the window of 5, so that decoding drops keys
 

@@ -3,9 +3,10 @@
 import jax
 
 from cacheaug.model.config import SLIDING
+from cacheaug.model.layers import Block, RMSNorm
 from cacheaug.model.rope import rope_table
 from cacheaug.model.slots import SlotCache
-from cacheaug.model.transformer import Block, Params, RMSNorm, Transformer
+from cacheaug.model.transformer import Params, Transformer
 
 
 def split_layers(params: Params) -> Params:
