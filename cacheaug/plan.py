@@ -190,19 +190,21 @@ def plan(
     except topologies.NoCompiler as e:
       reason = str(e)
 
-  limit, total = topology.chip.memory, bytes_of.total
   expected = times.expected_traffic(config, model_config, topology)
-  traffic, fits = expected, total <= limit
+  traffic, limit = expected, topology.chip.memory
+  arguments, temporaries = bytes_of.arguments, bytes_of.temporaries
+  others, fits = 0.0, bytes_of.total <= limit
   if isinstance(compiled, Compiled):
-    total = compiled.arguments + compiled.temporaries + compiled.others
-    traffic = collectives.of_program(compiled.text, devices // topology.slices)
-    fits = True  # or it would have refused
+    arguments, temporaries = compiled.arguments, compiled.temporaries
+    others, fits = compiled.others, True  # or it would have been refused
+    traffic = collectives.of_program(compiled.text, topology.slices)
   elif isinstance(compiled, Refused):
     fits, limit = False, compiled.limit or limit
+    # Its number is of temporaries alone, or of everything.
     needed = compiled.needed or 0.0
-    # It may have counted temporaries alone.
-    alone = "temporaries" in compiled.message
-    total = max(needed + alone * bytes_of.arguments, 1.01 * limit)
+    if "temporaries" not in compiled.message:
+      needed -= arguments
+    temporaries = max(needed, 1.01 * limit - arguments)
 
   found = times.of_step(config, model_config, topology, traffic, mfu=mfu)
   steps = config.optimizer.steps
@@ -227,7 +229,7 @@ def plan(
       "arguments": bytes_of.arguments,
       "temporaries": bytes_of.temporaries,
       "arithmetic": bytes_of.total,
-      "total": total,
+      "total": arguments + temporaries + others,
       "limit": limit,
       "fits": fits,
     },
@@ -237,7 +239,12 @@ def plan(
     else [
       dataclasses.asdict(r)
       for r in advice.remedies(
-        config, model_config, devices, total=total, limit=limit
+        config,
+        model_config,
+        devices,
+        temporaries=temporaries,
+        others=others,
+        limit=limit,
       )
     ],
     "collectives": [dataclasses.asdict(t) for t in traffic],

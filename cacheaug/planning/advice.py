@@ -28,7 +28,8 @@ def remedies(
   model_config: ModelConfig,
   devices: int,
   *,
-  total: float,
+  temporaries: float,
+  others: float,
   limit: float,
 ) -> list[Remedy]:
   """For each key that helps the smallest change that fits, else the largest.
@@ -39,21 +40,25 @@ def remedies(
     config: that does not fit.
     model_config: the decoder's.
     devices: in all.
-    total: bytes a device, the compiler's where it was asked.
+    temporaries: bytes that a step makes on a device, the compiler's where
+      it was asked.
+    others: bytes that no key changes (code).
     limit: bytes that a device has.
   """
-  before = memory.arithmetic(config, model_config, devices).total
+  before = memory.arithmetic(config, model_config, devices)
+  # As much more or less than the shapes say as the compiler found here.
+  scale = temporaries / before.temporaries
+  total = before.arguments + temporaries + others
   found, best = [], {}
 
   def judge(changes: dict[str, Any], same: bool) -> Remedy | None:
     changed = _changed(config, changes)
     try:
       configs.validate(changed, devices)
-      after = memory.arithmetic(changed, model_config, devices).total
+      after = memory.arithmetic(changed, model_config, devices)
     except UserError:
       return None
-    # What the compiler added to the arithmetic, it will add again.
-    new = total + after - before
+    new = after.arguments + scale * after.temporaries + others
     keys = " ".join(f"{k}={v}" for k, v in changes.items())
     return Remedy(keys, total - new, new, new <= limit, same)
 

@@ -5,15 +5,15 @@ runs: XLA unrolls nothing of an accumulation's scan, so a loop's operations
 count as often as its condition compares with. Bytes are those that leave one
 device in the usual ring: (g - 1) / g of the whole array for a gather or a
 reduce-scatter over g devices, twice that for an all-reduce.
+
+What goes between TPU slices is in the text as a `send` to the host, with the
+collective that it is a part of.
 """
 
 import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-
-import numpy as np
 
 KINDS = (
   "all-gather",
@@ -29,14 +29,12 @@ _OPERATION = re.compile(
   r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\(([^)]*)\)(.*)$"
 )
 _ARRAY = re.compile(r"(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
-_CALLEES = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_CALLEES = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_IOTA = re.compile(
-  r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
-)
-_LISTED = re.compile(r"replica_groups=\{(\{.*?\})\}")
+_IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
-_PAIRS = re.compile(r"source_target_pairs=\{(\{.*?\})\}")
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +55,18 @@ class _Computation:
   bound: int | None = None  # of a loop's condition
 
 
-def of_program(text: str, per_slice: int) -> list[Traffic]:
+def of_program(text: str, slices: int = 1) -> list[Traffic]:
   """Collectives of a compiled program, by kind and by what they span.
 
   Args:
     text: `compiled.as_text()`.
-    per_slice: devices of one slice, which are neighbours in the mesh.
+    slices: that it was compiled for.
   """
-  computations, entry = _read(text, per_slice)
+  reader = _Reader(slices)
+  reader.read(text)
   totals = defaultdict(lambda: [0, 0.0])
-  for name, runs in _runs(computations, entry).items():
-    for kind, between, size in computations[name].traffic:
+  for name, runs in _runs(reader.computations, reader.entry).items():
+    for kind, between, size in reader.computations[name].traffic:
       totals[kind, between][0] += runs
       totals[kind, between][1] += runs * size
   order = {kind: i for i, kind in enumerate(KINDS)}
@@ -79,56 +78,74 @@ def of_program(text: str, per_slice: int) -> list[Traffic]:
   ]
 
 
-def _read(text: str, per_slice: int) -> tuple[dict[str, _Computation], str]:
-  computations: dict[str, _Computation] = {}
-  entry, current = "", None
-  # One gather spread over several fusions of compute keeps its channel.
-  spread: set[tuple[str, str]] = set()
-  loops = []
-  for line in text.splitlines():
-    header = _HEADER.match(line)
-    if header:
-      current = _Computation([], [], {})
-      computations[header[2]] = current
-      name = header[2]
-      entry = name if header[1] else entry
-      continue
-    found = _OPERATION.match(line) if current else None
-    if not found:
-      continue
-    result, shape, operation, operands, rest = found.groups()
+class _Reader:
+  """Computations of a program's text, line by line."""
+
+  def __init__(self, slices: int):
+    self.computations: dict[str, _Computation] = {}
+    self.entry = ""
+    self._slices = slices
+    self._name = ""
+    self._seen: set[tuple[str, str]] = set()
+    self._loops: list[tuple[_Computation, str]] = []
+
+  def read(self, text: str) -> None:
+    """The whole text."""
+    for line in text.splitlines():
+      header = _HEADER.match(line)
+      if header:
+        self._name = header[2]
+        self.computations[self._name] = _Computation([], [], {})
+        self.entry = self._name if header[1] else self.entry
+      elif self._name and (found := _OPERATION.match(line)):
+        self._operation(*found.groups())
+    for computation, rest in self._loops:
+      body = re.search(r"body=%?([\w.\-]+)", rest)[1]
+      computation.calls.append((body, self._trips(rest)))
+
+  def _operation(self, result, shape, operation, operands, rest) -> None:
+    here = self.computations[self._name]
+    if operation == "while":
+      self._loops.append((here, rest))
+      return
     if operation == "constant" and operands.lstrip("-").isdigit():
-      current.constants[result] = int(operands)
-    elif operation == "compare" and "ROOT" in line:
-      names = [part.split("%")[-1].strip() for part in operands.split(",")]
-      known = [current.constants[n] for n in names if n in current.constants]
-      current.bound = known[0] if known else None
-    elif operation == "while":
-      loops.append((current, rest))
-    else:
-      for branches in _BRANCHES.findall(rest):
-        for branch in branches.split(","):
-          current.calls.append((branch.strip().lstrip("%"), 1))
-      current.calls += [(callee, 1) for callee in _CALLEES.findall(rest)]
-      kind = operation.removesuffix("-start")
-      if kind in KINDS:
-        channel = re.search(r"channel_id=(\d+)", rest)
-        key = (kind, channel[1] if channel else result)
-        if "async_collective_fusion" in name:
-          if key in spread:
-            continue
-          spread.add(key)
-        started = operation.endswith("-start")
-        current.traffic.append(
-          _traffic(kind, shape, started, rest, per_slice=per_slice)
-        )
-  for computation, rest in loops:
-    body = re.search(r"body=%?([\w.\-]+)", rest)[1]
+      here.constants[result] = int(operands)
+    if operation == "compare":  # of a loop's condition, which has just one
+      for name in (part.split("%")[-1].strip() for part in operands.split(",")):
+        here.bound = here.constants.get(name, here.bound)
+    for names in _CALLEES.findall(rest) + _BRANCHES.findall(rest):
+      for name in names.split(","):
+        here.calls.append((name.strip().lstrip("%"), 1))
+    if operation.removesuffix("-start") in KINDS:
+      self._collective(here, operation, shape, rest)
+    elif operation == "send" and (transfer := _TRANSFER.search(rest)):
+      kind = transfer[1].lower().replace("_", "-")
+      size, s = _size(*_ARRAY.search(shape).groups()), self._slices
+      size *= 2 * (s - 1) / s if kind == "all-reduce" else s - 1
+      here.traffic.append((kind, "slices", size))
+
+  def _collective(self, here, operation, shape, rest) -> None:
+    kind = operation.removesuffix("-start")
+    channel = re.search(r"channel_id=(\d+)", rest)
+    if channel and kind != "collective-permute":
+      # One gather spread over several fusions of compute keeps its channel.
+      if (kind, channel[1]) in self._seen:
+        return
+      self._seen.add((kind, channel[1]))
+    if self._name.startswith("all-reduce-scatter"):
+      # A TPU's reduce-scatter: an all-reduce of which a part is taken.
+      kind, operation = "reduce-scatter", "all-reduce"
+    size = _bytes_out(kind, operation, shape, rest)
+    here.traffic.append((kind, "devices", size))
+
+  def _trips(self, rest: str) -> int:
+    """How often a loop runs: as XLA says, or by its condition's constant."""
+    known = re.search(r'known_trip_count[^\d}]*"?(\d+)', rest)
+    if known:
+      return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", rest)[1]
-    trips = re.search(r'known_trip_count[^\d}]*"?(\d+)', rest)
-    bound = int(trips[1]) if trips else computations[condition].bound
-    computation.calls.append((body, 1 if bound is None else bound))
-  return computations, entry
+    bound = self.computations[condition].bound
+    return 1 if bound is None else bound
 
 
 def _runs(computations: dict[str, _Computation], entry: str) -> dict[str, int]:
@@ -145,24 +162,19 @@ def _runs(computations: dict[str, _Computation], entry: str) -> dict[str, int]:
   return runs
 
 
-def _traffic(
-  kind: str, shape: str, started: bool, rest: str, *, per_slice: int
-) -> tuple[str, str, float]:
-  """(kind, what it spans, bytes out of one device) of one operation."""
+def _bytes_out(kind: str, operation: str, shape: str, rest: str) -> float:
+  """Bytes that one operation sends out of one device."""
   arrays = [_size(*found) for found in _ARRAY.findall(shape)]
-  if started and kind in ("all-gather", "collective-permute"):
-    # (operand, result, context...): the result is the larger of the two.
+  size = sum(arrays)
+  if operation in ("all-gather-start", "collective-permute-start"):
+    # (operands, results, context...): the results are what is sent.
     size = max(arrays)
-  else:
-    size = sum(arrays)
-  groups = _groups(kind, rest)
-  g = max((len(group) for group in groups), default=1)
-  if kind == "reduce-scatter":
+  if kind == "collective-permute":
+    return size
+  g = _group_size(rest)
+  if operation.startswith("reduce-scatter"):
     size *= g  # the shape is one part's
-  share = {"all-reduce": 2.0 * (g - 1) / g, "collective-permute": 1.0}
-  apart = any(len({i // per_slice for i in group}) > 1 for group in groups)
-  bytes_out = size * share.get(kind, (g - 1) / g)
-  return kind, "slices" if apart else "devices", bytes_out
+  return size * (2.0 if kind == "all-reduce" else 1.0) * (g - 1) / g
 
 
 def _size(kind: str, dimensions: str) -> float:
@@ -170,40 +182,15 @@ def _size(kind: str, dimensions: str) -> float:
   return width * math.prod(int(n) for n in dimensions.split(",") if n)
 
 
-def _groups(kind: str, rest: str) -> Sequence[Sequence[int]]:
+def _group_size(rest: str) -> int:
   """Devices that take part in one operation together."""
-  if kind == "collective-permute":
-    return _lists(_PAIRS.search(rest))
   iota = _IOTA.search(rest)
   if iota:
-    numbers = np.arange(int(iota[1]) * int(iota[2]))
-    numbers = numbers.reshape([int(n) for n in iota[3].split(",")])
-    if iota[4]:
-      numbers = numbers.transpose([int(n) for n in iota[4].split(",")])
-    return numbers.reshape(int(iota[1]), int(iota[2])).tolist()
-  named = _NAMED.search(rest)
+    return int(iota[1])
+  named = _NAMED.search(rest)  # mesh['a'=2,'b'=128] {'b'}
   if named:
-    return _named_groups(named[1], named[2])
-  return _lists(_LISTED.search(rest))
-
-
-def _named_groups(mesh: str, over: str) -> list[list[int]]:
-  """Groups written as mesh['a'=2,'b'=128] {'b'}."""
-  sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh))
-  chosen = re.findall(r"'([^']+)'", over)
-  names = list(sizes)
-  numbers = np.arange(math.prod(int(n) for n in sizes.values()))
-  numbers = numbers.reshape([int(n) for n in sizes.values()])
-  last = [names.index(n) for n in chosen]
-  first = [i for i in range(len(names)) if i not in last]
-  width = math.prod(numbers.shape[i] for i in last)
-  return numbers.transpose(first + last).reshape(-1, width).tolist()
-
-
-def _lists(found: re.Match | None) -> list[list[int]]:
-  if not found:
-    return []
-  return [
-    [int(n) for n in group.split(",") if n]
-    for group in re.findall(r"\{([\d,]*)\}", found[1])
-  ]
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+    chosen = re.findall(r"'([^']+)'", named[2])
+    return math.prod(int(sizes[name]) for name in chosen)
+  listed = _LISTED.search(rest)
+  return listed[1].count(",") + 1 if listed else 1

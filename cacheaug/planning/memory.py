@@ -177,8 +177,18 @@ def _working(
     # One layer's in use, the next one's under way; the embedding whole.
     gathered = 2 * blocks / c.layers + c.vocab_size * c.width
     gathered *= itemsize / tensor
+  rows = config.data.sequence
+  if config.objective == "coprocessor":
+    rows = config.traces.count * config.traces.ahead
   # A chunk's logits, their exponentials, their gradient.
-  logits = 3 * 4 * cross_entropy.CHUNK_ELEMENTS
+  logits = (
+    3
+    * 4
+    * min(
+      micro_batch(config, mesh) * rows * c.vocab_size,
+      cross_entropy.CHUNK_ELEMENTS,
+    )
+  )
   return again + gathered + logits
 
 

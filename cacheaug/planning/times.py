@@ -136,7 +136,9 @@ def expected_traffic(
 
   used = sum(_uses(config)) * weights["blocks"] + 2 * weights["embedding"]
   add("all-gather", k * used / tensor * (fsdp - 1) / fsdp)
-  add("reduce-scatter", k * gradients * (fsdp - 1))
+  # Float32 once summed on a device; sent as they are computed.
+  sent = gradients / 4 * jnp.dtype(config.precision.compute).itemsize
+  add("reduce-scatter", k * sent * (fsdp - 1))
   within = data // topology.slices
   add("all-reduce", 2 * gradients * (within - 1) / within)
   if tensor > 1:
