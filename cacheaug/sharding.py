@@ -5,6 +5,7 @@ letters of the method (`nn.with_logical_partitioning(init, ("V", "D"))`), and
 everything about devices is decided here.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from cacheaug.errors import UserError
+from cacheaug.model import placement
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -196,6 +198,16 @@ def tree_shardings(mesh: Mesh, abstract_boxed: Any) -> Any:
   shapes = map_boxes(lambda x: x.value if is_box(x) else x)
   axes = map_boxes(lambda x: x.names if is_box(x) else None)
   return logical_to_sharding(mesh, axes, shapes)
+
+
+def placing(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+  """Entered while a step is traced: intermediate arrays follow RULES too."""
+
+  def place(x: jax.Array, letters: tuple[str | None, ...]) -> jax.Array:
+    spec = _spec(mesh, "an intermediate array", letters, x.shape)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+  return placement.using(place)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

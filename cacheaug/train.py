@@ -320,7 +320,8 @@ def make_step(
   def step(state, decoder, batch, key, reset):
     batch = add_points(config, batch, key, state.step)
     gradient = partial(jax.grad(loss, has_aux=True), state.params, decoder)
-    grads, (nll, tokens) = summed(gradient, batch, k)
+    with sharding.placing(mesh):
+      grads, (nll, tokens) = summed(gradient, batch, k)
     count = jnp.maximum(tokens.sum(), 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -361,7 +362,8 @@ def make_baseline(config, model, mesh):
     def part(batch):
       return objective.frozen_loss(model, decoder, batch, batch["points"], spec)
 
-    return summed(part, add_points(config, batch, key, step), k)
+    with sharding.placing(mesh):
+      return summed(part, add_points(config, batch, key, step), k)
 
   return baseline
 

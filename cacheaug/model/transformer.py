@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from cacheaug.errors import UserError
 from cacheaug.kernels.dispatch import Kernel
-from cacheaug.model import attention
+from cacheaug.model import attention, placement
 from cacheaug.model.attention import Rows
 from cacheaug.model.cache import KVCache
 from cacheaug.model.config import SLIDING, ModelConfig
@@ -96,7 +96,8 @@ class Linear(nn.Module):
     # One plain matrix product: with the batch's axes left apart, XLA's CPU
     # compiler picks layouts that made a training step 3.5 times slower.
     flat = x.reshape(-1, math.prod(ins)).astype(self.dtype)
-    y = flat @ kernel.astype(self.dtype).reshape(math.prod(ins), -1)
+    kernel = placement.for_use(kernel.astype(self.dtype), letters)
+    y = flat @ kernel.reshape(math.prod(ins), -1)
     if self.use_bias:
       zeros, rest = nn.initializers.zeros, (None,) * len(outs)
       bias = _param(self, "bias", zeros, outs, rest)
@@ -210,7 +211,7 @@ class Block(nn.Module):
     x += norm("attention_post", y) if c.post_norms else y
     y = MLP(name="mlp", **kw)(norm("mlp", x))
     x += norm("mlp_post", y) if c.post_norms else y
-    return x, own
+    return placement.rows(x), own
 
 
 class Transformer(nn.Module):
@@ -292,6 +293,7 @@ class Embedder(nn.Module):
   def __call__(self, tokens):
     """Tokens [...] -> [..., D], scaled where the family does."""
     x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+    x = placement.rows(x)
     # The multiplier is rounded to the activations' type first, as Gemma does.
     return x * jnp.asarray(self.config.embedding_scale, self.dtype)
 
@@ -300,7 +302,7 @@ class Embedder(nn.Module):
     flat = jnp.einsum(
       "td,vd->tv",
       hidden.reshape(-1, hidden.shape[-1]),
-      self.embedding.astype(self.dtype),
+      placement.for_use(self.embedding.astype(self.dtype), ("V", "D")),
       preferred_element_type=jnp.float32,
     )
     return flat.reshape(*hidden.shape[:-1], -1)
