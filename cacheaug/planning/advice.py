@@ -112,7 +112,7 @@ def _candidates(
   if config.objective == "coprocessor":
     yield (
       False,
-      [{"traces.count": count // n} for n in twice if count % n == 0],
+      [{"traces.count": count // n} for n in (2, 8) if count % n == 0],
     )
   if config.optimizer.average:
     yield False, [{"optimizer.average": 0.0}]
