@@ -18,12 +18,13 @@ from ml_collections import ConfigDict
 from tolerances import jit, make_model
 
 from cacheaug import config as configs
-from cacheaug import decoders, plan, sharding
+from cacheaug import decoders, sharding
 from cacheaug.data.sources import source_defaults
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
-from cacheaug.planning import collectives, memory, times
+from cacheaug.planning import collectives, memory, planner, times
 from cacheaug.planning import topology as topologies
+from cacheaug.planning.table import table
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,7 +65,7 @@ def test_unknown_topologies_are_refused(name):
 
 def test_bytes_of_gemma2_2b_by_kind():
   """By hand: 2.61e9 parameters frozen in bfloat16, 2.03e9 with Adam."""
-  config, model = plan.prepare(_gemma())
+  config, model = planner.prepare(_gemma())
   kinds = memory.arithmetic(config, model, 256).kinds
   frozen, trained = 2_614_341_888, 2_029_863_168
   near = dict(rel=2e-3)  # norms are on every device
@@ -82,7 +83,7 @@ def test_bytes_of_gemma2_2b_by_kind():
 
 
 def test_kept_for_the_backward_pass_follows_remat_and_depth():
-  config, model = plan.prepare(_gemma(remat="full"))
+  config, model = planner.prepare(_gemma(remat="full"))
   full = memory.kept_per_sequence(config, model)
   config.remat = "none"
   assert memory.kept_per_sequence(config, model) > 5 * full
@@ -96,7 +97,7 @@ def test_bytes_agree_with_a_real_state(tmp_path):
   """What jax puts on each of eight devices is what was said."""
   config = _small(tmp_path, fsdp=2, tensor=2)
   config.optimizer.average = 0.9
-  config, model = plan.prepare(config)
+  config, model = planner.prepare(config)
   config.precision.update(compute="float32", decoder="float32")
   kinds = memory.arithmetic(config, model, 8).kinds
   run = small_runs.Steps(config, devices=8)
@@ -115,10 +116,10 @@ def test_bytes_agree_with_a_real_state(tmp_path):
 
 def test_a_mesh_that_does_not_divide_is_refused():
   with pytest.raises(UserError, match="fsdp=48.*256 devices"):
-    plan.plan(
+    planner.plan(
       _gemma(mesh=dict(fsdp=48)),
       topologies.parse("v5e:16x16"),
-      compiling=False,
+      use_compiler=False,
     )
 
 
@@ -126,7 +127,7 @@ def test_a_config_without_shape_is_refused():
   config = configs.base()
   config.data.sources = ConfigDict({"a": source_defaults()})
   with pytest.raises(UserError, match="decoder.shape is empty.*decoder.path"):
-    plan.prepare(config)
+    planner.prepare(config)
 
 
 def test_the_decoder_is_known_by_its_config_json_alone(tmp_path):
@@ -137,7 +138,7 @@ def test_the_decoder_is_known_by_its_config_json_alone(tmp_path):
   config.decoder.path = str(tmp_path)
   config.data.sources = ConfigDict({"a": source_defaults()})
   config.data.sequence = 64
-  _, model = plan.prepare(config)
+  _, model = planner.prepare(config)
   assert model.width == shape["hidden_size"]
 
 
@@ -145,10 +146,10 @@ def test_the_decoder_is_known_by_its_config_json_alone(tmp_path):
 
 
 def test_advice_names_keys_and_they_help():
-  config, _ = plan.prepare(_gemma(remat="dots"))
+  config, _ = planner.prepare(_gemma(remat="dots"))
   config.optimizer.accumulation = 1
   pod = topologies.parse("v5e:16x16")
-  found = plan.plan(config, pod, compiling=False)
+  found = planner.plan(config, pod, use_compiler=False)
   assert not found["memory"]["fits"]
   by_key = {r["keys"].partition("=")[0]: r for r in found["remedies"]}
   assert {"remat", "optimizer.accumulation", "data.batch"} <= set(by_key)
@@ -162,19 +163,19 @@ def test_advice_names_keys_and_they_help():
     parent, _, name = key.rpartition(".")
     inner = changed[parent] if parent else changed
     inner[name] = type(inner[name])(value)
-  again = plan.plan(changed, pod, compiling=False)
+  again = planner.plan(changed, pod, use_compiler=False)
   assert again["memory"]["fits"]
   assert again["memory"]["total"] == pytest.approx(fitting["total"])
-  text = plan.table(found)
+  text = table(found)
   assert "DOES NOT FIT" in text and f"  {fitting['keys']}: saves" in text
-  assert "DOES NOT FIT" not in plan.table(again)
+  assert "DOES NOT FIT" not in table(again)
 
 
 # --- times ------------------------------------------------------------------
 
 
 def test_times_by_hand():
-  config, model = plan.prepare(_gemma())
+  config, model = planner.prepare(_gemma())
   pod = topologies.parse("v5e:16x16")
   traffic = [
     collectives.Traffic("all-gather", "devices", 1, 400e9),
