@@ -16,7 +16,7 @@ known by its shape, or by config.json where decoder.path is given.
 
 import json
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from cacheaug import command
@@ -29,6 +29,8 @@ def main() -> None:
 
   # Whatever is attached here is not what is planned for.
   jax.config.update("jax_platforms", "cpu")
+  # The trainer's own messages are of a run, several times over here.
+  logging.set_verbosity(logging.WARNING)
   from cacheaug import config as configs
   from cacheaug.planning import planner, table
   from cacheaug.planning import topology as topologies

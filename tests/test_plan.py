@@ -146,7 +146,7 @@ def test_the_decoder_is_known_by_its_config_json_alone(tmp_path):
 
 
 def test_advice_names_keys_and_they_help():
-  config, _ = planner.prepare(_gemma(remat="dots"))
+  config, _ = planner.prepare(_gemma(remat="none"))
   config.optimizer.accumulation = 1
   pod = topologies.parse("v5e:16x16")
   found = planner.plan(config, pod, use_compiler=False)

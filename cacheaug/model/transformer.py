@@ -326,6 +326,16 @@ def logits(model: Transformer, params: Params, hidden: jax.Array) -> jax.Array:
   return model.apply({"params": params}, hidden, method="logits")
 
 
+def head_for_use(model: Transformer, params: Params) -> Params:
+  """What `logits` reads, gathered once for many calls in a loop."""
+  if model.config.tied_head:
+    table = params["embedder"]["embedding"].astype(model.dtype)
+    table = placement.for_use(table, ("V", "D"))
+    return {"embedder": {"embedding": table}}
+  kernel = params["head"]["kernel"].astype(model.dtype)
+  return {"head": {"kernel": placement.for_use(kernel, ("D", "V"))}}
+
+
 def run_blocks(
   model: Transformer,
   params: Params,

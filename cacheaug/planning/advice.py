@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from cacheaug import config as configs
 from cacheaug.errors import UserError
+from cacheaug.model import transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.planning import memory
 
@@ -97,10 +98,9 @@ def _candidates(
 ) -> Iterator[tuple[bool, list[dict[str, Any]]]]:
   """(whether the result stays the same, changes from small to large)."""
   rest = {} if config.mesh.data == -1 else {"mesh.data": -1}
-  order = ("none", "dots", "full")
-  if config.remat in order:
-    later = order[order.index(config.remat) + 1 :]
-    yield True, [{"remat": policy} for policy in later]
+  order = tuple(transformer.REMAT_POLICIES)  # from much to little kept
+  later = order[order.index(config.remat) + 1 :]
+  yield True, [{"remat": policy} for policy in later]
   twice = [2**i for i in range(1, 11)]
   k, fsdp = config.optimizer.accumulation, config.mesh.fsdp
   yield True, [{"optimizer.accumulation": k * n} for n in twice]

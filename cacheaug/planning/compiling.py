@@ -51,7 +51,7 @@ def compile_step(
   optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
   step = train.make_step(
     config,
-    train.make_model(config, model_config),
+    train.make_model(config, model_config, mesh),
     optimizer,
     mesh,
     jax.tree.map(lambda x: x.sharding, state),

@@ -25,6 +25,7 @@ from cacheaug.augment import coprocessor, objective
 from cacheaug.kernels import cross_entropy
 from cacheaug.model import transformer
 from cacheaug.model.config import LAYER_PATTERNS, ModelConfig
+from cacheaug.model.transformer import Transformer
 
 # Kinds that are the step's arguments, and those it makes as it goes.
 ARGUMENTS = (
@@ -78,7 +79,7 @@ def abstract_arguments(
     model_config: the decoder's.
     mesh: of devices, or an AbstractMesh where none are needed.
   """
-  model = train.make_model(config, model_config)
+  model = _model(config, model_config)
   decoder = None
   if config.objective == "coprocessor":
     decoder = train.abstract_decoder(config, model, mesh)
@@ -90,6 +91,13 @@ def abstract_arguments(
     sharding=sharding.batch_sharding(mesh),
   )
   return state, decoder, {"tokens": rows, "documents": rows}
+
+
+def _model(config: ConfigDict, model_config: ModelConfig) -> Transformer:
+  """For shapes, which no kernel changes; those of TPUs do not load anywhere."""
+  if config.attention != "plain":
+    config = _copy(config, attention="xla")
+  return train.make_model(config, model_config)
 
 
 def abstract_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
@@ -177,18 +185,15 @@ def _working(
     # One layer's in use, the next one's under way; the embedding whole.
     gathered = 2 * blocks / c.layers + c.vocab_size * c.width
     gathered *= itemsize / tensor
-  rows = config.data.sequence
-  if config.objective == "coprocessor":
-    rows = config.traces.count * config.traces.ahead
   # A chunk's logits, their exponentials, their gradient.
-  logits = (
-    3
-    * 4
-    * min(
-      micro_batch(config, mesh) * rows * c.vocab_size,
-      cross_entropy.CHUNK_ELEMENTS,
-    )
+  rows = max(
+    cross_entropy.CHUNK_ROWS, cross_entropy.CHUNK_ELEMENTS // c.vocab_size
   )
+  wanted = config.data.sequence
+  if config.objective == "coprocessor":
+    wanted = config.traces.count * config.traces.ahead
+  rows = min(rows, micro_batch(config, mesh) * wanted)
+  logits = 3 * 4 * rows * c.vocab_size / tensor
   return again + gathered + logits
 
 
@@ -198,7 +203,14 @@ def kept_per_sequence(config: ConfigDict, model_config: ModelConfig) -> float:
   What jax.vjp holds on to, the cache included, parameters not. Layers cost
   the same, so two small depths give every depth.
   """
-  keys = ("objective", "remat", "traces", "coprocessor", "precision")
+  keys = (
+    "objective",
+    "remat",
+    "attention",
+    "traces",
+    "coprocessor",
+    "precision",
+  )
   chosen = {key: config[key] for key in keys}
   chosen["sequence"] = config.data.sequence
   text = json.dumps(
@@ -233,7 +245,7 @@ class _Hashable:
 @functools.cache
 def _residuals(key: _Hashable, model_config: ModelConfig) -> float:
   config = key.config
-  model = train.make_model(config, model_config)
+  model = _model(config, model_config)
   spec = configs.spec_of(config)
   mask = config.traces.mask_documents
   random = jax.random.key(0)

@@ -86,9 +86,9 @@ def _uses(config: ConfigDict) -> tuple[int, int]:
   """Times that a micro-batch uses (frozen, trained) blocks.
 
   Frozen: passes 1 and 3, and the backward of 3. Trained: forward, backward.
-  Each backward pass uses them once more where it computes layers again.
+  Each backward pass uses them once more where it computes products again.
   """
-  again = 0 if config.remat == "none" else 1
+  again = 1 if config.remat == "full" else 0
   if config.objective == "language_model":
     return 0, 2 + again
   return 3 + again, 2 + again
