@@ -10,7 +10,7 @@ class Chip:
   name: str
   kind: str  # 'tpu' or 'gpu'
   flops: float  # FLOP/s, dense bfloat16 matrix products, float32 sums
-  memory: float  # bytes of HBM, as sold
+  memory: float  # bytes of HBM that one program may use
   memory_bandwidth: float  # bytes/s
   ici: float  # bytes/s out of the chip over all its fast links
   dcn: float  # bytes/s out of the chip's share of its host's network card
@@ -20,16 +20,17 @@ class Chip:
 # directions (v5e 400 GB/s, v5p 1200, v6e 800, v4 600): half of it leaves. DCN
 # is the pod's or host's network over its chips (v5e 6.4 Tbit/s over 256, v6e
 # 25.6 over 256, v4 and v5p 200 Gbit/s over a host's four).
+# Memory is what their compiler admits.
 # GPU: NVIDIA's data sheets of the SXM parts, without sparsity. NVLink there
 # counts both directions (900 GB/s, A100 600). DCN is one InfiniBand port a GPU,
 # as in the makers' eight-GPU machines (400 Gbit/s, A100 200).
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip("v4", "tpu", 275e12, 32 * 2**30, 1.228e12, 300e9, 6.25e9),
-    Chip("v5e", "tpu", 197e12, 16 * 2**30, 0.819e12, 200e9, 3.125e9),
-    Chip("v5p", "tpu", 459e12, 95 * 2**30, 2.765e12, 600e9, 6.25e9),
-    Chip("v6e", "tpu", 918e12, 32 * 2**30, 1.638e12, 400e9, 12.5e9),
+    Chip("v4", "tpu", 275e12, 30.75 * 2**30, 1.228e12, 300e9, 6.25e9),
+    Chip("v5e", "tpu", 197e12, 15.75 * 2**30, 0.819e12, 200e9, 3.125e9),
+    Chip("v5p", "tpu", 459e12, 95.73 * 2**30, 2.765e12, 600e9, 6.25e9),
+    Chip("v6e", "tpu", 918e12, 31.24 * 2**30, 1.638e12, 400e9, 12.5e9),
     Chip("h100", "gpu", 989e12, 80e9, 3.35e12, 450e9, 50e9),
     Chip("h200", "gpu", 989e12, 141e9, 4.8e12, 450e9, 50e9),
     Chip("a100", "gpu", 312e12, 80e9, 2.039e12, 300e9, 25e9),

@@ -112,6 +112,8 @@ def base() -> ConfigDict:
   c.mesh.data = -1  # the devices left over by the other axes
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
+  # TPU slices (or groups of hosts) joined by a slow network; split mesh.data.
+  c.mesh.slices = 1
 
   c.precision = ConfigDict()
   c.precision.compute = "auto"  # bfloat16 on accelerators, float32 on CPU
@@ -167,7 +169,7 @@ def base() -> ConfigDict:
       },
       "optimizer": {"steps": 20, "warmup": 2, "accumulation": 1},
       "precision": {"compute": "auto", "decoder": "auto"},
-      "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+      "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1},
       "remat": "lean",
       "log_every": 5,
       "checkpoint": {"every": 10},

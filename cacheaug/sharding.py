@@ -5,6 +5,7 @@ letters of the method (`nn.with_logical_partitioning(init, ("V", "D"))`), and
 everything about devices is decided here.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from cacheaug.errors import UserError
+from cacheaug.model import placement
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -45,21 +47,30 @@ def make_mesh(
   """Mesh with axes (data, fsdp, tensor) over all devices.
 
   Args:
-    config: sizes `data`, `fsdp`, `tensor`; data = -1 takes the rest.
-    devices: those to use; all of the run's by default. Several TPU slices
-      split the data axis, the one whose traffic bears the slow network.
+    config: sizes `data`, `fsdp`, `tensor`, `slices`; data = -1 takes the rest.
+    devices: those to use; all of the run's by default. `slices` equal parts
+      of them, joined by a slow network, split the data axis, the one that
+      bears it: once a step, for gradients.
 
   Raises:
-    UserError: sizes that do not multiply to the number of devices, or a
-      tensor axis over several processes, which read other rows each.
+    UserError: sizes that do not multiply to the number of devices, another
+      number of TPU slices than `slices`, or a tensor axis over several
+      processes, which read other rows each.
   """
   devices = list(jax.devices() if devices is None else devices)
-  sizes = mesh_sizes(config, len(devices))
-  arranged = _arrange(sizes, devices)
-  for group in arranged.reshape(-1, sizes[2]):
+  data, fsdp, tensor = mesh_sizes(config, len(devices))
+  shape = data // config.slices, fsdp, tensor
+  # The data axis runs through one slice before it enters the next.
+  arranged = np.concatenate(
+    [
+      mesh_utils.create_device_mesh(shape, part)
+      for part in _slices(config, devices)
+    ]
+  )
+  for group in arranged.reshape(-1, tensor):
     if len({d.process_index for d in group}) > 1:
       raise UserError(
-        f"config.mesh.tensor: {sizes[2]} spans processes: lower it to at most "
+        f"config.mesh.tensor: {tensor} spans processes: lower it to at most "
         "the devices of one, or raise mesh.fsdp instead"
       )
   return Mesh(arranged, MESH_AXES)
@@ -86,27 +97,33 @@ def mesh_sizes(config: ConfigDict, devices: int) -> tuple[int, int, int]:
       f"config.mesh: data={config.data}, fsdp={fsdp}, tensor={tensor} do not "
       f"multiply to the {devices} devices found: choose sizes that do"
     )
+  if config.slices < 1 or data % config.slices:
+    raise UserError(
+      f"config.mesh.slices: {config.slices} must be 1 or more and divide "
+      f"mesh.data={data}, the only axis that may span slices"
+    )
   return data, fsdp, tensor
 
 
-def _arrange(
-  shape: tuple[int, int, int], devices: Sequence[jax.Device]
-) -> np.ndarray:
-  """Devices in an array of `shape`, neighbours on fast links."""
-  slices = {getattr(d, "slice_index", 0) for d in devices}
-  # Only TPU slices are apart by construction; on GPUs `slice_index` may count
-  # hosts, and a mesh axis across hosts is a choice the user may make.
-  if len(slices) == 1 or devices[0].platform != "tpu":
-    return mesh_utils.create_device_mesh(shape, devices)
-  data, fsdp, tensor = shape
-  if data % len(slices):
+def _slices(
+  config: ConfigDict, devices: Sequence[jax.Device]
+) -> list[list[jax.Device]]:
+  """The devices of each slice, as many in each as `config.slices` makes."""
+  found = sorted({getattr(d, "slice_index", None) or 0 for d in devices})
+  # Only TPU slices are apart by construction; elsewhere (`slice_index` may
+  # count hosts there) the user says where the network is slow, in whole runs
+  # of jax.devices(), whose order is by process.
+  if len(found) == 1 or devices[0].platform != "tpu":
+    size = len(devices) // config.slices
+    return [
+      list(devices[i * size : (i + 1) * size]) for i in range(config.slices)
+    ]
+  if len(found) != config.slices:
     raise UserError(
-      f"config.mesh.data: {data} must be a multiple of the {len(slices)} "
-      "slices, which only the data axis may span"
+      f"config.mesh.slices: {config.slices}, but the devices found are of "
+      f"{len(found)} slices: set mesh.slices={len(found)}"
     )
-  return mesh_utils.create_hybrid_device_mesh(
-    (data // len(slices), fsdp, tensor), (len(slices), 1, 1), devices
-  )
+  return [[d for d in devices if d.slice_index == i] for i in found]
 
 
 def _spec(
@@ -181,6 +198,16 @@ def tree_shardings(mesh: Mesh, abstract_boxed: Any) -> Any:
   shapes = map_boxes(lambda x: x.value if is_box(x) else x)
   axes = map_boxes(lambda x: x.names if is_box(x) else None)
   return logical_to_sharding(mesh, axes, shapes)
+
+
+def placing(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+  """Entered while a step is traced: intermediate arrays follow RULES too."""
+
+  def place(x: jax.Array, letters: tuple[str | None, ...]) -> jax.Array:
+    spec = _spec(mesh, "an intermediate array", letters, x.shape)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+  return placement.using(place)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -201,10 +201,9 @@ def load_decoder(
   """
   if config.objective == "language_model":
     return None, ""
-  storage = _dtype(config.precision.decoder, mesh.devices.flat[0].platform)
-  key = jax.random.key(config.seed)
-  abstract = jax.eval_shape(partial(transformer.init, model), key)
-  shardings = sharding.tree_shardings(mesh, abstract)
+  abstract = abstract_decoder(config, model, mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  storage = _dtype(config.precision.decoder, _platform(mesh))
   if config.decoder.path:
     decoder = pretrained.load(
       pretrained.resolve(config.decoder.path),
@@ -218,8 +217,27 @@ def load_decoder(
       params = nn.unbox(transformer.init(model, k))
       return jax.tree.map(lambda x: x.astype(storage), params)
 
+    key = jax.random.key(config.seed)
     decoder = jax.jit(make, out_shardings=shardings)(key)
   return decoder, pretrained.fingerprint(decoder)
+
+
+def abstract_decoder(config, model, mesh) -> Params:
+  """Shapes of the frozen decoder's arrays, each with its sharding."""
+  boxed = jax.eval_shape(partial(transformer.init, model), jax.random.key(0))
+  storage = _dtype(config.precision.decoder, _platform(mesh))
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, storage, sharding=s),
+    nn.unbox(boxed),
+    sharding.tree_shardings(mesh, boxed),
+  )
+
+
+def _platform(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
+  """Of the mesh's devices; this machine's where it has none."""
+  if isinstance(mesh, jax.sharding.Mesh):
+    return mesh.devices.flat[0].platform
+  return jax.default_backend()
 
 
 def _dtype(name: str, platform: str) -> Any:
@@ -302,7 +320,8 @@ def make_step(
   def step(state, decoder, batch, key, reset):
     batch = add_points(config, batch, key, state.step)
     gradient = partial(jax.grad(loss, has_aux=True), state.params, decoder)
-    grads, (nll, tokens) = summed(gradient, batch, k)
+    with sharding.placing(mesh):
+      grads, (nll, tokens) = summed(gradient, batch, k)
     count = jnp.maximum(tokens.sum(), 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -343,7 +362,8 @@ def make_baseline(config, model, mesh):
     def part(batch):
       return objective.frozen_loss(model, decoder, batch, batch["points"], spec)
 
-    return summed(part, add_points(config, batch, key, step), k)
+    with sharding.placing(mesh):
+      return summed(part, add_points(config, batch, key, step), k)
 
   return baseline
 

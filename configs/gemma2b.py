@@ -28,8 +28,11 @@ tokens are packed at first use to data.cache_dir, 4 bytes a token.
 Hardware: meant for 256 TPU v5e or similar; devices x optimizer.accumulation =
 1024 puts one sequence on a device at a time. mesh.fsdp must divide the number
 of devices: on 8 give --config.mesh.fsdp=8 --config.optimizer.accumulation=128.
-Time: not measured. Neither are memory and figures: nobody has run this
-configuration of ours to its end yet.
+By shapes, 7.9 GiB of a v5e's 15.75, of which 4 are an estimate (`python -m
+cacheaug.plan --config=configs/gemma2b.py --topology=v5e:16x16 --nocompile`;
+v6e:16x16 alike; v5p:4x4x8 with --config.optimizer.accumulation=8).
+Time: not measured. Neither are figures: nobody has run this configuration of
+ours to its end yet.
 
 N: --config.coprocessor.latents=4, 8, 16 (here), 32 or 64. The paper does not
 state positions or start; the defaults are base()'s, the literal reading is

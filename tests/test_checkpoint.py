@@ -22,7 +22,7 @@ from cacheaug.errors import UserError
 
 def _mesh(data, fsdp, tensor):
   return sharding.make_mesh(
-    ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor})
+    ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor, "slices": 1})
   )
 
 

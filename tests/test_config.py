@@ -53,7 +53,14 @@ def test_shipped_config_is_valid_and_has_a_state(path, runlocal):
   )
   optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
   mesh = sharding.make_mesh(
-    ConfigDict({"data": -1, "fsdp": min(config.mesh.fsdp, 8), "tensor": 1})
+    ConfigDict(
+      {
+        "data": -1,
+        "fsdp": min(config.mesh.fsdp, 8),
+        "tensor": 1,
+        "slices": 1,
+      }
+    )
   )
   state = train.abstract_state(config, model, optimizer, decoder, mesh)
   trained = sum(x.size for x in jax.tree.leaves(state.params))

@@ -78,14 +78,13 @@ def test_accumulation_equals_one_batch(one):
 def test_tensor_axis_over_processes_is_refused(monkeypatch):
   """Its devices would be handed other rows by each process."""
 
-  def arrange(shape, devices):
-    hosts = np.array([SimpleNamespace(process_index=i // 4) for i in range(8)])
-    return hosts.reshape(shape)
-
-  monkeypatch.setattr(sharding, "_arrange", arrange)
   monkeypatch.setattr(sharding, "Mesh", lambda devices, axes: axes)
-  sizes = ConfigDict({"data": 1, "fsdp": 2, "tensor": 4})
-  sharding.make_mesh(sizes)
+  devices = [
+    SimpleNamespace(process_index=i // 4, platform="cpu", device_kind="cpu")
+    for i in range(8)
+  ]
+  sizes = ConfigDict({"data": 1, "fsdp": 2, "tensor": 4, "slices": 1})
+  sharding.make_mesh(sizes, devices)
   sizes.update(fsdp=1, tensor=8)
   with pytest.raises(UserError, match="mesh.tensor: 8 spans processes"):
-    sharding.make_mesh(sizes)
+    sharding.make_mesh(sizes, devices)

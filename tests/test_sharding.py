@@ -1,5 +1,7 @@
 """Meshes and shardings on eight fake devices, and what is refused."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +14,14 @@ from cacheaug import sharding
 from cacheaug.errors import UserError
 
 
-def _mesh(data=2, fsdp=2, tensor=2):
-  return sharding.make_mesh(
-    ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor})
+def _sizes(data=2, fsdp=2, tensor=2, slices=1):
+  return ConfigDict(
+    {"data": data, "fsdp": fsdp, "tensor": tensor, "slices": slices}
   )
+
+
+def _mesh(*sizes, **more):
+  return sharding.make_mesh(_sizes(*sizes, **more))
 
 
 def test_rest_of_the_devices_goes_to_data():
@@ -41,6 +47,45 @@ def test_mesh_that_does_not_fit_is_refused_with_numbers(sizes, numbers):
   message = str(caught.value)
   assert "config.mesh" in message and "\n" not in message
   assert all(n in message for n in numbers)
+
+
+def test_slices_split_the_data_axis_alone():
+  """Devices 0-3 and 4-7 are far apart: only `data` goes from one to others."""
+  devices = _mesh(data=4, fsdp=2, tensor=1, slices=2).devices
+  halves = np.vectorize(lambda d: d.id // 4)(devices)
+  assert halves[:, 0, 0].tolist() == [0, 0, 1, 1]
+  assert (halves == halves[:, :1, :1]).all()
+
+
+def _tpu(number, per_slice):
+  return SimpleNamespace(
+    id=number,
+    platform="tpu",
+    device_kind="TPU v5 lite",
+    process_index=number // 4,
+    slice_index=number // per_slice,
+    coords=(number % per_slice % 2, number % per_slice // 2, 0),
+    core_on_chip=0,
+  )
+
+
+def test_tpu_slices_are_taken_as_they_are(monkeypatch):
+  """In whatever order jax lists the devices."""
+  monkeypatch.setattr(
+    sharding, "Mesh", lambda devices, axes: SimpleNamespace(devices=devices)
+  )
+  devices = [_tpu(i, 4) for i in (5, 0, 6, 3, 1, 7, 2, 4)]
+  found = sharding.make_mesh(_sizes(2, 4, 1, slices=2), devices).devices
+  slices = np.vectorize(lambda d: d.slice_index)(found)
+  assert slices.reshape(2, 4).tolist() == [[0] * 4, [1] * 4]
+  with pytest.raises(UserError, match="are of 2 slices: set mesh.slices=2"):
+    sharding.make_mesh(_sizes(2, 4, 1), devices)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 4), (4, 2, 1, 3), (2, 2, 2, 0)])
+def test_slices_must_divide_the_data_axis(sizes):
+  with pytest.raises(UserError, match=f"mesh.slices: {sizes[3]} .*data="):
+    _mesh(*sizes)
 
 
 def test_letters_map_to_mesh_axes_and_shards_have_their_shapes():

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from cacheaug.augment.traces import Traces, TraceSpec
 from cacheaug.errors import UserError
-from cacheaug.model import transformer
+from cacheaug.model import placement, transformer
 from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Params, Transformer
 
@@ -85,4 +85,5 @@ def latents(
   )
   if not harmless:
     return hidden
-  return copied + hidden @ params["latent_projection"].astype(hidden.dtype)
+  projection = params["latent_projection"].astype(hidden.dtype)
+  return copied + hidden @ placement.for_use(projection, (None, "D"))

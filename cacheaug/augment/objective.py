@@ -59,6 +59,7 @@ def rows_nll(
   frozen: bool = True,
 ) -> jax.Array:  # [B, ...] nats
   """Nll of each row's target; `frozen` gives `params` no gradient."""
+  params = transformer.head_for_use(model, params)
   return token_nll(
     lambda h: transformer.logits(model, params, h),
     hidden,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from cacheaug.errors import UserError
 from cacheaug.kernels.dispatch import Kernel
+from cacheaug.model import placement
 from cacheaug.model.attention import Rows
 from cacheaug.model.cache import KVCache
 from cacheaug.model.config import SLIDING, ModelConfig
@@ -112,6 +113,16 @@ def embed(model: Transformer, params: Params, tokens: jax.Array) -> jax.Array:
 def logits(model: Transformer, params: Params, hidden: jax.Array) -> jax.Array:
   """Hidden [..., D] -> float32 logits [..., V]."""
   return model.apply({"params": params}, hidden, method="logits")
+
+
+def head_for_use(model: Transformer, params: Params) -> Params:
+  """What `logits` reads, gathered once for many calls in a loop."""
+  if model.config.tied_head:
+    table = params["embedder"]["embedding"].astype(model.dtype)
+    table = placement.for_use(table, ("V", "D"))
+    return {"embedder": {"embedding": table}}
+  kernel = params["head"]["kernel"].astype(model.dtype)
+  return {"head": {"kernel": placement.for_use(kernel, ("D", "V"))}}
 
 
 def run_blocks(

@@ -1,0 +1,235 @@
+"""The layers that model/transformer.py stacks, as Linen modules."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cacheaug.kernels.dispatch import Kernel
+from cacheaug.model import attention, placement
+from cacheaug.model.cache import KVCache
+from cacheaug.model.config import SLIDING, ModelConfig
+from cacheaug.model.rope import rotate
+from cacheaug.model.slots import SlotLayer, SlotRows
+
+ACTIVATIONS = {
+  "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+  "silu": jax.nn.silu,
+}
+
+
+def _param(module, name, init, shape, axes):
+  return module.param(
+    name, nn.with_logical_partitioning(init, axes), shape, module.param_dtype
+  )
+
+
+def _fan_in(in_axes, out_axes, scale=1.0):
+  return nn.initializers.variance_scaling(
+    scale, "fan_in", "truncated_normal", in_axis=in_axes, out_axis=out_axes
+  )
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * (offset + scale) over the last axis, in float32."""
+
+  eps: float
+  offset: float
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., D] -> [..., D]."""
+    init = nn.initializers.constant(1.0 - self.offset)
+    scale = _param(self, "scale", init, (x.shape[-1],), (None,))
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+    scale = self.offset + scale.astype(jnp.float32)
+    return (y * scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Linear(nn.Module):
+  """x [..., inputs] -> [..., outputs] by one weight (and bias)."""
+
+  inputs: dict[str, int]  # contracted axes of x, its last: letter -> size
+  outputs: dict[str, int]
+  use_bias: bool = False
+  init_scale: float = 1.0
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """One matrix product over the flattened leading axes."""
+    ins, outs = tuple(self.inputs.values()), tuple(self.outputs.values())
+    axes = range(len(ins) + len(outs))
+    init = _fan_in(axes[: len(ins)], axes[len(ins) :], self.init_scale)
+    letters = (*self.inputs, *self.outputs)
+    kernel = _param(self, "kernel", init, ins + outs, letters)
+    lead = x.shape[: x.ndim - len(ins)]
+    # One plain matrix product: with the batch's axes left apart, XLA's CPU
+    # compiler picks layouts that made a training step 3.5 times slower.
+    flat = x.reshape(-1, math.prod(ins)).astype(self.dtype)
+    kernel = placement.for_use(kernel.astype(self.dtype), letters)
+    y = flat @ kernel.reshape(math.prod(ins), -1)
+    if self.use_bias:
+      zeros, rest = nn.initializers.zeros, (None,) * len(outs)
+      bias = _param(self, "bias", zeros, outs, rest)
+      y += bias.astype(self.dtype).reshape(1, -1)
+    return y.reshape(*lead, *outs)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with RoPE; gives the rows' own kv as well."""
+
+  config: ModelConfig
+  dtype: Any
+  param_dtype: Any
+  kernel: Kernel
+
+  @nn.compact
+  def __call__(self, x, rows, cache, window, rope, wanted):
+    """[B, M, R, D] -> rows from `wanted` on, and kv [B, M, R, K, E] of all.
+
+    Of a SlotLayer, its keys and values in place of the rows' own.
+    """
+    c = self.config
+    d, h, k, e = c.width, c.heads, c.kv_heads, c.head_dim
+    kw = dict(
+      dtype=self.dtype, param_dtype=self.param_dtype, use_bias=c.attention_bias
+    )
+    asking = x[:, :, wanted:]
+    query = Linear({"D": d}, {"H": h, "E": e}, name="q", **kw)(asking)
+    key = Linear({"D": d}, {"K": k, "E": e}, name="k", **kw)(x)
+    value = Linear({"D": d}, {"K": k, "E": e}, name="v", **kw)(x)
+    if c.qk_norm:
+      norm = dict(eps=c.norm_eps, offset=c.norm_offset)
+      norm["param_dtype"] = self.param_dtype
+      query = RMSNorm(name="q_norm", **norm)(query)
+      key = RMSNorm(name="k_norm", **norm)(key)
+    query = rotate(query, [t[:, :, wanted:] for t in rope])
+    query *= jnp.asarray(c.attention_scale, self.dtype)
+    key = rotate(key, rope)
+    own = key, value
+    if isinstance(cache, SlotLayer):
+      out, own = cache.attend(query, key, value, c.attention_softcap)
+    else:
+      out = attention.attend(
+        query,
+        key,
+        value,
+        rows,
+        cache,
+        window=window,
+        softcap=c.attention_softcap,
+        kernel=self.kernel,
+      )
+    out = Linear(
+      {"H": h, "E": e},
+      {"D": d},
+      init_scale=0.5 / c.layers,  # residual branches add up over 2 L of them
+      name="o",
+      **kw,
+    )(out)
+    return out, own
+
+
+class MLP(nn.Module):
+  """Gated feed-forward: down(activation(gate(x)) * up(x))."""
+
+  config: ModelConfig
+  dtype: Any
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    """[..., D] -> [..., D]."""
+    c = self.config
+    d, f = c.width, c.mlp_width
+    kw = dict(
+      dtype=self.dtype, param_dtype=self.param_dtype, use_bias=c.mlp_bias
+    )
+    gate = Linear({"D": d}, {"F": f}, name="gate", **kw)(x)
+    up = Linear({"D": d}, {"F": f}, name="up", **kw)(x)
+    x = ACTIVATIONS[c.activation](gate) * up
+    scale = 0.5 / c.layers
+    return Linear({"F": f}, {"D": d}, init_scale=scale, name="down", **kw)(x)
+
+
+class Block(nn.Module):
+  """One layer."""
+
+  config: ModelConfig
+  dtype: Any
+  param_dtype: Any
+  kernel: Kernel
+
+  @nn.compact
+  def __call__(self, x, layer, rows, context, ropes, wanted=0):
+    """[B, M, R, D] -> rows from `wanted` on, and the own kv of all."""
+    c = self.config
+    kw = dict(config=c, dtype=self.dtype, param_dtype=self.param_dtype)
+
+    def norm(name, y):
+      return RMSNorm(
+        c.norm_eps, c.norm_offset, self.param_dtype, name=f"{name}_norm"
+      )(y)
+
+    sliding, kv = layer
+    window = None
+    if SLIDING in c.layer_kinds and not isinstance(context, SlotRows):
+      window = jnp.where(sliding, c.window, attention.NO_LIMIT)
+    rope = ropes[0]
+    if len(ropes) > 1:
+      rope = jax.tree.map(lambda g, s: jnp.where(sliding, s, g), *ropes)
+    cache = None
+    if isinstance(context, SlotRows):
+      cache = SlotLayer(*kv, context, sliding)
+    elif context is not None:
+      cache = KVCache(kv[0], kv[1], *context)
+    y, own = Attention(name="attention", kernel=self.kernel, **kw)(
+      norm("attention", x), rows, cache, window, rope, wanted
+    )
+    x = x[:, :, wanted:]
+    x += norm("attention_post", y) if c.post_norms else y
+    y = MLP(name="mlp", **kw)(norm("mlp", x))
+    x += norm("mlp_post", y) if c.post_norms else y
+    return placement.rows(x), own
+
+
+class Embedder(nn.Module):
+  """The token embedding [V, D], read both ways."""
+
+  config: ModelConfig
+  dtype: Any
+  param_dtype: Any
+
+  def setup(self):
+    """One parameter."""
+    c = self.config
+    self.embedding = _param(
+      self,
+      "embedding",
+      nn.initializers.normal(c.width**-0.5),
+      (c.vocab_size, c.width),
+      ("V", "D"),
+    )
+
+  def __call__(self, tokens):
+    """Tokens [...] -> [..., D], scaled where the family does."""
+    x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+    x = placement.rows(x)
+    # The multiplier is rounded to the activations' type first, as Gemma does.
+    return x * jnp.asarray(self.config.embedding_scale, self.dtype)
+
+  def attend(self, hidden):
+    """Hidden [..., D] -> tied logits [..., V], before any soft cap."""
+    flat = jnp.einsum(
+      "td,vd->tv",
+      hidden.reshape(-1, hidden.shape[-1]),
+      placement.for_use(self.embedding.astype(self.dtype), ("V", "D")),
+      preferred_element_type=jnp.float32,
+    )
+    return flat.reshape(*hidden.shape[:-1], -1)

@@ -1,0 +1,1 @@
+"""What the plan command computes: sizes, traffic and times, without devices."""
