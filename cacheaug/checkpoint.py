@@ -132,8 +132,12 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *_) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    agreed = kind is None or issubclass(kind, (UserError, SystemExit))
+    # After any other error other processes may be gone, and a save under way
+    # would wait for them.
+    if agreed or jax.process_count() == 1:
+      self.close()
 
   def steps(self) -> list[int]:
     """Steps with a checkpoint, ascending; damaged ones may be among them."""
