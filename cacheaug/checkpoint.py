@@ -27,6 +27,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from cacheaug import storage
 from cacheaug.checksum import leaf_checksum
 from cacheaug.errors import UserError
 
@@ -122,7 +123,7 @@ class Checkpoints:
     for key, value in (("keep", keep), ("every", save_every)):
       if value < 1:
         raise UserError(f"config.checkpoint.{key}: {value} must be 1 or more")
-    self._directory = epath.Path(directory).absolute()
+    self._directory = storage.absolute(directory)
     self._keep, self._save_every = keep, save_every
     self._manager: ocp.CheckpointManager | None = None
     self._saving: int | None = None
@@ -336,7 +337,7 @@ def read_params(
     ({'a/b/c': array on the default device}, meta, step), or None where there
     is no checkpoint that can be read.
   """
-  directory = epath.Path(directory).absolute()
+  directory = storage.absolute(directory)
   names = [p.name for p in directory.iterdir()] if directory.exists() else []
   for step in sorted((int(n) for n in names if n.isdigit()), reverse=True):
     path = directory / str(step)

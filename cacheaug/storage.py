@@ -10,6 +10,13 @@ def is_remote(path: epath.Path) -> bool:
   return "://" in os.fspath(path)
 
 
+def absolute(path: str | epath.Path) -> epath.Path:
+  """The path from the root."""
+  # epath's own would put gs:// below the working directory.
+  path = epath.Path(path)
+  return path if is_remote(path) else path.absolute()
+
+
 def write_whole(path: epath.Path, data: bytes) -> None:
   """Writes a file so that a reader never sees a part of it.
 

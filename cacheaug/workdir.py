@@ -39,7 +39,7 @@ def check(config: ConfigDict, workdir: str) -> None:
   Raises:
     UserError: naming the keys that differ, or what is wrong with the path.
   """
-  root = epath.Path(workdir).absolute()
+  root = storage.absolute(workdir)
   try:
     if _begun(root):
       _same_experiment(json.loads((root / "config.json").read_text()), config)

@@ -238,12 +238,30 @@ class Batches:
       retries: further tries, after 1, 2, 4, ... seconds, where packed data
         cannot be read; then UserError.
     """
+    step, failures = start_step, 0
+    stream = self._read_ahead(step)
+    while True:
+      try:
+        batch = next(stream)
+      except packed.UnreadableError as error:
+        if failures == retries:
+          raise
+        seconds = 2**failures
+        logging.warning("%s: trying again in %d s", error, seconds)
+        time.sleep(seconds)
+        failures += 1
+        stream = self._read_ahead(step)
+        continue
+      yield batch
+      step, failures = step + 1, 0
+
+  def _read_ahead(self, start_step: int) -> collections.abc.Iterator[Batch]:
     import grain
 
     options = grain.ReadOptions(
       num_threads=_THREADS, prefetch_buffer_size=_PREFETCH
     )
-    steps = grain.MapDataset.source(_Steps(self, start_step, retries))
+    steps = grain.MapDataset.source(_Steps(self, start_step))
     return iter(steps.to_iter_dataset(options))
 
   def epoch(self) -> collections.abc.Iterator[Batch]:
@@ -294,22 +312,14 @@ class Batches:
 class _Steps:
   """Batches from a step on, as a Grain data source."""
 
-  def __init__(self, batches: Batches, start_step: int, retries: int):
+  def __init__(self, batches: "Batches", start_step: int):
     self._batches = batches
     self._start = start_step
-    self._retries = retries
 
   def __len__(self) -> int:
     return sys.maxsize - self._start
 
   def __getitem__(self, index: int) -> Batch:
-    for attempt in range(self._retries):
-      try:
-        return self._batches.at(self._start + index)
-      except packed.UnreadableError as error:
-        seconds = 2**attempt
-        logging.warning("%s: trying again in %d s", error, seconds)
-        time.sleep(seconds)
     return self._batches.at(self._start + index)
 
 
