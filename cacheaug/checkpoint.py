@@ -142,8 +142,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps with a checkpoint, ascending; damaged ones may be among them."""
-    names = [p.name for p in self._directory.iterdir()]
-    return sorted(int(n) for n in names if n.isdigit())
+    return _steps(self._directory)
 
   def save(
     self, step: int, state: Any, meta: Mapping[str, Any], force: bool = False
@@ -338,8 +337,7 @@ def read_params(
     is no checkpoint that can be read.
   """
   directory = storage.absolute(directory)
-  names = [p.name for p in directory.iterdir()] if directory.exists() else []
-  for step in sorted((int(n) for n in names if n.isdigit()), reverse=True):
+  for step in reversed(_steps(directory)):
     path = directory / str(step)
     try:
       params, meta = _read_params(path)
@@ -384,6 +382,15 @@ def _read_params(path: epath.Path) -> tuple[dict[str, jax.Array], dict]:
       raise Unreadable(f"checksum of {name} differs")
   short = {k.removeprefix(prefix): v for k, v in params.items()}
   return short, body["meta"]
+
+
+def _steps(directory: epath.Path) -> list[int]:
+  """Names of checkpoints, ascending."""
+  try:
+    names = [p.name for p in directory.iterdir()]
+  except FileNotFoundError:
+    return []  # On object storage an empty directory is none.
+  return sorted(int(n) for n in names if n.isdigit())
 
 
 def _measure(path: epath.Path) -> dict[str, list[int]]:

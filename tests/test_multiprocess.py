@@ -115,8 +115,9 @@ def _stop(workdir: Path, pair: list, index: int) -> int:
   pair[index].send_signal(signal.SIGTERM)
   sent = time.monotonic()
   ends = [small_runs.finish(p) for p in pair]
-  # A preempted machine has 30 s.
-  assert time.monotonic() - sent < 30
+  # Seconds on a free machine. A process that waits in vain for the other
+  # would take JAX's 300 s.
+  assert time.monotonic() - sent < 200
   step = _checkpoints(workdir)[-1]
   for status, _, err in ends:
     assert status == 0 and f"step {step} is saved, run again" in err, err
