@@ -112,7 +112,7 @@ def _strike(
 def kills(directory: Path, count: int, seed: int) -> None:
   """Raises AssertionError where a run does not go on as it should."""
   draw = random.Random(seed)
-  steps = count * 4 * _EVERY
+  steps = count * 3 * _EVERY
   began = time.monotonic()
   whole = _small(directory, "whole", steps)
   while not _lines(directory / "whole" / "metrics.jsonl"):
