@@ -93,9 +93,8 @@ class Heartbeat:
     self._now = (step, state, time.time(), time.monotonic())
 
   def saving(self, step: int) -> None:
-    """A save of `step` begins, and so the one before it has ended."""
+    """A save of `step` is under way, and so the one before it has ended."""
     self._saved, self._saving = self._saving, step
-    self.beat(step, "saving")
 
   def say(self, state: str, step: int | None = None) -> None:
     """Writes the file at once, in another state."""

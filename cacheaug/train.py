@@ -138,9 +138,10 @@ def train(config: ConfigDict, workdir: str) -> None:
       stopping = stop.asked(step)
       if stopping or step % config.checkpoint.every == 0 or step == steps:
         with clock.part("checkpoint"):
-          heartbeat.saving(step)
+          heartbeat.beat(step, "saving")
           check_finite(*pending)
           checkpoints.save(step, state, meta, force=True)
+          heartbeat.saving(step)
       heartbeat.beat(step)
       if stopping:
         checkpoints.close()

@@ -43,6 +43,7 @@ def test_heartbeat_tells_step_state_and_what_is_saved(tmp_path):
     beating.beat(4)
     _wait(lambda: _read(tmp_path)["step"] == 4)
     assert _read(tmp_path)["state"] == "training"
+    beating.beat(6, "saving")
     beating.saving(6)
     _wait(lambda: _read(tmp_path)["state"] == "saving")
     # The save under way is not known to have ended, only the one before.
