@@ -35,7 +35,10 @@ _EXTRAS = {
   # driver install `jax[cuda12]` in place of this extra.
   "cuda": ["jax[cuda13]>=0.10,<0.13"],
   "eval": ["lm_eval>=0.4.9"],
+  # Workdirs on gs://; etils finds it through fsspec.
+  "gcs": ["gcsfs>=2025.3"],
   "test": [
+    "gcsfs>=2025.3",
     "pytest>=8",
     "pytest-xdist>=3.5",
     "pytest-timeout>=2.3",

@@ -27,6 +27,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from cacheaug import storage
 from cacheaug.checksum import leaf_checksum
 from cacheaug.errors import UserError
 
@@ -122,7 +123,7 @@ class Checkpoints:
     for key, value in (("keep", keep), ("every", save_every)):
       if value < 1:
         raise UserError(f"config.checkpoint.{key}: {value} must be 1 or more")
-    self._directory = epath.Path(directory).absolute()
+    self._directory = storage.absolute(directory)
     self._keep, self._save_every = keep, save_every
     self._manager: ocp.CheckpointManager | None = None
     self._saving: int | None = None
@@ -132,13 +133,16 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *_) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    agreed = kind is None or issubclass(kind, (UserError, SystemExit))
+    # After any other error other processes may be gone, and a save under way
+    # would wait for them.
+    if agreed or jax.process_count() == 1:
+      self.close()
 
   def steps(self) -> list[int]:
     """Steps with a checkpoint, ascending; damaged ones may be among them."""
-    names = [p.name for p in self._directory.iterdir()]
-    return sorted(int(n) for n in names if n.isdigit())
+    return _steps(self._directory)
 
   def save(
     self, step: int, state: Any, meta: Mapping[str, Any], force: bool = False
@@ -332,9 +336,8 @@ def read_params(
     ({'a/b/c': array on the default device}, meta, step), or None where there
     is no checkpoint that can be read.
   """
-  directory = epath.Path(directory).absolute()
-  names = [p.name for p in directory.iterdir()] if directory.exists() else []
-  for step in sorted((int(n) for n in names if n.isdigit()), reverse=True):
+  directory = storage.absolute(directory)
+  for step in reversed(_steps(directory)):
     path = directory / str(step)
     try:
       params, meta = _read_params(path)
@@ -379,6 +382,15 @@ def _read_params(path: epath.Path) -> tuple[dict[str, jax.Array], dict]:
       raise Unreadable(f"checksum of {name} differs")
   short = {k.removeprefix(prefix): v for k, v in params.items()}
   return short, body["meta"]
+
+
+def _steps(directory: epath.Path) -> list[int]:
+  """Names of checkpoints, ascending."""
+  try:
+    names = [p.name for p in directory.iterdir()]
+  except FileNotFoundError:
+    return []  # On object storage an empty directory is none.
+  return sorted(int(n) for n in names if n.isdigit())
 
 
 def _measure(path: epath.Path) -> dict[str, list[int]]:

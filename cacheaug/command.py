@@ -4,6 +4,8 @@ import logging as std_logging
 import os
 import runpy
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -20,6 +22,14 @@ _LESS_MEMORY = (
   "out of device memory: lower data.batch or traces.count, raise "
   "optimizer.accumulation, set remat=full, or split parameters over more "
   "devices with mesh.fsdp and mesh.tensor"
+)
+
+# What is in the text of JAX's errors where a collective has lost a peer: CPU
+# (gloo), GPU (NCCL), the coordination service.
+_LOST = ("Gloo", "NCCL", "nccl", "coordination service", "heartbeat")
+_RESTART = (
+  "another process of this run has ended: its own last lines say why; "
+  "restart all processes, the run resumes from its last checkpoint"
 )
 
 
@@ -43,15 +53,37 @@ def run(main: Callable[[], None], description: str) -> None:
     sys.exit(130)
   except Exception as e:
     # JAX's class of this name is not public in every version supported.
-    if "RESOURCE_EXHAUSTED" not in str(e):
+    text = " ".join(str(e).split())
+    if "RESOURCE_EXHAUSTED" in text:
+      fail(f"{_LESS_MEMORY} ({text[:160]})")
+    if _several() and any(words in text for words in _LOST):
+      fail(f"{_RESTART} ({text[:160]})")
+    if not _several():
       raise
-    fail(f"{_LESS_MEMORY} ({' '.join(str(e).split())[:160]})")
+    traceback.print_exc()
+    fail(f"{type(e).__name__} (above) in this process; the others end with it")
 
 
 def fail(reason: str) -> NoReturn:
   """Ends the process with `error: reason` on one line and status 1."""
   print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+  if _several():
+    # Without JAX's own exit: it waits for processes that may wait for this
+    # one. Process 0 goes last, since all others are aborted with it, and by
+    # then have said for themselves what all of them ran into.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not sys.modules["jax"].process_index():
+      time.sleep(2.0)
+    os._exit(1)
   sys.exit(1)
+
+
+def _several() -> bool:
+  """Whether this process is one of a run of several."""
+  # Looked up, since commands that never get to JAX should not import it.
+  jax = sys.modules.get("jax")
+  return jax is not None and jax.distributed.is_initialized()
 
 
 def parse(argv: list[str], description: str) -> None:

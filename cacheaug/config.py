@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from cacheaug import optim, sharding
+from cacheaug import optim, profiling, sharding
 from cacheaug.augment import coprocessor, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
@@ -34,6 +34,7 @@ _POSITIVE = (
   "log_every",
   "checkpoint.every",
   "checkpoint.keep",
+  "watchdog.host_seconds",
   "eval.sequences",
   "eval.batch",
   "eval.ahead",
@@ -91,6 +92,8 @@ def base() -> ConfigDict:
   c.data.cache_dir = ""  # '' is ~/.cache/cacheaug
   c.data.validation_fraction = 0.05  # of documents, never trained on
   c.data.workers = 2  # processes that tokenise
+  # Further tries where packed data cannot be read, after 1, 2, 4, ... s.
+  c.data.retries = 4
 
   c.optimizer = ConfigDict()
   c.optimizer.steps = 100_000
@@ -129,6 +132,15 @@ def base() -> ConfigDict:
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 1000  # steps
   c.checkpoint.keep = 2  # newest kept
+  # Steps to trace for XProf, '10:13' with both ends, into workdir/profile.
+  c.profile = ""
+  c.watchdog = ConfigDict()
+  # A step that takes longer, compiling and saving included, ends the process;
+  # 0 for never.
+  c.watchdog.seconds = 1800
+  # With several processes: one that is silent for so long is taken for dead
+  # and ends the others.
+  c.watchdog.host_seconds = 45
 
   c.eval = ConfigDict()
   c.eval.sequences = 256  # held-out sequences in the final report
@@ -298,6 +310,10 @@ def validate(config: ConfigDict, devices: int) -> None:
       f"optimizer.average={config.optimizer.average} must be from 0 (none) to "
       "below 1"
     )
+  for key in ("watchdog.seconds", "data.retries"):
+    if _at(config, key) < 0:
+      raise UserError(f"{key}={_at(config, key)} must be 0 or more")
+  profiling.parse_steps(config.profile)
   optim.make_schedule(config.optimizer, config.optimizer.steps)
   if not config.data.sources:
     raise UserError("data.sources is empty: name at least one source")

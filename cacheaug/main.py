@@ -33,15 +33,16 @@ def main() -> None:
   from cacheaug import config as configs
   from cacheaug import train
 
-  if MULTIHOST.value:
-    jax.distributed.initialize(
-      num_processes=_number("JAX_NUM_PROCESSES"),
-      process_id=_number("JAX_PROCESS_ID"),
-    )
   flag = flags.FLAGS["config"]
   config = configs.resolve(
     CONFIG.value, given=config_flags.get_override_values(flag)
   )
+  if MULTIHOST.value:
+    jax.distributed.initialize(
+      num_processes=_number("JAX_NUM_PROCESSES"),
+      process_id=_number("JAX_PROCESS_ID"),
+      heartbeat_timeout_seconds=config.watchdog.host_seconds,
+    )
   name = os.path.basename(config_flags.get_config_filename(flag))
   name = re.sub(r"\W+", "_", name.replace(".py", "", 1))
   name += "_local" if config.runlocal else ""

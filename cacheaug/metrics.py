@@ -6,17 +6,18 @@ byte; wall-clock figures are in speed.jsonl beside it.
 """
 
 import json
-import os
 import resource
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import IO, Any
 
 import jax
 import numpy as np
+from absl import logging
+from etils import epath
 
+from cacheaug import storage
 from cacheaug.errors import UserError
 
 _FILES = ("metrics.jsonl", "speed.jsonl")
@@ -29,7 +30,7 @@ def _plain(value: Any) -> Any:
   return np.asarray(value).tolist()
 
 
-def _keep_until(path: Path, step: int) -> None:
+def _keep_until(path: epath.Path, step: int) -> None:
   """Drops lines of later steps, and a last line that a kill tore."""
   if not path.exists():
     return
@@ -43,37 +44,45 @@ def _keep_until(path: Path, step: int) -> None:
       break
     # A kill may have torn off just the newline of a whole object.
     kept.append(line.rstrip(b"\n") + b"\n")
-  temporary = path.with_suffix(".tmp")
-  temporary.write_bytes(b"".join(kept))
-  os.replace(temporary, path)
+  storage.write_whole(path, b"".join(kept))
 
 
 class MetricWriter:
   """Appends to metrics.jsonl, speed.jsonl and TensorBoard; process 0 only.
 
+  On object storage, which cannot append, each line sends its file anew, and
+  TensorBoard's files, which hold nothing else, are left out.
+
   Args:
-    workdir: of the run; created if absent.
+    workdir: of the run, local or gs://; created if absent.
 
   Raises:
     UserError: a workdir that cannot be written to.
   """
 
-  def __init__(self, workdir: str | Path) -> None:
-    self._workdir = Path(workdir)
+  def __init__(self, workdir: str | epath.Path) -> None:
+    self._workdir = epath.Path(workdir)
     self._active = jax.process_index() == 0
+    self._remote = storage.is_remote(self._workdir)
     self._files: dict[str, IO[str]] = {}
+    self._texts: dict[str, str] = {}  # of the files on object storage
     self._board: Any = None
     self._purge_step: int | None = None
     if self._active:
       try:
         self._workdir.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
-          (self._workdir / name).open("a").close()
+          if not (self._workdir / name).exists():
+            (self._workdir / name).write_text("")
+          if not self._remote:
+            (self._workdir / name).open("a").close()
       except OSError as e:
         raise UserError(
-          f"{self._workdir}: cannot be written to ({e.strerror}): give "
+          f"{self._workdir}: cannot be written to ({e.strerror or e}): give "
           "another --workdir"
         ) from e
+      if self._remote:
+        logging.info("%s: no TensorBoard files on object storage", workdir)
 
   def __enter__(self) -> "MetricWriter":
     return self
@@ -118,20 +127,29 @@ class MetricWriter:
     """Closes the files; another `write` reopens them."""
     for file in self._files.values():
       file.close()
-    self._files = {}
+    self._files, self._texts = {}, {}
     if self._board is not None:
       self._board.close()
       self._board = None
 
   def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-    if name not in self._files:
-      self._files[name] = (self._workdir / name).open("a")
     record = {"step": step, **{k: _plain(v) for k, v in values.items()}}
-    self._files[name].write(json.dumps(record) + "\n")
+    line, path = json.dumps(record) + "\n", self._workdir / name
+    if self._remote:
+      if name not in self._texts:
+        self._texts[name] = path.read_text()
+      self._texts[name] += line
+      path.write_text(self._texts[name])
+      return
+    if name not in self._files:
+      self._files[name] = path.open("a")
+    self._files[name].write(line)
     # Out of this process's memory, so that a kill loses no whole line.
     self._files[name].flush()
 
   def _draw(self, step: int, values: Mapping[str, Any]) -> None:
+    if self._remote:
+      return
     if self._board is None:
       # Imported here: it takes half a second that most commands do not need.
       from tensorboardX import SummaryWriter

@@ -1,9 +1,7 @@
 """The one trainer, top to bottom, for a coprocessor or a decoder itself."""
 
 import json
-import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -13,17 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
-from cacheaug import export, optim, sharding
+from cacheaug import export, optim, profiling, sharding, storage
 from cacheaug import workdir as workdirs
 from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.checkpoint import Checkpoints
 from cacheaug.data import pipeline, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.evals import finish
+from cacheaug.heartbeat import Heartbeat
 from cacheaug.kernels import dispatch
 from cacheaug.metrics import MetricWriter, Progress, memory_peak
 from cacheaug.model import pretrained, transformer
@@ -80,10 +80,11 @@ def train(config: ConfigDict, workdir: str) -> None:
   # --- restore: 1. newest whole checkpoint, 2. fresh --------------------------
   workdirs.claim(config, workdir)
   checkpoints = Checkpoints(
-    Path(workdir) / "checkpoints",
+    epath.Path(workdir) / "checkpoints",
     keep=config.checkpoint.keep,
     save_every=config.checkpoint.every,
   )
+  heartbeat = Heartbeat(workdir, limit=config.watchdog.seconds)
   restored = checkpoints.restore_latest(wanted)
   if restored is None:
     fresh = partial(init_state, config, model, optimizer, False)
@@ -105,29 +106,43 @@ def train(config: ConfigDict, workdir: str) -> None:
   writer = MetricWriter(workdir)
   writer.truncate_after(start if start else -1)
   log = partial(log_step, config, writer)
+  heartbeat.start(start)
   pending = None  # metrics are read one step late, to keep the device busy
-  began, counted = time.monotonic(), start
-  stream = batches.iterate(start)
+  stream = batches.iterate(start, retries=config.data.retries)
   progress = Progress(steps, start, "train")
-  with checkpoints, writer, progress, StopOnSignal() as stop:
+  trace = profiling.Trace(workdir, config.profile)
+  clock = profiling.Clock()
+  clock.reset(start)
+  with heartbeat, checkpoints, writer, progress, trace, StopOnSignal() as stop:
     for step in range(start + 1, steps + 1):
-      batch = sharding.put_global(next(stream), sharding.batch_sharding(mesh))
+      trace.before(step)
+      with clock.part("data"):
+        batch = sharding.put_global(next(stream), sharding.batch_sharding(mesh))
       logs = step % config.log_every == 0 or step == steps
-      state, metrics = step_fn(state, decoder, batch, key, np.bool_(logs))
-      if pending:
-        check_finite(*pending)
-      pending = step, metrics
+      with clock.part("dispatch"):
+        state, metrics = step_fn(state, decoder, batch, key, np.bool_(logs))
+      with clock.part("device"):
+        if pending:
+          check_finite(*pending)
+        pending = step, metrics
+        if logs:
+          check_finite(*pending)
       if logs:
-        check_finite(*pending)
-        seconds = (time.monotonic() - began) / (step - counted)
-        baseline = baseline_fn(decoder, batch, key, np.int32(step - 1))
-        shown = log(step, metrics, baseline, batch["tokens"].shape, seconds)
-        progress.update(step, **shown)
-        began, counted = time.monotonic(), step
+        times = clock.read(step)
+        clock.reset(step)
+        with clock.part("log"):
+          baseline = baseline_fn(decoder, batch, key, np.int32(step - 1))
+          shown = log(step, metrics, baseline, batch["tokens"].shape, times)
+          progress.update(step, **shown)
+      trace.after(step, state)
       stopping = stop.asked(step)
       if stopping or step % config.checkpoint.every == 0 or step == steps:
-        check_finite(*pending)
-        checkpoints.save(step, state, meta, force=True)
+        with clock.part("checkpoint"):
+          heartbeat.beat(step, "saving")
+          check_finite(*pending)
+          checkpoints.save(step, state, meta, force=True)
+          heartbeat.saving(step)
+      heartbeat.beat(step)
       if stopping:
         checkpoints.close()
         logging.info(
@@ -138,6 +153,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   # --- report -----------------------------------------------------------------
   params = state.params if state.average is None else state.average
   report(config, workdir, model, decoder, params, tokenizer, fingerprint)
+  heartbeat.say("finished")
 
 
 def open_model(
@@ -398,7 +414,7 @@ def summed(function, batch, k):
   return jax.lax.scan(body, zeros, parts)[0]
 
 
-def log_step(config, writer, step, metrics, baseline, shape, seconds):
+def log_step(config, writer, step, metrics, baseline, shape, times):
   """Writes one line of metrics; returns what the progress line shows."""
   metrics, baseline = jax.device_get((metrics, baseline))
   running = metrics["running"]
@@ -413,8 +429,9 @@ def log_step(config, writer, step, metrics, baseline, shape, seconds):
     "parameter_norm": float(metrics["parameter_norm"]),
     "batch_loss": mean(metrics["batch"]),  # this step's tokens
   }
+  seconds = times["step_time"]
   speed = {
-    "step_time": seconds,
+    **times,
     "tokens_per_second": shape[0] * shape[1] / seconds,
     "memory_peak": memory_peak(),
   }
@@ -441,8 +458,8 @@ def report(config, workdir, model, decoder, params, tokenizer, fingerprint):
     figures, text = finish.language_model_report(
       config, model, params, tokenizer
     )
-    path = Path(workdir) / "report.json"
-    path.write_text(json.dumps(figures, indent=2))
+    path = epath.Path(workdir) / "report.json"
+    storage.write_whole(path, json.dumps(figures, indent=2).encode())
     if config.export:
       pretrained.save(config.export, model.config, params, tokenizer=tokenizer)
     print(text)

@@ -3,12 +3,13 @@
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
+from cacheaug import storage
 from cacheaug.errors import UserError
 
 # Keys that may differ when a run is resumed: they change its numbers by
@@ -18,11 +19,14 @@ FREE_KEYS = (
   "checkpoint.",
   "data.workers",
   "data.cache_dir",
+  "data.retries",
   "optimizer.accumulation",
   "remat",
   "eval.",
   "export",
   "local.",
+  "profile",
+  "watchdog.",
 )
 
 
@@ -35,10 +39,15 @@ def check(config: ConfigDict, workdir: str) -> None:
   Raises:
     UserError: naming the keys that differ, or what is wrong with the path.
   """
-  root = Path(workdir).absolute()
+  root = storage.absolute(workdir)
   try:
     if _begun(root):
       _same_experiment(json.loads((root / "config.json").read_text()), config)
+  except ImportError as e:
+    raise UserError(
+      f"--workdir={workdir}: object storage wants a package more ({e}): "
+      "pip install 'cacheaug[gcs]' for gs://"
+    ) from e
   except (OSError, ValueError) as e:
     raise UserError(
       f"--workdir={workdir}: config.json cannot be read ({e}): give another"
@@ -48,6 +57,8 @@ def check(config: ConfigDict, workdir: str) -> None:
       f"--workdir={workdir} holds another experiment: {e}; give another "
       "--workdir"
     ) from e
+  if storage.is_remote(root):
+    return  # `claim` is the first to write, and says what is wrong.
   parent = next(p for p in (root, *root.parents) if os.path.lexists(p))
   if not parent.is_dir():
     raise UserError(f"--workdir={workdir}: {parent} is not a directory")
@@ -63,23 +74,22 @@ def claim(config: ConfigDict, workdir: str) -> None:
   """
   if jax.process_index():
     return
-  root = Path(workdir)
+  root = epath.Path(workdir)
   text = json.dumps(_plain(config), indent=2, sort_keys=True)
   try:
     root.mkdir(parents=True, exist_ok=True)
-    temporary = root / "config.json.tmp"
-    temporary.write_text(text)
-    os.replace(temporary, root / "config.json")
+    storage.write_whole(root / "config.json", text.encode())
   except OSError as e:
     raise UserError(
-      f"--workdir={workdir} cannot be written to ({e.strerror}): give another"
+      f"--workdir={workdir} cannot be written to ({e.strerror or e}): give "
+      "another"
     ) from e
 
 
-def _begun(root: Path) -> bool:
+def _begun(root: epath.Path) -> bool:
   """Whether a run has left anything there that is worth keeping."""
   metrics, checkpoints = root / "metrics.jsonl", root / "checkpoints"
-  if metrics.is_file() and metrics.stat().st_size:
+  if metrics.is_file() and metrics.stat().length:
     return True
   return checkpoints.is_dir() and any(checkpoints.iterdir())
 

@@ -305,7 +305,8 @@ def test_state_may_be_donated_while_it_is_being_saved(tmp_path):
 def _killed_main(directory):
   """Saves 10, then dies by SIGKILL with every byte of 20 but the rename."""
   mesh = _mesh(8, 1, 1)
-  ckpt = checkpoint.Checkpoints(directory, keep=2, save_every=10)
+  # keep=1: the old one may go only once the new one is there.
+  ckpt = checkpoint.Checkpoints(directory, keep=1, save_every=10)
   ckpt.save(10, _put(mesh, _state(10)), {"data": 10})
   ckpt.wait()
   measure = checkpoint._measure

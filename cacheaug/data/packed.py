@@ -10,6 +10,7 @@ followed by documents int32[S]: the number of the document each token belongs
 to, counted over the whole source, and -1 on padding.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -35,6 +36,10 @@ class _CorruptError(Exception):
     super().__init__(str(path))
     self.shard = shard
     self.path = path
+
+
+class UnreadableError(errors.UserError):
+  """Rows that cannot be read; another try may succeed."""
 
 
 class PackedRows:
@@ -73,14 +78,16 @@ class PackedRows:
       records = [r for file in files for r in _read_shard(*file)]
       self._tokens, self._documents = self._parse(records)
     elif files:
-      import grain
-
-      self._source = grain.sources.ArrayRecordDataSource(
-        [str(path) for _, path, _ in files]
-      )
+      self._paths = [str(path) for _, path, _ in files]
+      self._open()
 
   def __len__(self) -> int:
     return self._length
+
+  def _open(self) -> None:
+    import grain
+
+    self._source = grain.sources.ArrayRecordDataSource(self._paths)
 
   def _parse(self, records: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     raw = np.frombuffer(b"".join(records), np.uint8)
@@ -99,16 +106,19 @@ class PackedRows:
       tokens and documents, both int32 [n, S].
 
     Raises:
-      UserError: if the cache has been damaged since it was opened.
+      UnreadableError: the disk fails, or the cache has been damaged since it
+        was opened.
     """
     if self._in_memory:
       return self._tokens[rows].astype(np.int32), self._documents[rows]
     try:
       records = self._source.__getitems__([int(row) for row in rows])
     except Exception as error:  # The library raises RuntimeError, ValueError.
-      raise errors.UserError(
-        f"{self._directory}: cannot read the packed data; delete this "
-        "directory to pack it again"
+      with contextlib.suppress(Exception):
+        self._open()  # Its files may be stale: another try takes new ones.
+      raise UnreadableError(
+        f"{self._directory}: cannot read the packed data; check the disk, or "
+        "delete this directory to pack it again"
       ) from error
     tokens, documents = self._parse(records)
     return tokens.astype(np.int32), documents

@@ -10,10 +10,12 @@ import collections.abc
 import os
 import pathlib
 import sys
+import time
 import typing
 import zlib
 
 import numpy as np
+from absl import logging
 
 from cacheaug import errors
 from cacheaug.data import packed, packing, problems, sources, tokenizers
@@ -168,6 +170,7 @@ class Batches:
     parts: list[Rows],
     weights: list[float],
     *,
+    labels: list[str],
     seed: int,
     batch: int,
     sequence: int,
@@ -180,6 +183,7 @@ class Batches:
     Args:
       parts: rows of each source.
       weights: positive, relative.
+      labels: config keys of the sources, for errors.
       seed: of the shuffle.
       batch: B, global.
       sequence: S.
@@ -188,6 +192,7 @@ class Batches:
       process_count: P, a divisor of B.
     """
     self._parts = parts
+    self._labels = labels
     self._starts = np.cumsum([0] + [len(part) for part in parts[:-1]])
     sizes = [part.num_source_documents for part in parts]
     self._offsets = np.cumsum([0] + sizes[:-1])
@@ -223,8 +228,34 @@ class Batches:
       np.array([self._order[i] for i in range(start, start + self.rows)])
     )
 
-  def iterate(self, start_step: int = 0) -> collections.abc.Iterator[Batch]:
-    """`at(start_step)`, `at(start_step + 1)`, ... without end, read ahead."""
+  def iterate(
+    self, start_step: int = 0, *, retries: int = 0
+  ) -> collections.abc.Iterator[Batch]:
+    """`at(start_step)`, `at(start_step + 1)`, ... without end, read ahead.
+
+    Args:
+      start_step: 0 or more.
+      retries: further tries, after 1, 2, 4, ... seconds, where packed data
+        cannot be read; then UserError.
+    """
+    step, failures = start_step, 0
+    stream = self._read_ahead(step)
+    while True:
+      try:
+        batch = next(stream)
+      except packed.UnreadableError as error:
+        if failures == retries:
+          raise
+        seconds = 2**failures
+        logging.warning("%s: trying again in %d s", error, seconds)
+        time.sleep(seconds)
+        failures += 1
+        stream = self._read_ahead(step)
+        continue
+      yield batch
+      step, failures = step + 1, 0
+
+  def _read_ahead(self, start_step: int) -> collections.abc.Iterator[Batch]:
     import grain
 
     options = grain.ReadOptions(
@@ -267,9 +298,12 @@ class Batches:
     documents = np.empty(shape, np.int32)
     for k in np.unique(parts):
       here = parts == k
-      tokens[here], found = self._parts[k].take(
-        examples[here] - self._starts[k]
-      )
+      try:
+        tokens[here], found = self._parts[k].take(
+          examples[here] - self._starts[k]
+        )
+      except packed.UnreadableError as error:
+        raise packed.UnreadableError(f"{self._labels[k]}: {error}") from error
       offset = np.int32(self._offsets[k])
       documents[here] = np.where(found < 0, found, found + offset)
     return {"tokens": tokens, "documents": documents}
@@ -278,7 +312,7 @@ class Batches:
 class _Steps:
   """Batches from a step on, as a Grain data source."""
 
-  def __init__(self, batches: Batches, start_step: int):
+  def __init__(self, batches: "Batches", start_step: int):
     self._batches = batches
     self._start = start_step
 
@@ -365,6 +399,7 @@ def open_batches(
       for name, source in used.items()
     ],
     [float(source.weight) for source in used.values()],
+    labels=[f"data.sources.{name}" for name in used],
     seed=seed,
     batch=batch,
     sequence=sequence,

@@ -8,13 +8,13 @@ import csv
 import dataclasses
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from cacheaug import storage
 from cacheaug.errors import UserError
 
 
@@ -245,13 +245,13 @@ def _number(value: Any) -> str:
 
 
 def write_report(
-  workdir: str | Path,
+  workdir: str | epath.Path,
   *,
   rows: Sequence[PositionRow],
   meta: Mapping[str, Any],
   extras: Mapping[str, Mapping[str, Any]] | None = None,
   title: str = "Perplexity change by position after the latents",
-) -> Path:
+) -> epath.Path:
   """Writes report/perplexity_by_position.{csv,png} and report/report.md.
 
   Each file appears whole or not at all.
@@ -272,7 +272,7 @@ def write_report(
   """
   if not rows:
     raise ValueError("a report needs at least one row")
-  directory = Path(workdir) / "report"
+  directory = epath.Path(workdir) / "report"
   contents = {
     "perplexity_by_position.csv": _csv(rows),
     "perplexity_by_position.png": _plot(rows, title),
@@ -282,12 +282,10 @@ def write_report(
   try:
     directory.mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():
-      temporary = directory / f".{name}.tmp"
-      temporary.write_bytes(data)
-      os.replace(temporary, directory / name)
+      storage.write_whole(directory / name, data)
   except OSError as e:
     raise UserError(
-      f"{directory}: the report cannot be written ({e.strerror}): free space "
-      "or give another --workdir"
+      f"{directory}: the report cannot be written ({e.strerror or e}): free "
+      "space or give another --workdir"
     ) from e
   return directory / "report.md"
