@@ -69,8 +69,8 @@ def measure(
   """
   import jax
 
+  from cacheaug import chips, flops, sharding, train
   from cacheaug import config as configs
-  from cacheaug import flops, sharding, train
   from cacheaug.augment import objective, peers
 
   losses = {
@@ -131,7 +131,7 @@ def measure(
         zero = jax.device_put(np.int32(0), shardings.step)
         state = state.replace(step=zero)
   useful = flops.of_step(config, model.config).total
-  peak = flops_peak(mesh)
+  peak = chips.peak_flops(mesh.devices.flat)
   found = []
   for name in variants:
     seconds = statistics.median(times[name])
@@ -151,14 +151,6 @@ def measure(
       )
     )
   return found
-
-
-def flops_peak(mesh: Any) -> float | None:
-  """Peak FLOP/s of a mesh's devices together; None where it is not known."""
-  from cacheaug import chips
-
-  chip = chips.of_device_kind(mesh.devices.flat[0].device_kind)
-  return chip.flops * mesh.size if chip else None
 
 
 @dataclasses.dataclass

@@ -1,6 +1,8 @@
 """What one accelerator can do at most, from its maker's data sheet."""
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,3 +63,9 @@ def of_device_kind(kind: str) -> Chip | None:
     return None
   found = [k for k in _KINDS if kind.startswith(k)]
   return CHIPS[_KINDS[max(found, key=len)]] if found else None
+
+
+def peak_flops(devices: Iterable[Any]) -> float | None:
+  """FLOP/s of all devices together; None where one's peak is unknown."""
+  chips = [of_device_kind(device.device_kind) for device in devices]
+  return None if None in chips else sum(chip.flops for chip in chips)

@@ -15,8 +15,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from cacheaug import chips, export, flops, optim, profiling, sharding, storage
 from cacheaug import config as configs
-from cacheaug import export, optim, profiling, sharding, storage
 from cacheaug import workdir as workdirs
 from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.checkpoint import Checkpoints
@@ -105,7 +105,9 @@ def train(config: ConfigDict, workdir: str) -> None:
   baseline_fn = make_baseline(config, model, mesh)
   writer = MetricWriter(workdir)
   writer.truncate_after(start if start else -1)
-  log = partial(log_step, config, writer)
+  peak = chips.peak_flops(mesh.devices.flat)
+  useful = flops.of_step(config, model.config).total
+  log = partial(log_step, config, writer, useful / peak if peak else None)
   heartbeat.start(start)
   pending = None  # metrics are read one step late, to keep the device busy
   stream = batches.iterate(start, retries=config.data.retries)
@@ -414,8 +416,11 @@ def summed(function, batch, k):
   return jax.lax.scan(body, zeros, parts)[0]
 
 
-def log_step(config, writer, step, metrics, baseline, shape, times):
-  """Writes one line of metrics; returns what the progress line shows."""
+def log_step(config, writer, floor, step, metrics, baseline, shape, times):
+  """Writes one line of metrics; returns what the progress line shows.
+
+  `floor` is the seconds that the devices' peak would need, where it is known.
+  """
   metrics, baseline = jax.device_get((metrics, baseline))
   running = metrics["running"]
 
@@ -435,6 +440,8 @@ def log_step(config, writer, step, metrics, baseline, shape, times):
     "tokens_per_second": shape[0] * shape[1] / seconds,
     "memory_peak": memory_peak(),
   }
+  if floor:
+    speed["mfu"] = floor / seconds
   shown = {"loss": line["loss"]}
   if baseline is not None:
     line["baseline_loss"] = mean(baseline)  # frozen decoder, the same tokens

@@ -1,11 +1,13 @@
 """The step: what it trains, what it leaves alone, how a run stops."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 import small_runs
 
-from cacheaug import train
+from cacheaug import chips, train
 from cacheaug.errors import UserError
 
 
@@ -86,3 +88,23 @@ def test_baseline_is_over_the_very_tokens_of_the_step(tmp_path):
   assert loss == pytest.approx(float(means[0]), rel=1e-5)
   # Control: another step's points are other tokens.
   assert loss != pytest.approx(float(means[1]), rel=1e-5)
+
+
+def test_mfu_where_the_devices_peak_is_known(tmp_path):
+  config = small_runs.get_config(str(tmp_path))
+  sums = np.ones(4), np.ones(4)
+  metrics = {"running": sums, "batch": sums}
+  metrics |= {"gradient_norm": 1.0, "parameter_norm": 1.0}
+  found = []
+
+  class Writer:
+    def write(self, step, line, speed):
+      found.append(speed)
+
+  for floor in (0.25, None):
+    times = {"step_time": 0.5}
+    train.log_step(config, Writer(), floor, 1, metrics, None, (2, 4), times)
+  assert found[0]["mfu"] == 0.5 and "mfu" not in found[1]
+  tpu = types.SimpleNamespace(device_kind="TPU v5 lite")
+  assert chips.peak_flops([tpu, tpu]) == 2 * chips.CHIPS["v5e"].flops
+  assert chips.peak_flops(jax.devices()) is None
