@@ -32,7 +32,8 @@ The batch is the paper's, 1024 sequences; optimizer.accumulation x mesh.fsdp =
 --config.optimizer.accumulation=8, 19.7 GiB of 95.73 by shapes (`python -m
 cacheaug.plan`, which see; 5.8 of them estimated). 256 TPU v5e:
 --config.mesh.fsdp=32 --config.optimizer.accumulation=4. Time: not measured. The
-paper's figures for 9B: GSM8K 64.7 -> 69.4, MMLU 71.3 -> 74.5; ours: not measured.
+paper's figures for 9B: GSM8K 64.7 -> 69.4, MMLU 71.3 -> 74.5; ours: not
+measured.
 """
 
 from ml_collections import ConfigDict
