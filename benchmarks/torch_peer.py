@@ -11,11 +11,15 @@ loss, which is checked; all are run in turns.
 
 import argparse
 import copy
+import os
 import runpy
 import statistics
 import tempfile
 import time
 from functools import partial
+
+# Else PyTorch's idle threads spin while the other's steps are timed.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import jax
 import jax.numpy as jnp
