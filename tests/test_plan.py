@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from cacheaug import decoders, sharding
 from cacheaug.data.sources import source_defaults
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
-from cacheaug.planning import collectives, memory, planner, times
+from cacheaug.planning import collectives, compiling, memory, planner, times
 from cacheaug.planning import topology as topologies
 from cacheaug.planning.table import table
 
@@ -378,6 +379,26 @@ def test_says_how_to_get_the_compiler(monkeypatch):
   monkeypatch.setitem(sys.modules, "libtpu", None)
   with pytest.raises(topologies.NoCompiler, match=r"cacheaug\[tpu\]"):
     topologies.compiler_devices(topologies.parse("v5e:2x2"))
+
+
+def test_a_program_that_jaxlib_cannot_read(tmp_path, monkeypatch):
+  """Memory is the compiler's, traffic is arithmetic, and it is said."""
+  config = _small(tmp_path, fsdp=2)
+  topology = topologies.parse("v5e:2x2")
+  said = compiling.Compiled(
+    arguments=2e6, temporaries=3e6, others=0.0, seconds=1.0, text=None
+  )
+  monkeypatch.setattr(topologies, "compiler_devices", lambda t: None)
+  monkeypatch.setattr(compiling, "compile_step", lambda *args: said)
+  found = planner.plan(config, topology, mfu=0.4, use_compiler=True)
+  assert found["collectives"] == found["collectives_expected"]
+  assert "jaxlib cannot read the compiled program" in table(found)
+
+  def unreadable():
+    raise jax.errors.JaxRuntimeError("async-update")
+
+  program = types.SimpleNamespace(as_text=unreadable)
+  assert compiling._text(program) is None
 
 
 @needs_libtpu

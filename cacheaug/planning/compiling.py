@@ -23,7 +23,7 @@ class Compiled:
   temporaries: float
   others: float  # outputs that are not in place, code
   seconds: float
-  text: str
+  text: str | None  # the program; None where this jaxlib cannot read it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,17 @@ def compile_step(
     - stats.alias_size_in_bytes
     + stats.generated_code_size_in_bytes,
     seconds=time.monotonic() - began,
-    text=compiled.as_text(),
+    text=_text(compiled),
   )
+
+
+def _text(compiled: jax.stages.Compiled) -> str | None:
+  # libtpu may be newer than jaxlib, and use instructions that it cannot parse
+  # (jaxlib 0.10.2 with libtpu 0.0.52: asynchronous updates, on v5p and v6e).
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError:
+    return None
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def plan(
       reason = str(e)
   expected = times.expected_traffic(config, model_config, topology)
   traffic = expected
-  if isinstance(said, Compiled):
+  if isinstance(said, Compiled) and said.text is not None:
     traffic = collectives.of_program(said.text, topology.slices)
   return {
     **_subject(config, model_config, topology),
@@ -120,7 +120,7 @@ def _describe(said: Compiled | Refused | None, reason: str) -> dict[str, Any]:
   if said is None:
     return {"done": False, "reason": reason}
   found = dataclasses.asdict(said)
-  found.pop("text", None)
+  found["collectives_read"] = found.pop("text", None) is not None
   return {"done": True, "fits": isinstance(said, Compiled)} | found
 
 

@@ -76,7 +76,7 @@ def _traffic_lines(p: dict[str, Any]) -> list[str]:
     return f"  {t['kind']:20}{t['between']:9}{times}{t['bytes'] / 1e9:12.3f}"
 
   head = f"{'collectives a step, GB out of a device':44}"
-  if p["compiled"]["done"] and p["compiled"]["fits"]:
+  if p["compiled"].get("collectives_read"):
     wanted = sum(t["bytes"] for t in p["collectives_expected"]) / 1e9
     found = sum(t["bytes"] for t in p["collectives"]) / 1e9
     return [
@@ -85,7 +85,10 @@ def _traffic_lines(p: dict[str, Any]) -> list[str]:
       f"{'  all':42}{found:12.3f}",
       f"{'  what the mesh needs, by arithmetic':42}{wanted:12.3f}",
     ]
-  return [f"{head}(by arithmetic)", *map(one, p["collectives"])]
+  how = "by arithmetic"
+  if p["compiled"]["done"] and p["compiled"]["fits"]:
+    how += ": jaxlib cannot read the compiled program"
+  return [f"{head}({how})", *map(one, p["collectives"])]
 
 
 def _time_lines(p: dict[str, Any]) -> list[str]:
