@@ -28,7 +28,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from cacheaug import benchmark, flops, sharding, train
+from cacheaug import benchmark, flops, sharding, stepping
 from cacheaug import config as configs
 from cacheaug.augment import traces
 from cacheaug.model import pretrained
@@ -152,7 +152,7 @@ def _torch(tree):
 def _laid_out(config, batch):
   """The step's traces, as the peer takes them."""
   key = jax.random.key(config.seed)
-  points = train.add_points(config, batch, key, 0)["points"]
+  points = stepping.add_points(config, batch, key, 0)["points"]
   laid = traces.lay_out(
     batch["tokens"], batch["documents"], points, configs.spec_of(config)
   )
@@ -183,7 +183,7 @@ def main() -> None:
   made = benchmark.prepare(config, mesh)
   batch = benchmark.random_batch(config, made.model, mesh)
   key, reset = jax.random.key(config.seed), np.bool_(False)
-  step = train.make_step(
+  step = stepping.make_step(
     config, made.model, made.optimizer, mesh, made.shardings
   )
   state = made.state

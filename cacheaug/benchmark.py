@@ -69,7 +69,7 @@ def measure(
   """
   import jax
 
-  from cacheaug import chips, flops, sharding, train
+  from cacheaug import chips, flops, sharding, stepping
   from cacheaug import config as configs
   from cacheaug.augment import objective, peers
 
@@ -104,7 +104,7 @@ def measure(
   compiled, took = {}, {}
   for name in variants:
     runs = model if name == "structured" else others
-    step = train.make_step(
+    step = stepping.make_step(
       config, runs, made.optimizer, mesh, shardings, losses[name]
     )
     began = time.perf_counter()
@@ -171,7 +171,7 @@ def prepare(config: ConfigDict, mesh: Any) -> Prepared:
   import jax
 
   from cacheaug import config as configs
-  from cacheaug import optim, train
+  from cacheaug import optim, stepping, train
 
   if config.decoder.path:
     model, _ = train.open_model(config, mesh)
@@ -179,9 +179,9 @@ def prepare(config: ConfigDict, mesh: Any) -> Prepared:
     model = train.make_model(config, configs.model_of(config), mesh)
   decoder, _ = train.load_decoder(config, model, mesh)
   optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
-  wanted = train.abstract_state(config, model, optimizer, decoder, mesh)
+  wanted = stepping.abstract_state(config, model, optimizer, decoder, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, wanted)
-  fresh = partial(train.init_state, config, model, optimizer, False)
+  fresh = partial(stepping.init_state, config, model, optimizer, False)
   key = jax.random.key(config.seed)
   state = jax.jit(fresh, out_shardings=shardings)(decoder, key)
   return Prepared(model, decoder, state, shardings, optimizer)
@@ -206,7 +206,7 @@ def _differences(config, variants, state, decoder, batch):
   import jax.numpy as jnp
 
   from cacheaug import config as configs
-  from cacheaug import train
+  from cacheaug import stepping
 
   spec = configs.spec_of(config)
 
@@ -215,9 +215,9 @@ def _differences(config, variants, state, decoder, batch):
 
     @jax.jit
     def run(params, decoder, batch):
-      points = train.add_points(config, batch, jax.random.key(config.seed), 0)[
-        "points"
-      ]
+      points = stepping.add_points(
+        config, batch, jax.random.key(config.seed), 0
+      )["points"]
 
       def loss(params):
         nll, tokens = sums(model, decoder, params, batch, points, spec)

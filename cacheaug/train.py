@@ -5,20 +5,26 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from cacheaug import chips, export, flops, optim, profiling, sharding, storage
+from cacheaug import (
+  chips,
+  export,
+  flops,
+  optim,
+  profiling,
+  sharding,
+  stepping,
+  storage,
+)
 from cacheaug import config as configs
 from cacheaug import workdir as workdirs
-from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.checkpoint import Checkpoints
 from cacheaug.data import pipeline, tokenizers
 from cacheaug.errors import UserError
@@ -30,18 +36,6 @@ from cacheaug.model import pretrained, transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.preemption import StopOnSignal
-
-
-@flax.struct.dataclass
-class TrainState:
-  """All that a checkpoint holds; the frozen decoder is not part of it."""
-
-  step: jax.Array  # []
-  params: Params  # trainable tree
-  opt_state: Any
-  average: Params | None  # running average of params
-  nll: jax.Array  # [A], sums since the last log step
-  tokens: jax.Array  # [A]
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -74,7 +68,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   steps = config.optimizer.steps
   optimizer, _ = optim.make_optimizer(config.optimizer, steps)
   key = jax.random.key(config.seed)
-  wanted = abstract_state(config, model, optimizer, decoder, mesh)
+  wanted = stepping.abstract_state(config, model, optimizer, decoder, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, wanted)
 
   # --- restore: 1. newest whole checkpoint, 2. fresh --------------------------
@@ -87,7 +81,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   heartbeat = Heartbeat(workdir, limit=config.watchdog.seconds)
   restored = checkpoints.restore_latest(wanted)
   if restored is None:
-    fresh = partial(init_state, config, model, optimizer, False)
+    fresh = partial(stepping.init_state, config, model, optimizer, False)
     state = jax.jit(fresh, out_shardings=shardings)(decoder, key)
     start = 0
   else:
@@ -101,8 +95,8 @@ def train(config: ConfigDict, workdir: str) -> None:
   meta = {"decoder": fingerprint, "seed": config.seed}
 
   # --- loop -------------------------------------------------------------------
-  step_fn = make_step(config, model, optimizer, mesh, shardings)
-  baseline_fn = make_baseline(config, model, mesh)
+  step_fn = stepping.make_step(config, model, optimizer, mesh, shardings)
+  baseline_fn = stepping.make_baseline(config, model, mesh)
   writer = MetricWriter(workdir)
   writer.truncate_after(start if start else -1)
   peak = chips.peak_flops(mesh.devices.flat)
@@ -262,158 +256,6 @@ def _dtype(name: str, platform: str) -> Any:
   if name == "auto":
     name = "float32" if platform == "cpu" else "bfloat16"
   return jnp.dtype(name)
-
-
-def init_state(
-  config: ConfigDict,
-  model: Transformer,
-  optimizer: optax.GradientTransformation,
-  boxed: bool,
-  decoder: Params | None,
-  key: jax.Array,
-) -> TrainState:
-  """A fresh state; `boxed` keeps the parameters' logical axes (shardings)."""
-  key = jax.random.fold_in(key, 2**31 - 1)  # no step's key
-  if config.objective == "language_model":
-    params = transformer.init(model, key)
-    ahead = 1
-  else:
-    spec = configs.spec_of(config)
-    if boxed:
-      params = coprocessor.init_boxed(model, spec, key)
-    else:
-      params = coprocessor.init(
-        model, spec, key, decoder, config.coprocessor.init
-      )
-    ahead = spec.ahead
-  if not boxed:
-    params = nn.unbox(params)
-  average = None
-  if config.optimizer.average:
-    average = jax.tree.map(jnp.array, params)
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    opt_state=optimizer.init(params),
-    average=average,
-    nll=jnp.zeros(ahead),
-    tokens=jnp.zeros(ahead),
-  )
-
-
-def abstract_state(config, model, optimizer, decoder, mesh) -> TrainState:
-  """Shapes of a fresh state's arrays, each with its sharding on the mesh."""
-  boxed = jax.eval_shape(
-    partial(init_state, config, model, optimizer, True),
-    decoder,
-    jax.random.key(0),
-  )
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    nn.unbox(boxed),
-    sharding.tree_shardings(mesh, boxed),
-  )
-
-
-def make_step(
-  config, model, optimizer, mesh, shardings, sums=objective.coprocessor_loss
-):
-  """step(state, decoder, batch, key, reset) -> state, metrics. Donates state.
-
-  Gradients are those of the trainable tree alone. `reset` starts the running
-  sums of the next log line; `sums` is the coprocessor objective's function.
-  """
-  k = config.optimizer.accumulation
-  decay = config.optimizer.average
-
-  def loss(params, decoder, batch):
-    if config.objective == "language_model":
-      mask = config.traces.mask_documents
-      nll, tokens = objective.language_model_loss(model, params, batch, mask)
-    else:
-      spec = configs.spec_of(config)
-      nll, tokens = sums(model, decoder, params, batch, batch["points"], spec)
-    return nll.sum(), (nll, tokens)
-
-  def step(state, decoder, batch, key, reset):
-    batch = add_points(config, batch, key, state.step)
-    gradient = partial(jax.grad(loss, has_aux=True), state.params, decoder)
-    with sharding.placing(mesh):
-      grads, (nll, tokens) = summed(gradient, batch, k)
-    count = jnp.maximum(tokens.sum(), 1.0)
-    grads = jax.tree.map(lambda g: g / count, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    average = state.average
-    if decay:
-      average = optax.incremental_update(params, average, 1.0 - decay)
-    running = state.nll + nll, state.tokens + tokens
-    metrics = {
-      "loss": nll.sum() / count,
-      "batch": (nll, tokens),
-      "running": running,
-      "gradient_norm": optax.tree.norm(grads),
-      "parameter_norm": optax.tree.norm(params),
-    }
-    keep = jnp.where(reset, 0.0, 1.0)
-    return TrainState(
-      step=state.step + 1,
-      params=params,
-      opt_state=opt_state,
-      average=average,
-      nll=running[0] * keep,
-      tokens=running[1] * keep,
-    ), metrics
-
-  out = shardings, sharding.replicated(mesh)
-  return jax.jit(step, donate_argnums=0, out_shardings=out)
-
-
-def make_baseline(config, model, mesh):
-  """baseline(decoder, batch, key, step): frozen nll of that step's tokens."""
-  if config.objective == "language_model":
-    return lambda *_: None
-  spec, k = configs.spec_of(config), config.optimizer.accumulation
-
-  @partial(jax.jit, out_shardings=sharding.replicated(mesh))
-  def baseline(decoder, batch, key, step):
-    def part(batch):
-      return objective.frozen_loss(model, decoder, batch, batch["points"], spec)
-
-    with sharding.placing(mesh):
-      return summed(part, add_points(config, batch, key, step), k)
-
-  return baseline
-
-
-def add_points(config, batch, key, step):
-  """The batch with step's trace points [B, M], where the objective has any.
-
-  Drawn for the whole batch, so that micro-batches do not change them.
-  """
-  if config.objective == "language_model":
-    return batch
-  key = jax.random.fold_in(key, step)
-  spec = configs.spec_of(config)
-  return batch | {"points": traces.sample_points(key, batch["documents"], spec)}
-
-
-def summed(function, batch, k):
-  """function(batch), which is a sum over rows, by way of k micro-batches."""
-  if k == 1:
-    return function(batch)
-  # Row r of the batch goes to micro-batch r % k, which keeps every device's
-  # rows on that device.
-  parts = jax.tree.map(
-    lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch
-  )
-  shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
-  zeros = jax.tree.map(jnp.zeros_like, shapes)
-
-  def body(total, part):
-    return jax.tree.map(jnp.add, total, function(part)), None
-
-  return jax.lax.scan(body, zeros, parts)[0]
 
 
 def log_step(config, writer, floor, step, metrics, baseline, shape, times):

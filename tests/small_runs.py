@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
-from cacheaug import optim, sharding, train
+from cacheaug import optim, sharding, stepping, train
 from cacheaug.data import pipeline
 from cacheaug.data.sources import source_defaults
 
@@ -76,17 +76,19 @@ class Steps:
     optimizer, _ = optim.make_optimizer(
       config.optimizer, config.optimizer.steps
     )
-    self.abstract = train.abstract_state(
+    self.abstract = stepping.abstract_state(
       config, self.model, optimizer, self.decoder, self.mesh
     )
     shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-    fresh = partial(train.init_state, config, self.model, optimizer, False)
+    fresh = partial(stepping.init_state, config, self.model, optimizer, False)
     self.key = jax.random.key(config.seed)
     fresh = jax.jit(fresh, out_shardings=shardings)
     self.state = self._quick(fresh, self.decoder, self.key)(
       self.decoder, self.key
     )
-    step = train.make_step(config, self.model, optimizer, self.mesh, shardings)
+    step = stepping.make_step(
+      config, self.model, optimizer, self.mesh, shardings
+    )
     self._step = self._quick(step, *self._arguments(0))
     self.taken = 0
 

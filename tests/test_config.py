@@ -12,7 +12,7 @@ import small_runs
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
-from cacheaug import optim, sharding, train
+from cacheaug import optim, sharding, stepping
 from cacheaug.errors import UserError
 from cacheaug.model import pretrained, transformer
 from cacheaug.model.transformer import Transformer
@@ -62,7 +62,7 @@ def test_shipped_config_is_valid_and_has_a_state(path, runlocal):
       }
     )
   )
-  state = train.abstract_state(config, model, optimizer, decoder, mesh)
+  state = stepping.abstract_state(config, model, optimizer, decoder, mesh)
   trained = sum(x.size for x in jax.tree.leaves(state.params))
   if path.stem == "gemma2b" and not runlocal:
     whole = sum(x.size for x in jax.tree.leaves(decoder))

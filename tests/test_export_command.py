@@ -13,7 +13,7 @@ import small_runs
 import tolerances
 
 import cacheaug
-from cacheaug import checkpoint, export, optim, sharding, train
+from cacheaug import checkpoint, export, optim, sharding, stepping, train
 from cacheaug import workdir as workdirs
 from cacheaug.errors import UserError
 from cacheaug.model import pretrained
@@ -33,7 +33,7 @@ def make_run(root, **changes):
   model, _ = train.open_model(config)
   decoder, fingerprint = train.load_decoder(config, model, mesh)
   optimizer, _ = optim.make_optimizer(config.optimizer, 6)
-  fresh = partial(train.init_state, config, model, optimizer, False)
+  fresh = partial(stepping.init_state, config, model, optimizer, False)
   state = tolerances.jit(fresh)(decoder, jax.random.key(0))
   workdir = root / "run"
   workdirs.claim(config, str(workdir))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import small_runs
 
-from cacheaug import chips, train
+from cacheaug import chips, stepping, train
 from cacheaug.errors import UserError
 
 
@@ -79,7 +79,7 @@ def test_baseline_is_over_the_very_tokens_of_the_step(tmp_path):
   config.optimizer.accumulation = 2
   run = small_runs.Steps(config)
   batch = run.batches.at(0)
-  baseline = train.make_baseline(config, run.model, run.mesh)
+  baseline = stepping.make_baseline(config, run.model, run.mesh)
   frozen = [
     baseline(run.decoder, batch, run.key, np.int32(step)) for step in (0, 1)
   ]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cacheaug import optim, sharding, train
+from cacheaug import optim, sharding, stepping, train
 from cacheaug.model.config import ModelConfig
 from cacheaug.planning import memory
 
@@ -49,7 +49,7 @@ def compile_step(
   mesh = sharding.make_mesh(config.mesh, devices)
   state, decoder, batch = memory.abstract_arguments(config, model_config, mesh)
   optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
-  step = train.make_step(
+  step = stepping.make_step(
     config,
     train.make_model(config, model_config, mesh),
     optimizer,

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
-from cacheaug import optim, sharding, train
+from cacheaug import optim, sharding, stepping, train
 from cacheaug.augment import coprocessor, objective
 from cacheaug.kernels import cross_entropy
 from cacheaug.model import transformer
@@ -86,7 +86,7 @@ def abstract_arguments(
   if config.objective == "coprocessor":
     decoder = train.abstract_decoder(config, model, mesh)
   optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
-  state = train.abstract_state(config, model, optimizer, decoder, mesh)
+  state = stepping.abstract_state(config, model, optimizer, decoder, mesh)
   rows = jax.ShapeDtypeStruct(
     (config.data.batch, config.data.sequence),
     jnp.int32,
