@@ -27,10 +27,9 @@ TEXTS = ["the first of two documents, and its end", "the second"]
 NEW = 6
 
 
-@pytest.fixture(scope="module", params=["replace", "insert"])
-def lm(request):
+def make(scheme) -> LM:
   model = tolerances.make_model(vocab_size=260, max_positions=256)
-  spec = TraceSpec(2, 4, request.param)
+  spec = TraceSpec(2, 4, scheme)
   return LM(
     model=model,
     decoder=tolerances.make_params(model),
@@ -38,6 +37,16 @@ def lm(request):
     fingerprint="tiny",
     coprocessor=Coprocessor(tolerances.make_coprocessor(model, spec), spec),
   )
+
+
+@pytest.fixture(scope="module")
+def lm():
+  return make("replace")
+
+
+@pytest.fixture(scope="module", params=["replace", "insert"])
+def either(request):
+  return make(request.param)
 
 
 @pytest.fixture
@@ -91,25 +100,27 @@ def test_a_batch_comes_back_bit_for_bit(lm, tmp_path):
     np.testing.assert_array_equal(lm.decode(back, NEW), lm.decode(context, NEW))
 
 
-def test_decoding_from_the_store_is_decoding_right_after(lm, tmp_path, infos):
-  store = with_store(lm, Store(tmp_path), keep=True)
+def test_decoding_from_the_store_is_decoding_right_after(
+  either, tmp_path, infos
+):
+  store = with_store(either, Store(tmp_path), keep=True)
   options = dict(latents=[True, False], scored=True)
-  plain = lm.complete(TEXTS, NEW, **options)
+  plain = either.complete(TEXTS, NEW, **options)
   first = store.complete(TEXTS, NEW, **options)
   assert infos[-1] == "store: 0 of 2 prompts were begun in it"
-  again = with_store(lm, Store(tmp_path)).complete(TEXTS, NEW, **options)
+  again = with_store(either, Store(tmp_path)).complete(TEXTS, NEW, **options)
   assert infos[-1] == "store: 2 of 2 prompts were begun in it"
   for a, b, c in zip(plain, first, again, strict=True):
     assert a.ids == b.ids == c.ids
     assert b.nll.tobytes() == c.nll.tobytes()
     tolerances.close(a.nll, c.nll, tolerances.NLL)
-  off = lm.complete(TEXTS, NEW, latents=False, scored=True)
+  off = either.complete(TEXTS, NEW, latents=False, scored=True)
   tolerances.far(off[0].nll, plain[0].nll)
   # Latents that are planned for later come on top, where they would.
   plan = Plan(at=(0, 3))
   options = dict(latents=True, plan=plan, scored=True)
   a, b = (
-    lm.complete(TEXTS, NEW, **options),
+    either.complete(TEXTS, NEW, **options),
     store.complete(TEXTS, NEW, **options),
   )
   for x, y in zip(a, b, strict=True):
@@ -120,13 +131,13 @@ def test_decoding_from_the_store_is_decoding_right_after(lm, tmp_path, infos):
     ]
 
 
-def test_a_prompt_goes_on_from_its_stored_beginning(lm, tmp_path, infos):
-  store = with_store(lm, Store(tmp_path))
-  rows = [lm.encode(text) for text in TEXTS]
+def test_a_prompt_goes_on_from_its_stored_beginning(either, tmp_path, infos):
+  store = with_store(either, Store(tmp_path))
+  rows = [either.encode(text) for text in TEXTS]
   more = [" - a question?", " - and another one, of more than 32 tokens"]
   prompts = [a + b for a, b in zip(TEXTS, more, strict=True)]
   assert store.fill(rows, False, 2) == [True, True]
-  plain = lm.complete(prompts, NEW, latents=False, scored=True)
+  plain = either.complete(prompts, NEW, latents=False, scored=True)
   found = store.complete(prompts, NEW, latents=False, scored=True)
   assert infos[-1] == "store: 2 of 2 prompts were begun in it"
   for a, b in zip(plain, found, strict=True):
@@ -137,7 +148,7 @@ def test_a_prompt_goes_on_from_its_stored_beginning(lm, tmp_path, infos):
   found = store.complete(prompts, NEW, scored=True)
   for row, done, frozen in zip(rows, found, plain, strict=True):
     whole = [*done.prompt, *done.ids]
-    want = lm.nll([whole], [[len(row) - 1]], len(whole) - len(row))[0, 0]
+    want = either.nll([whole], [[len(row) - 1]], len(whole) - len(row))[0, 0]
     tolerances.close(done.nll, want[-NEW:], tolerances.NLL)
     if done.ids == frozen.ids:
       tolerances.far(done.nll, frozen.nll)
@@ -211,7 +222,7 @@ def test_reading_on_past_the_positions_is_refused(lm, tmp_path):
     store.read_on(entry, [5] * 250)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def command():
   """The module; its flags are the process's while these tests run."""
   before = set(flags.FLAGS)
