@@ -199,7 +199,7 @@ class StoredLM(LM):
         self._put(found[i])
     bare = [i for i, e in enumerate(found) if on[i] and not e.augmented]
     if bare:
-      context = context_of([found[i] for i in bare], pad_id=self._pad_id)
+      context = self._together([found[i] for i in bare])
       for i, entry in zip(bare, entries_of(self.augment(context)), strict=True):
         found[i] = entry
         self._put(entry)
@@ -326,10 +326,13 @@ class StoredLM(LM):
     found, hits = self.entries(rows, [at_once and x for x in on])
     logging.info("store: %d of %d prompts were begun in it", hits, len(rows))
     rest = tuple(step for step in plan.at if step)
-    return (
-      context_of(found, pad_id=self._pad_id),
-      dataclasses.replace(plan, at=rest),
-    )
+    return self._together(found), dataclasses.replace(plan, at=rest)
+
+  def _together(self, entries: Sequence[Entry]) -> Context:
+    """A batch of a length as `writer` has: few programs are compiled."""
+    length = max(len(e.tokens) + e.padding for e in entries)
+    length += -length % LENGTHS
+    return context_of(entries, pad_id=self._pad_id, length=length)
 
 
 def with_store(lm: LM, store: Store, *, keep: bool = False) -> StoredLM:
