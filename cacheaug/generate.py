@@ -16,16 +16,16 @@ import time
 
 from absl import flags
 
-import cacheaug
 from cacheaug import command
 from cacheaug.errors import UserError
+from cacheaug.inference import stored
 from cacheaug.inference.sampling import Sampling
 from cacheaug.inference.session import Insertion, Plan
+from cacheaug.inference.store import Store
 from cacheaug.inference.writer import Completion
 from cacheaug.lm import LM
-from cacheaug.model import safetensor_files as files
+from cacheaug.opening import open_lm
 
-_DECODER, _COPROCESSOR = "shipped:tiny", "shipped:tiny_coprocessor"
 _COLUMN = 38  # characters a side of --compare, two within 80
 _AROUND = 6  # tokens that --trace shows before and after the latents
 
@@ -50,46 +50,7 @@ flags.DEFINE_integer("insert_every", 0, "and after every so many new tokens")
 flags.DEFINE_multi_string("insert_after", [], "and after this text, one token")
 flags.DEFINE_bool("compare", False, "the frozen decoder beside the augmented")
 flags.DEFINE_bool("trace", False, "say where the latents went")
-
-
-def open_lm(workdir: str, decoder: str, coprocessor: str, latents: bool) -> LM:
-  """The decoder and, with latents, the coprocessor that the flags name.
-
-  Raises:
-    UserError: paths that do not fit together, or hold nothing of the kind.
-  """
-  if workdir and coprocessor:
-    raise UserError("--workdir and --coprocessor: give one of the two")
-  if workdir:
-    coprocessor = workdir
-    decoder = decoder or _decoder_of(workdir)
-  elif not decoder:
-    decoder = _DECODER
-    coprocessor = coprocessor or _COPROCESSOR
-  if latents and not coprocessor:
-    raise UserError(
-      "--coprocessor is missing: give the decoder's, or --latents=off"
-    )
-  lm = cacheaug.load(decoder)
-  return lm.with_coprocessor(coprocessor) if latents else lm
-
-
-def _decoder_of(workdir: str) -> str:
-  path = pathlib.Path(workdir).expanduser() / "config.json"
-  if not path.exists():
-    raise UserError(f"{path}: missing; give the --workdir of a run")
-  try:
-    decoder = files.read_json(path)["decoder"]["path"]
-  except (KeyError, TypeError) as e:
-    raise UserError(
-      f"{path}: not a run's config; give the --workdir of a run"
-    ) from e
-  if not decoder:
-    raise UserError(
-      f"{workdir}: this run has no decoder.path (it is random, or the run "
-      "trains one: export it with --decoder); give --decoder=DIR"
-    )
-  return decoder
+flags.DEFINE_string("store", "", "of cacheaug.deliberate: where to read on")
 
 
 def plan_of(lm: LM, at: list[str], every: int, after: list[str]) -> Plan:
@@ -248,6 +209,8 @@ def main() -> None:
   prompts = prompts_of(values.prompt, values.file)
   sampling = Sampling(values.temperature, values.top_k, values.top_p)
   lm = open_lm(values.workdir, values.decoder, values.coprocessor, latents)
+  if values.store:
+    lm = stored.with_store(lm, Store.existing(values.store))
   options = dict(
     max_new_tokens=values.max_new_tokens,
     plan=plan_of(

@@ -40,7 +40,7 @@ Tokens = jax.Array | np.ndarray | Sequence[Sequence[int]]
 
 DTYPES = ("auto", "float32", "bfloat16")
 # Prompts are padded to a multiple, so that few lengths are compiled for.
-_LENGTHS = 32
+LENGTHS = 32
 
 _read = jax.jit(generate.read, static_argnames="model")
 _augment = jax.jit(generate.augment_context, static_argnames=("model", "spec"))
@@ -120,6 +120,16 @@ class LM:
         "that decoder, or give its own coprocessor"
       )
     return dataclasses.replace(self, coprocessor=Coprocessor(params, spec))
+
+  def encode(self, text: str) -> list[int]:
+    """Its tokens, a BOS first if there is one; UserError: no tokenizer."""
+    if self.tokenizer is None:
+      raise UserError(
+        "this decoder came without tokenizer.json or tokenizer.model: put it "
+        "beside the weights, or use prefill and decode with tokens"
+      )
+    bos = self.tokenizer.bos_id
+    return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
 
   def prefill(self, tokens: Tokens) -> Context:
     """The decoder reads contexts.
@@ -264,16 +274,9 @@ class LM:
     if len(on) != len(prompts):
       raise UserError(f"latents names {len(on)} prompts of {len(prompts)}")
     coproc = None if latents is False else self._coprocessor()
-    if self.tokenizer is None:
-      raise UserError(
-        "this decoder came without tokenizer.json or tokenizer.model: put it "
-        "beside the weights, or use prefill and decode with tokens"
-      )
     if not prompts:
       return None
-    bos = self.tokenizer.bos_id
-    bos = [] if bos is None else [bos]
-    rows = self._checked([bos + self.tokenizer.encode(p) for p in prompts])
+    rows = self._checked([self.encode(p) for p in prompts])
     spec, plan = coproc and coproc.spec, plan or Plan()
     if coproc:
       said = min(plan.steps(max_new_tokens), default=0)
@@ -283,13 +286,12 @@ class LM:
     if coproc and spec.scheme == "insert":
       pushed = plan.room(max_new_tokens) * spec.latents
     self._check_positions(longest + pushed, max_new_tokens)
-    tokens, documents = generate.pad_left(
-      rows, self._pad_id, longest + -longest % _LENGTHS
-    )
+    context, plan = self._begin(rows, on, plan)
+    ends = dict(stop_ids=self.stop_ids, scored=scored)
     session = Session(
       self.model,
       self._layers,
-      _read(self.model, self._layers, tokens, documents),
+      context,
       max_new_tokens=max_new_tokens,
       coproc=coproc and coproc.layers,
       spec=spec,
@@ -297,17 +299,17 @@ class LM:
       plan=plan,
       sampling=sampling,
       seed=seed,
-      stop_ids=self.stop_ids,
-      scored=scored,
+      **ends,
     )
-    return Writer(
-      session,
-      self.tokenizer,
-      rows,
-      stop=stop,
-      stop_ids=self.stop_ids,
-      scored=scored,
-    )
+    return Writer(session, self.tokenizer, rows, stop=stop, **ends)
+
+  def _begin(
+    self, rows: list[list[int]], on: Sequence[bool], plan: Plan
+  ) -> tuple[Context, Plan]:
+    """What `writer` goes on from, and the insertions still to come."""
+    padded = -(-max(map(len, rows)) // LENGTHS) * LENGTHS
+    tokens, documents = generate.pad_left(rows, self._pad_id, padded)
+    return _read(self.model, self._layers, tokens, documents), plan
 
   def nll(
     self,

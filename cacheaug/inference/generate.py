@@ -86,6 +86,8 @@ def augment(
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
   spec: TraceSpec,
+  *,
+  position: jax.Array | None = None,  # [B], of the next token; S by default
 ) -> tuple[jax.Array, KVCache, jax.Array]:
   """Inserts N latents at the end of the context.
 
@@ -93,6 +95,8 @@ def augment(
   the cache with N more slots, and that token's position [B].
   """
   b, s = tokens.shape
+  if position is None:
+    position = jnp.full((b,), s, jnp.int32)
   z, positions = engine.deliberate(
     model,
     decoder,
@@ -101,7 +105,7 @@ def augment(
     tokens,
     documents,
     last=s - 1,
-    position=jnp.full((b,), s, jnp.int32),
+    position=position,
     spec=spec,
   )
   if spec.scheme == "replace":
@@ -142,6 +146,7 @@ def augment_context(
     context.tokens,
     context.documents,
     spec,
+    position=context.position,
   )
   return context.replace(
     cache=cache, hidden=hidden, position=position, augmented=True

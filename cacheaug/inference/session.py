@@ -16,6 +16,7 @@ from cacheaug.errors import UserError
 from cacheaug.inference import engine
 from cacheaug.inference.engine import Context
 from cacheaug.inference.sampling import GREEDY, Sampling
+from cacheaug.model.attention import NO_LIMIT
 from cacheaug.model.transformer import Params, Transformer
 
 
@@ -107,7 +108,10 @@ class Session:
     self._coproc, self._spec = coproc, spec
     self._on = np.ones(b, bool) if on is None else np.array(on, bool)
     plan = plan or Plan()
-    self._skipped = (np.asarray(context.documents) < 0).sum(1)
+    # Of the first token; stored contexts need not count from the padding.
+    self._skipped = np.asarray(context.cache.positions).min(
+      1, where=np.asarray(context.cache.segments) > 0, initial=NO_LIMIT
+    )
     self._due: list[int] = []
     self._room = latents = 0
     pause_ids: tuple[int, ...] = ()
