@@ -266,7 +266,10 @@ class Server:
     Raises:
       UserError: it is empty, too short or too long, or no tokens.
     """
-    tokens = np.asarray(prompt)
+    try:
+      tokens = np.asarray(prompt)
+    except ValueError:  # Lists of unequal lengths.
+      tokens = np.empty((1, 1))
     config = self._model.config
     if tokens.size == 0:
       raise UserError("the prompt is empty: give at least one token")
