@@ -74,6 +74,9 @@ def land(
   )
 
 
+_copy = jax.jit(jnp.copy)
+
+
 def _point(model, decoder, state, spec):
   return engine.lay_point(
     model,
@@ -113,7 +116,7 @@ class BackgroundSession(Session):
       decoder: as of Session.
       context: as of Session.
       worker: None decodes without latents.
-      look: tokens between two looks at the worker while latents may come.
+      look: tokens between two looks at the worker while latents are due.
       **options: Session's own but for coproc and spec.
 
     Raises:
@@ -137,26 +140,46 @@ class BackgroundSession(Session):
     self.state = self.state.replace(keys=keys)
 
   def run(self, tokens: int) -> np.ndarray:  # [B, up to `tokens`]
-    """As Session's; latents that have come are inserted on the way."""
-    first = self._step
+    """As Session's; latents that have come are inserted on the way.
+
+    While latents may come the device gets a few tokens' work at a time, the
+    next before it is through with the last: it is never idle for a look, and
+    what `_step` says is what has been given to it.
+    """
+    first, pausing = self._step, bool(self._options["pause_ids"])
     until = min(first + tokens, self.state.room)
+    earlier = None
     while self._step < until and not self.finished:
       self._land()
-      more = until - self._step
-      super().run(min(more, self._look) if self._expecting else more)
+      if pausing or self._step in self._due:
+        self._insert_where_due()
+      stop = min([until, *(d for d in self._due if d > self._step)])
+      if self._jobs:
+        stop = min(stop, self._step + self._look)
+      self.state = engine.advance(
+        self._model, self._decoder, self.state, stop, **self._options
+      )
+      self._step = stop
+      if pausing:
+        self._catch_up()
+      elif earlier is not None:
+        self._done = np.array(earlier)  # Waits for the work before this.
+      earlier = _copy(self.state.done)  # The state's own is soon used up.
+    self._catch_up()
     if self.finished:
       self.close()
     return np.asarray(self.state.said)[:, first : self._step]
+
+  def _catch_up(self) -> None:
+    """Waits for the device."""
+    self._step = int(self.state.step)
+    self._done = np.array(self.state.done)
 
   def close(self) -> None:
     """Drops what is still under way; `run` does so at the end."""
     for job in self._jobs:
       self._settle(job, "cancelled")
     self._jobs = []
-
-  @property
-  def _expecting(self) -> bool:
-    return bool(self._jobs or self._due or self._options["pause_ids"])
 
   def _insert(self, on: np.ndarray) -> None:
     take = functools.partial(
