@@ -1,7 +1,11 @@
 """Decoding while a slow coprocessor works in the background.
 
   python benchmarks/background.py --decoder=shipped:tiny
+  python benchmarks/background.py --decoder=random --look=1 --what=speed
   python benchmarks/background.py --what=load --prompts=1000
+
+'random' is a decoder of 37M parameters, for which a step takes long beside what
+a look at the worker costs.
 
 The coprocessor is random, of the decoder's architecture. Two parts:
 
@@ -26,6 +30,7 @@ import threading
 import time
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from absl import flags
@@ -41,12 +46,27 @@ from cacheaug.inference.engine import Context
 from cacheaug.inference.serve import Answer, Server
 from cacheaug.inference.session import Plan, Session
 from cacheaug.inference.worker import Job, Limits, Metrics, Snapshot, Worker
+from cacheaug.model import config as model_config
+from cacheaug.model import transformer
 from cacheaug.model.transformer import Params, Transformer
 
 _PARTS = ("speed", "load")
 _NEVER = float("inf")
 
-flags.DEFINE_string("decoder", "shipped:tiny", "a Hugging Face directory")
+_RANDOM = dict(
+  vocab_size=8192,
+  width=512,
+  layers=8,
+  heads=8,
+  kv_heads=8,
+  head_dim=64,
+  mlp_width=2048,
+  max_positions=2048,
+)
+
+flags.DEFINE_string(
+  "decoder", "shipped:tiny", "a Hugging Face directory, or random"
+)
 flags.DEFINE_list("what", list(_PARTS), "parts to run")
 flags.DEFINE_integer("latents", 16, "N")
 flags.DEFINE_integer("batch", 16, "B, sequences decoded together")
@@ -105,14 +125,19 @@ class Parts:
 
 def open_parts(path: str, n: int) -> Parts:
   """The decoder, and a coprocessor whose latents are no copies."""
-  lm = cacheaug.load(path, dtype="float32")
-  spec = TraceSpec(n, 1, "overlay", "harmless")
   key = jax.random.key(0)
-  coproc = coprocessor.init(lm.model, spec, key, lm.decoder)
+  if path == "random":
+    model = Transformer(model_config.make("llama", **_RANDOM))
+    decoder = nn.unbox(jax.jit(transformer.init, static_argnums=0)(model, key))
+  else:
+    lm = cacheaug.load(path, dtype="float32")
+    model, decoder = lm.model, lm.decoder
+  spec = TraceSpec(n, 1, "overlay", "harmless")
+  coproc = coprocessor.init(model, spec, key, decoder)
   shape = coproc["latent_projection"].shape
   coproc["latent_projection"] = 0.02 * jax.random.normal(key, shape)
   coproc["transformer"] = generate.apart(coproc["transformer"])
-  return Parts(lm.model, generate.apart(lm.decoder), coproc, spec)
+  return Parts(model, generate.apart(decoder), coproc, spec)
 
 
 def bits(session: Session) -> list[bytes]:
