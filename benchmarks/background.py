@@ -177,7 +177,7 @@ def speed(parts: Parts, context: Context, slow: list[float]) -> dict[str, Any]:
 
   found: dict[str, Any] = {"plain": [], "again": []}
   kinds = {f"{s:g} s": (Slow, s) for s in slow} | {"never": (Slow, _NEVER)}
-  kinds |= {f"waiting {s:g} s": (Waiting, s) for s in slow}
+  kinds |= {f"waiting {s:g} s": (Waiting, s) for s in slow[-1:]}
   ratios: dict[str, list[float]] = {name: [] for name in kinds}
   lateness = {name: collections.Counter() for name in kinds}
   for repeat in range(values.repeats + 1):
