@@ -116,7 +116,8 @@ class BackgroundSession(Session):
       decoder: as of Session.
       context: as of Session.
       worker: None decodes without latents.
-      look: tokens between two looks at the worker while latents are due.
+      look: the least tokens between looks at the worker while latents are
+        due.
       **options: Session's own but for coproc and spec.
 
     Raises:
@@ -155,7 +156,9 @@ class BackgroundSession(Session):
         self._insert_where_due()
       stop = min([until, *(d for d in self._due if d > self._step)])
       if self._jobs:
-        stop = min(stop, self._step + self._look)
+        # For a slow coprocessor looks grow rare: at most a quarter later.
+        late = self._step - self._jobs[0].step
+        stop = min(stop, self._step + max(self._look, late // 4))
       self.state = engine.advance(
         self._model, self._decoder, self.state, stop, **self._options
       )
