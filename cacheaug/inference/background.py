@@ -41,10 +41,8 @@ def snapshot(
 ) -> Snapshot:
   """The state as it is, for latents at the end of each sequence."""
   traces, copied = _point(model, decoder, state, spec)
-  taken = Snapshot(state.cache.stacked(), traces, copied)
-  # An output that is an input would be the state's own memory, which the next
-  # step overwrites.
-  return jax.tree.map(jnp.copy, taken)
+  # What jit returns is memory of its own, while the state's is written over.
+  return Snapshot(state.cache.stacked(), traces, copied)
 
 
 @functools.partial(
