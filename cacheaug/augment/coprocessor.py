@@ -77,6 +77,18 @@ def latents(
   copied: jax.Array,  # [B, M, N, D], the decoder's embeddings of traces.copied
 ) -> jax.Array:  # z [B, M, N, D]
   """Pass 2: all latents of all traces in one forward call."""
+  out = outputs(model, params, cache, traces, copied)
+  return combine(copied, out, "latent_projection" in params)
+
+
+def outputs(
+  model: Transformer,
+  params: Params,
+  cache: KVCache,
+  traces: Traces,
+  copied: jax.Array,  # as of `latents`
+) -> jax.Array:  # [B, M, N, D]
+  """What the network itself contributes to z; `combine` makes z of it."""
   soft = params["soft_tokens"].astype(copied.dtype)[None, None]
   harmless = "latent_projection" in params
   x = soft + copied if harmless else jnp.broadcast_to(soft, copied.shape)
@@ -86,4 +98,13 @@ def latents(
   if not harmless:
     return hidden
   projection = params["latent_projection"].astype(hidden.dtype)
-  return copied + hidden @ placement.for_use(projection, (None, "D"))
+  return hidden @ placement.for_use(projection, (None, "D"))
+
+
+def combine(
+  copied: jax.Array,  # [..., D], embeddings where z is to stand
+  out: jax.Array,  # [..., D] of `outputs`
+  harmless: bool,
+) -> jax.Array:  # z [..., D]
+  """z; where latents come late, `copied` is of a later point than `out`."""
+  return copied + out if harmless else out

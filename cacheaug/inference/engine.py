@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cacheaug.augment import coprocessor, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Traces, TraceSpec
 from cacheaug.inference.sampling import GREEDY, Sampling, choose
 from cacheaug.model import decoding, transformer
 from cacheaug.model.attention import NO_LIMIT
@@ -105,22 +105,20 @@ def start(
   )
 
 
-def deliberate(
+def lay_point(
   model: Transformer,
   decoder: Params,
-  coproc: Params,
-  cache: KVCache,
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
   *,
   last: jax.Array | int,  # [], index of the last token of each sequence
   position: jax.Array,  # [B], of the next token
   spec: TraceSpec,
-) -> tuple[jax.Array, jax.Array]:  # z [B, N, D], their positions [B, N]
-  """The coprocessor's latents for the end of each sequence.
+) -> tuple[Traces, jax.Array]:  # of one trace, copied [B, 1, N, D]
+  """Where latents stand at the end of each sequence.
 
-  It reads the whole cache. Positions are those of training, pushed back by as
-  much as earlier latents have pushed back the text.
+  Positions are those of training, pushed back by as much as earlier latents
+  have pushed back the text.
   """
   points = jnp.broadcast_to(jnp.int32(last), (len(tokens), 1))
   laid = traces.lay_out(tokens, documents, points, spec)
@@ -132,10 +130,36 @@ def deliberate(
     starts=None,  # the cache may have holes, and positions are not its slots
   )
   copied = transformer.embed(model, decoder, laid.copied)
-  z = coprocessor.latents(
-    model, coproc, cache, laid.replace(latent_rows=rows), copied
+  return laid.replace(latent_rows=rows), copied
+
+
+def deliberate(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  cache: KVCache,
+  tokens: jax.Array,  # [B, S]
+  documents: jax.Array,  # [B, S], -1 = padding
+  *,
+  last: jax.Array | int,  # as of `lay_point`, these three
+  position: jax.Array,
+  spec: TraceSpec,
+) -> tuple[jax.Array, jax.Array]:  # z [B, N, D], their positions [B, N]
+  """The coprocessor's latents for the end of each sequence.
+
+  It reads the whole cache.
+  """
+  laid, copied = lay_point(
+    model,
+    decoder,
+    tokens,
+    documents,
+    last=last,
+    position=position,
+    spec=spec,
   )
-  return z[:, 0], rows.positions[:, 0]
+  z = coprocessor.latents(model, coproc, cache, laid, copied)
+  return z[:, 0], laid.latent_rows.positions[:, 0]
 
 
 @functools.partial(
@@ -154,7 +178,6 @@ def insert(
 
   The coprocessor reads the cache as it stands, earlier latents in it.
   """
-  n = spec.latents
   z, positions = deliberate(
     model,
     decoder,
@@ -166,6 +189,23 @@ def insert(
     position=state.position,
     spec=spec,
   )
+  return write_latents(
+    model, decoder, state, z, positions, count=count, on=on, spec=spec
+  )
+
+
+def write_latents(
+  model: Transformer,
+  decoder: Params,
+  state: State,
+  z: jax.Array,  # [B, N, D]
+  positions: jax.Array,  # [B, N]
+  *,
+  count: jax.Array,  # as of `insert`, these three
+  on: jax.Array,
+  spec: TraceSpec,
+) -> State:
+  """The second half of `insert`: the decoder reads the latents."""
   cache = state.cache
   if spec.scheme == "replace":
     limits = jnp.where(on, positions[:, 0] - 1, NO_LIMIT)
@@ -177,7 +217,7 @@ def insert(
     z,
     positions,
     segments=jnp.broadcast_to(on[:, None].astype(jnp.int32), positions.shape),
-    slot=state.latent_slot(count, n),
+    slot=state.latent_slot(count, spec.latents),
   )
   return state.replace(
     cache=cache,

@@ -195,6 +195,11 @@ class Session:
       self._spec,
     )
     self._count += 1
+    self._note(on, slot)
+
+  def _note(self, on: np.ndarray, slot: int) -> None:
+    """Enters latents that now stand in the cache."""
+    n = self._spec.latents
     first = np.asarray(self.state.position) - n - self._skipped
     self.insertions += [
       Insertion(int(i), self._step, int(first[i]), slot, n)
