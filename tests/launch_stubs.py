@@ -5,6 +5,7 @@ Nothing else is on PATH, so that no test can reach a real one.
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -123,9 +124,15 @@ class Stubs:
 
   def start(self, *arguments, **options) -> subprocess.Popen:
     """Bash in the background; ends it with the test at the latest."""
-    return subprocess.Popen(
-      [_BASH, *arguments], cwd=ROOT, env=self.env, text=True, **options
-    )
+    # Tests started in the background ignore ctrl-C, and bash cannot trap what
+    # it was started to ignore.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+      return subprocess.Popen(
+        [_BASH, *arguments], cwd=ROOT, env=self.env, text=True, **options
+      )
+    finally:
+      signal.signal(signal.SIGINT, before)
 
   def calls(self) -> list[dict]:
     return self._lines("calls.jsonl")
