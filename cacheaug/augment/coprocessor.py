@@ -13,6 +13,8 @@ soft_tokens [N, D]} and, with the harmless start, latent_projection [D, D].
 where copied is the decoder's own embedding of the context token p-N+1+i. The
 projection starts at zero, so the latents begin as the context's last N tokens
 said once more, and with positions 'replace' as exactly the frozen decoder.
+Latents that come late (traces.py) say again the tokens up to where they are
+inserted; those up to where the cache was read are the input.
 """
 
 import flax.linen as nn
@@ -75,8 +77,22 @@ def latents(
   cache: KVCache,
   traces: Traces,
   copied: jax.Array,  # [B, M, N, D], the decoder's embeddings of traces.copied
+  repeated: jax.Array | None = None,  # the same of traces.repeated, if any
 ) -> jax.Array:  # z [B, M, N, D]
   """Pass 2: all latents of all traces in one forward call."""
+  out = outputs(model, params, cache, traces, copied)
+  place = copied if repeated is None else repeated
+  return combine(place, out, "latent_projection" in params)
+
+
+def outputs(
+  model: Transformer,
+  params: Params,
+  cache: KVCache,
+  traces: Traces,
+  copied: jax.Array,  # as of `latents`
+) -> jax.Array:  # [B, M, N, D]
+  """What the network itself contributes to z; `combine` makes z of it."""
   soft = params["soft_tokens"].astype(copied.dtype)[None, None]
   harmless = "latent_projection" in params
   x = soft + copied if harmless else jnp.broadcast_to(soft, copied.shape)
@@ -86,4 +102,13 @@ def latents(
   if not harmless:
     return hidden
   projection = params["latent_projection"].astype(hidden.dtype)
-  return copied + hidden @ placement.for_use(projection, (None, "D"))
+  return hidden @ placement.for_use(projection, (None, "D"))
+
+
+def combine(
+  copied: jax.Array,  # [..., D], embeddings where z is to stand
+  out: jax.Array,  # [..., D] of `outputs`
+  harmless: bool,
+) -> jax.Array:  # z [..., D]
+  """z; where latents come late, `copied` is of a later point than `out`."""
+  return copied + out if harmless else out
