@@ -81,6 +81,9 @@ def base() -> ConfigDict:
   c.traces.min_ahead = 1  # fewest ahead tokens left in the point's document
   c.traces.tail = 0  # points this near a document's end are drawn first
   c.traces.mask_documents = True  # a sequence's documents do not see each other
+  # Latents come 0 to so many tokens after what the coprocessor has read, drawn
+  # uniformly for each trace (see augment/traces.py); 0: never late.
+  c.traces.late_max = 0
 
   c.data = ConfigDict()
   c.data.sources = ConfigDict()  # name -> see data/sources.py source_defaults
@@ -282,6 +285,7 @@ def spec_of(config: ConfigDict) -> TraceSpec:
     min_ahead=config.traces.min_ahead,
     tail=config.traces.tail,
     mask_documents=config.traces.mask_documents,
+    late_max=config.traces.late_max,
   )
 
 
@@ -348,6 +352,13 @@ def _validate_traces(config: ConfigDict) -> None:
       f"traces.count={spec.count} exceeds the {max(points, 0)} possible points "
       f"of a sequence of data.sequence={s} with coprocessor.latents="
       f"{spec.latents} and traces.min_ahead={spec.min_ahead}"
+    )
+  if spec.late_max >= points:
+    raise UserError(
+      f"traces.late_max={spec.late_max}: no trace of a sequence of "
+      f"data.sequence={s} can be so late with coprocessor.latents="
+      f"{spec.latents} and traces.min_ahead={spec.min_ahead}; at most "
+      f"{points - 1}"
     )
   if spec.law == "stratified" and s % spec.count:
     raise UserError(

@@ -42,6 +42,8 @@ WEIGHTS = "coprocessor.safetensors"
 VARIANT = "embeddings"  # the latents are input embeddings of the decoder
 # TraceSpec's field -> key of config.json, where the two differ.
 _SPEC_KEYS = {"scheme": "positions"}
+# Fields that exports made before there was such a thing do not have.
+_LATER = ("late_max",)
 _META = ("family", "variant", "decoder_fingerprint", "source")
 
 
@@ -121,6 +123,8 @@ def load_coprocessor(
     )
   fields = dataclasses.fields(TraceSpec)
   keys = {f.name: _SPEC_KEYS.get(f.name, f.name) for f in fields}
+  for name in _LATER:
+    entries.setdefault(keys[name], getattr(TraceSpec, name))
   for key in ("model", *keys.values(), *_META):
     if key not in entries:
       raise UserError(f"{path}: has no {key!r}; export the coprocessor again")

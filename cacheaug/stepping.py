@@ -152,15 +152,20 @@ def make_baseline(config, model, mesh):
 
 
 def add_points(config, batch, key, step):
-  """The batch with step's trace points [B, M], where the objective has any.
+  """The batch with step's points and lateness [B, M], where it has any.
 
   Drawn for the whole batch, so that micro-batches do not change them.
   """
   if config.objective == "language_model":
     return batch
   key = jax.random.fold_in(key, step)
-  spec = configs.spec_of(config)
-  return batch | {"points": traces.sample_points(key, batch["documents"], spec)}
+  spec, documents = configs.spec_of(config), batch["documents"]
+  points = traces.sample_points(key, documents, spec)
+  batch = batch | {"points": points}
+  if spec.late_max:
+    key = jax.random.fold_in(key, 1)
+    batch["late"] = traces.sample_late(key, documents, points, spec)
+  return batch
 
 
 def summed(function, batch, k):

@@ -13,6 +13,8 @@ soft_tokens [N, D]} and, with the harmless start, latent_projection [D, D].
 where copied is the decoder's own embedding of the context token p-N+1+i. The
 projection starts at zero, so the latents begin as the context's last N tokens
 said once more, and with positions 'replace' as exactly the frozen decoder.
+Latents that come late (traces.py) say again the tokens up to where they are
+inserted; those up to where the cache was read are the input.
 """
 
 import flax.linen as nn
@@ -75,10 +77,12 @@ def latents(
   cache: KVCache,
   traces: Traces,
   copied: jax.Array,  # [B, M, N, D], the decoder's embeddings of traces.copied
+  repeated: jax.Array | None = None,  # the same of traces.repeated, if any
 ) -> jax.Array:  # z [B, M, N, D]
   """Pass 2: all latents of all traces in one forward call."""
   out = outputs(model, params, cache, traces, copied)
-  return combine(copied, out, "latent_projection" in params)
+  place = copied if repeated is None else repeated
+  return combine(place, out, "latent_projection" in params)
 
 
 def outputs(

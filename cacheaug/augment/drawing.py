@@ -3,7 +3,9 @@
   python -m cacheaug.augment.traces --text="a b c d e f"
 
 prints the extended input with its positions and targets, who sees whom, and
-each trace's rows. Words are split at spaces; a word `|` ends a document.
+each trace's rows. Words are split at spaces; a word `|` ends a document. With
+--late=1 the latents come a word late, and the coprocessor's own rows are shown
+too.
 """
 
 import argparse
@@ -70,9 +72,15 @@ def parse_points(text: str, words: int) -> np.ndarray:
 
 
 def check_points(
-  words: list[str], documents: np.ndarray, points: np.ndarray, spec: TraceSpec
+  words: list[str],
+  documents: np.ndarray,
+  points: np.ndarray,
+  spec: TraceSpec,
+  late: int = 0,
 ) -> None:
   """Refuses a point that cannot bear a trace, naming its word."""
+  if late < 0:
+    raise UserError(f"--late={late}: must be 0 or more words")
   valid = np.asarray(traces.valid_points(documents[None], spec))[0]
   for p in points[~valid[points]]:
     raise UserError(
@@ -80,6 +88,14 @@ def check_points(
       f"must hold {spec.context_needed} or more words up to there and "
       f"{spec.min_ahead} or more after it"
     )
+  room = np.asarray(traces.late_room(documents[None], points[None], spec))[0]
+  for p, most in zip(points, room, strict=True):
+    if most < late:
+      raise UserError(
+        f"--late={late}: latents after word {p} ({words[p]}) can come at most "
+        f"{most} words late: the coprocessor must have read "
+        f"{spec.context_needed} of the document's"
+      )
 
 
 def latent_labels(word: str, latents: int) -> list[str]:
@@ -89,11 +105,32 @@ def latent_labels(word: str, latents: int) -> list[str]:
   return [f"{word}'{i}" for i in range(1, latents + 1)]
 
 
-def describe(text: str, points: str, spec: TraceSpec) -> str:
+def draw_latents(
+  words: list[str],
+  documents: np.ndarray,
+  points: np.ndarray,
+  spec: TraceSpec,
+  late: int,
+) -> str:
+  """Whom the coprocessor's rows see, and where they stand."""
+  delay, tokens = np.full_like(points, late), np.arange(len(words))
+  one = (x[None] for x in (tokens, documents, points))
+  laid = traces.lay_out(*one, spec, delay[None])
+  positions = np.asarray(laid.latent_rows.positions).ravel()
+  mask = traces.dense_latent_mask(documents, points, spec, delay)
+  labels = sum((latent_labels(words[p], spec.latents) for p in points), [])
+  rows = [["", "position", *words, *labels]]
+  for label, position, row in zip(labels, positions, mask, strict=True):
+    rows.append([label, str(position), *("#" if seen else "" for seen in row)])
+  starts = range(len(words), len(words) + len(labels), spec.latents)
+  return grid(rows, {1 + start for start in starts})
+
+
+def describe(text: str, points: str, spec: TraceSpec, late: int = 0) -> str:
   """All that the command prints; the numbers are `traces.lay_out`'s."""
   words, documents = parse_text(text)
   where = parse_points(points, len(words))
-  check_points(words, documents, where, spec)
+  check_points(words, documents, where, spec, late)
   s, n = len(words), spec.latents
   # A word's token is its index, so tokens name words even if one is repeated.
   laid = traces.lay_out(np.arange(s)[None], documents[None], where[None], spec)
@@ -129,6 +166,9 @@ def describe(text: str, points: str, spec: TraceSpec) -> str:
     table = [[str(cell) for cell in row[:4]] for row in block]
     head = ["row", "position", "input", "target"]
     out.append(f"trace {m}, after {words[p]}\n" + grid([head, *table], set()))
+  if late:
+    picture = draw_latents(words, documents, where, spec, late)
+    out.append(f"the coprocessor, {late} late\n{picture}")
   return "\n\n".join(out)
 
 
@@ -149,10 +189,11 @@ def main(argv: list[str] | None = None) -> int:
   add("--latents", type=int, default=1, help="N, latents a trace")
   add("--ahead", type=int, default=2, help="A, tokens predicted a trace")
   add("--scheme", default="insert", help=" | ".join(traces.SCHEMES))
+  add("--late", type=int, default=0, help="words by which the latents are late")
   try:
     args = parser.parse_args(argv)
     spec = TraceSpec(args.latents, args.ahead, args.scheme, start="as_is")
-    print(describe(args.text, args.points, spec))
+    print(describe(args.text, args.points, spec, args.late))
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return 1

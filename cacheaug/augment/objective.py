@@ -78,26 +78,37 @@ def traces_nll(
   laid: Traces,
 ) -> jax.Array:  # [B, M, A] nats
   """Passes 2 and 3 over a cache already made."""
-  copied = transformer.embed(model, decoder, laid.copied)
-  z = coprocessor.latents(model, coproc, cache, laid, copied)
+  copied, repeated = embedded(model, decoder, laid)
+  z = coprocessor.latents(model, coproc, cache, laid, copied, repeated)
   return decoder_pass(model, decoder, cache, z, laid)
+
+
+def embedded(
+  model: Transformer, decoder: Params, laid: Traces
+) -> tuple[jax.Array, jax.Array | None]:  # [B, M, N, D] each
+  """The decoder's embeddings of `laid.copied` and `laid.repeated`."""
+  return jax.tree.map(
+    lambda tokens: transformer.embed(model, decoder, tokens),
+    (laid.copied, laid.repeated),
+  )
 
 
 def coprocessor_loss(
   model: Transformer,
   decoder: Params,
   coproc: Params,
-  batch: dict[str, jax.Array],  # tokens, documents [B, S]
+  batch: dict[str, jax.Array],  # tokens, documents [B, S], maybe late [B, M]
   points: jax.Array,  # [B, M], of traces.sample_points
   spec: TraceSpec,
 ) -> tuple[jax.Array, jax.Array]:
   """Sums over this batch: nll [A] by position, and the tokens it is over.
 
   The loss is nll.sum() / tokens.sum(): the mean over all ahead tokens of all
-  traces. Sums, so that accumulated micro-batches equal one big batch.
+  traces. Sums, so that accumulated micro-batches equal one big batch. `late`
+  is of traces.sample_late; without it no trace is.
   """
   tokens, documents = batch["tokens"], batch["documents"]
-  laid = traces.lay_out(tokens, documents, points, spec)
+  laid = traces.lay_out(tokens, documents, points, spec, batch.get("late"))
   _, cache = context_pass(model, decoder, tokens, documents, spec)
   nll = traces_nll(model, decoder, coproc, cache, laid)
   return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))

@@ -28,13 +28,13 @@ def naive_loss(
   model: Transformer,
   decoder: Params,
   coproc: Params,
-  batch: dict[str, jax.Array],  # tokens, documents [B, S]
+  batch: dict[str, jax.Array],  # as of the objective
   points: jax.Array,  # [B, M]
   spec: TraceSpec,
 ) -> Sums:
   """`objective.coprocessor_loss`, the context's rows in every pass."""
   tokens, documents = batch["tokens"], batch["documents"]
-  laid = traces.lay_out(tokens, documents, points, spec)
+  laid = traces.lay_out(tokens, documents, points, spec, batch.get("late"))
   _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
   z = _latents(model, decoder, coproc, cache, laid)
   ahead = transformer.embed(model, decoder, laid.ahead)
@@ -51,13 +51,13 @@ def cached_dense_loss(
   model: Transformer,
   decoder: Params,
   coproc: Params,
-  batch: dict[str, jax.Array],  # tokens, documents [B, S]
+  batch: dict[str, jax.Array],  # as of the objective
   points: jax.Array,  # [B, M]
   spec: TraceSpec,
 ) -> Sums:
   """`objective.coprocessor_loss`, the traces' rows as one dense block."""
   tokens, documents = batch["tokens"], batch["documents"]
-  laid = traces.lay_out(tokens, documents, points, spec)
+  laid = traces.lay_out(tokens, documents, points, spec, batch.get("late"))
   _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
   z = _latents(model, decoder, coproc, cache, laid)
   ahead = transformer.embed(model, decoder, laid.ahead)
@@ -80,7 +80,7 @@ def _sums(model, decoder, hidden, laid: Traces) -> Sums:
 
 def _latents(model, decoder, coproc, cache, laid: Traces):
   """Pass 2, all traces' rows as one block; z [B, M, N, D]."""
-  copied = transformer.embed(model, decoder, laid.copied)
+  copied, repeated = objective.embedded(model, decoder, laid)
   soft = coproc["soft_tokens"].astype(copied.dtype)[None, None]
   harmless = "latent_projection" in coproc
   x = soft + copied if harmless else jnp.broadcast_to(soft, copied.shape)
@@ -89,7 +89,8 @@ def _latents(model, decoder, coproc, cache, laid: Traces):
   ).reshape(copied.shape)
   if not harmless:
     return hidden
-  return copied + hidden @ coproc["latent_projection"].astype(hidden.dtype)
+  out = hidden @ coproc["latent_projection"].astype(hidden.dtype)
+  return (copied if repeated is None else repeated) + out
 
 
 def _flat(x: jax.Array) -> jax.Array:

@@ -33,6 +33,12 @@ the paper does not state:
            keep their own positions.
   replace  as overlay, and the N context entries at the latents' positions are
            hidden from the block: the latents stand in their place.
+
+Latents that come late: the coprocessor has read the cache at p - d, and while
+it was at work the decoder went on to p, where its latents are inserted. Its own
+rows (pass 2) then stand where those of a trace after p - d would; everything in
+the decoder's pass (positions, hidden entries, ahead tokens, targets) is that of
+a trace after p. Nothing of the d tokens between reaches the coprocessor.
 """
 
 import dataclasses
@@ -63,6 +69,7 @@ class TraceSpec:
   min_ahead: int = 1  # fewest ahead tokens within the point's document
   tail: int = 0  # points this near a document's end are drawn first
   mask_documents: bool = True  # False: a sequence's documents see each other
+  late_max: int = 0  # latents come 0 to so many tokens late, uniformly
 
   def __post_init__(self):
     for key, known in (("scheme", SCHEMES), ("law", LAWS), ("start", STARTS)):
@@ -74,8 +81,11 @@ class TraceSpec:
     for key in ("latents", "ahead", "count", "min_ahead"):
       if getattr(self, key) < 1:
         raise UserError(f"traces.{key}={getattr(self, key)} must be at least 1")
-    if self.tail < 0:
-      raise UserError(f"traces.tail={self.tail} must be 0 (off) or more")
+    for key in ("tail", "late_max"):
+      if getattr(self, key) < 0:
+        raise UserError(
+          f"traces.{key}={getattr(self, key)} must be 0 (off) or more"
+        )
     if self.min_ahead > self.ahead:
       raise UserError(
         f"traces.min_ahead={self.min_ahead} exceeds ahead={self.ahead}"
@@ -100,10 +110,12 @@ class Traces:
   points: jax.Array  # [B, M], index of the last visible context token
   latent_rows: Rows  # pass 2: N rows a trace
   rows: Rows  # pass 3: R rows a trace
-  copied: jax.Array  # [B, M, N] tokens x[p-N+1 .. p]
+  copied: jax.Array  # [B, M, N] tokens x[p-N+1 .. p], of late ones up to p-d
   ahead: jax.Array  # [B, M, A-1] tokens y_1 .. y_{A-1}
   targets: jax.Array  # [B, M, A] tokens y_1 .. y_A
   weights: jax.Array  # [B, M, A] float32, 0 where y_j is not in p's document
+  # [B, M, N] tokens x[p-N+1 .. p]; None: no trace is late, they are `copied`.
+  repeated: jax.Array | None = None
 
 
 def segments_of(documents: jax.Array, mask_documents: bool) -> jax.Array:
@@ -163,6 +175,37 @@ def sample_points(
   return jnp.where(noise.max(-1) >= 0, points, -1)
 
 
+def late_room(
+  documents: jax.Array,  # [B, S]
+  points: jax.Array,  # [B, M], -1 = no trace
+  spec: TraceSpec,
+) -> jax.Array:  # [B, M]
+  """The most tokens that each trace's latents can come late.
+
+  The coprocessor must have read `context_needed` tokens of the document. Below
+  0 where the point itself bears no trace for want of them.
+  """
+  first = starts_of(documents) + spec.context_needed - 1
+  p = jnp.maximum(points, 0)
+  room = p - jax.vmap(lambda row, i: row[i])(first, p)
+  return jnp.where(points >= 0, room, 0)
+
+
+def sample_late(
+  key: jax.Array,
+  documents: jax.Array,  # [B, S]
+  points: jax.Array,  # [B, M], valid or -1
+  spec: TraceSpec,
+) -> jax.Array:  # [B, M], tokens from 0 to spec.late_max
+  """Draws how late each trace's latents come.
+
+  Uniform, cut off where the document has no room for more: the points, and so
+  the tokens that are learned from, are those of a run without lateness.
+  """
+  late = jax.random.randint(key, points.shape, 0, spec.late_max + 1)
+  return jnp.minimum(late, late_room(documents, points, spec))
+
+
 def starts_of(segments: jax.Array) -> jax.Array:
   """Segments [B, S] -> the slot where each token's segment begins [B, S]."""
   index = jnp.arange(segments.shape[-1], dtype=jnp.int32)[None]
@@ -176,10 +219,12 @@ def lay_out(
   documents: jax.Array,  # [B, S], -1 = padding
   points: jax.Array,  # [B, M], -1 = no trace
   spec: TraceSpec,
+  late: jax.Array | None = None,  # [B, M], up to late_room; None: none is
 ) -> Traces:
   """Rows, tokens, targets and weights of M traces a sequence."""
   n, a, s = spec.latents, spec.ahead, tokens.shape[-1]
   p = jnp.maximum(points, 0)[..., None]  # [B, M, 1]
+  read = p if late is None else p - late[..., None]
 
   def at(array, index):  # array[b, index[b, m, j]]
     index = jnp.clip(index, 0, s - 1)
@@ -191,6 +236,7 @@ def lay_out(
   same = (p + after < s) & (at(documents, p + after) == at(documents, p))
   shift = n if spec.scheme == "insert" else 0
   latent_positions = last + shift
+  reading = last + read - p  # the same, for the coprocessor
   targets = at(tokens, p + after)
   segments = segments_of(documents, spec.mask_documents)
   segment, starts = at(segments, p), at(starts_of(segments), p)
@@ -204,12 +250,13 @@ def lay_out(
   )
   return Traces(
     points=points,
-    latent_rows=rows(latent_positions, p),
+    latent_rows=rows(reading + shift, read),
     rows=rows(row_positions, p - n if spec.scheme == "replace" else p),
-    copied=at(tokens, last),
+    copied=at(tokens, reading),
     ahead=targets[..., :-1],
     targets=targets,
     weights=((points >= 0)[..., None] & same).astype(jnp.float32),
+    repeated=None if late is None else at(tokens, last),
   )
 
 
@@ -236,6 +283,28 @@ def dense_mask(
       for k in range(seen + 1):
         mask[first + i, k] = real[k] and segments[k] == segments[p]
       mask[first + i, first : first + i + 1] = True
+  return mask
+
+
+def dense_latent_mask(
+  documents: np.ndarray,  # [S]
+  points: np.ndarray,  # [M]
+  spec: TraceSpec,
+  late: np.ndarray | None = None,  # [M]
+) -> np.ndarray:  # [M N, S + M N] bool
+  """The reference mask of the coprocessor's rows, from the definition.
+
+  Whatever the scheme, they see the whole context that has been read.
+  """
+  s, n = len(documents), spec.latents
+  segments = documents if spec.mask_documents else np.zeros(s, int)
+  mask = np.zeros((len(points) * n, s + len(points) * n), bool)
+  for m, p in enumerate(points):
+    last = p if late is None else p - late[m]
+    for i in range(m * n, m * n + n):
+      for k in range(last + 1):
+        mask[i, k] = documents[k] >= 0 and segments[k] == segments[p]
+      mask[i, s + m * n : s + i + 1] = True
   return mask
 
 

@@ -1,5 +1,7 @@
 """Exact match on generated problems, with and without latents."""
 
+import functools
+
 import numpy as np
 
 from cacheaug.augment.traces import TraceSpec
@@ -13,6 +15,38 @@ ANSWER_TOKENS = 6
 BATCH = 128
 
 
+def _greedy(
+  model: Transformer,
+  decoder: Params,
+  pad_id: int,
+  prompts: list[list[int]],
+  new: int,
+  *,
+  stop_id: int,
+  length: int,
+  coproc: Params | None = None,
+  spec: TraceSpec | None = None,
+  late: int = 0,
+) -> np.ndarray:  # [B, new]
+  delay = None
+  if coproc is not None and late:
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    delay = np.minimum(late, lengths - spec.context_needed)
+  tokens, documents = generate.pad_left(prompts, pad_id, length)
+  out = generate.greedy(
+    model,
+    decoder,
+    coproc,
+    tokens,
+    documents,
+    spec=spec,
+    max_new_tokens=new,
+    stop_id=stop_id,
+    late=delay,
+  )
+  return np.asarray(out)
+
+
 def exact_match(
   model: Transformer,
   decoder: Params,
@@ -24,8 +58,32 @@ def exact_match(
   kinds: tuple[str, ...],
   steps: tuple[int, int],
   seed: int = 0,
+  late: int = 0,
+  early: bool = False,
 ) -> dict[str, tuple[int, int]]:  # kind and steps -> (right, asked)
-  """Greedy answers to `count` held-out problems; 'all' sums the others."""
+  """Greedy answers to `count` held-out problems; 'all' sums the others.
+
+  Args:
+    model: of decoder and coprocessor.
+    decoder: frozen parameters.
+    coproc: None answers without latents.
+    tokenizer: the decoder's.
+    spec: the coprocessor's.
+    count: of problems.
+    kinds: of problems.data.
+    steps: fewest and most of a problem.
+    seed: of the problems.
+    late: tokens between what the coprocessor has read and its latents. It has
+      read the question, and the decoder says so many tokens of the answer by
+      itself before the latents come (the paper's table 8).
+    early: instead, latents come at the question's end, and the coprocessor
+      has not read the question's last `late` tokens, or as many as it can do
+      without in a short one.
+
+  Raises:
+    UserError: a question too short for latents, or a tokenizer without a
+      line's end.
+  """
   stop = tokenizer.encode("\n")
   if len(stop) != 1:
     raise UserError(
@@ -38,26 +96,30 @@ def exact_match(
   ]
   bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   prompts = [bos + tokenizer.encode(p.question) for p in asked]
+  said = 0 if early or coproc is None else min(late, ANSWER_TOKENS)
   if coproc is not None:
     generate.check_prompts(prompts, spec)
-  length = max(map(len, prompts))
+  length = max(map(len, prompts)) + said
   right: dict[str, list[bool]] = {}
   for start in range(0, count, BATCH):
     some = prompts[start : start + BATCH]
     some += [some[0]] * (BATCH - len(some))  # one shape, one compilation
-    tokens, documents = generate.pad_left(some, tokenizer.pad_id, length)
-    out = generate.greedy(
-      model,
-      decoder,
-      coproc,
-      tokens,
-      documents,
-      spec=spec,
-      max_new_tokens=ANSWER_TOKENS,
-      stop_id=stop[0],
+    answer = functools.partial(
+      _greedy, model, decoder, tokenizer.pad_id, stop_id=stop[0], length=length
     )
+    begun = np.zeros((BATCH, 0), np.int32)
+    if said:
+      begun = answer(some, ANSWER_TOKENS)[:, :said]
+      some = [p + ids for p, ids in zip(some, begun.tolist(), strict=True)]
+    out = begun
+    if said < ANSWER_TOKENS:
+      rest = answer(
+        some, ANSWER_TOKENS - said, coproc=coproc, spec=spec, late=late
+      )
+      # What a sequence says after its answer's end is not read.
+      out = np.concatenate([begun, rest], 1)
     batch = asked[start : start + BATCH]
-    for problem, ids in zip(batch, np.asarray(out), strict=False):
+    for problem, ids in zip(batch, out, strict=False):
       ok = problems.check(problem, tokenizer.decode(ids.tolist()))
       for name in ("all", f"{problem.kind}-{problem.steps}"):
         right.setdefault(name, []).append(ok)

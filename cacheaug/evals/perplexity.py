@@ -32,11 +32,16 @@ def both_nll(
   documents: jax.Array,  # [B, S]
   *,
   spec: TraceSpec,
+  late: jax.Array | None = None,  # [], tokens; None: not
+  late_room: jax.Array | None = None,  # [], with `late`
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Frozen nll, augmented nll and weights, each [B, S, A], a row a point.
 
   Row p is the trace after token p; its weight is 0 where p cannot bear one or
-  the ahead token is in another document.
+  the ahead token is in another document. With `late` all latents come so many
+  tokens after what the coprocessor has read; points whose latents could not
+  come `late_room` tokens late weigh nothing, so that the tokens compared are
+  the same whatever `late` is, up to `late_room`.
   """
   b, s = tokens.shape
   hidden, cache = objective.context_pass(
@@ -47,9 +52,15 @@ def both_nll(
   frozen = plain[:, jnp.minimum(index, s - 2)]
   valid = traces.valid_points(documents, spec)
   points = jnp.where(valid, jnp.arange(s)[None], -1)
+  if late is not None:
+    room = traces.late_room(documents, points, spec)
+    points = jnp.where(room >= late_room, points, -1)
 
   def some(points):  # [B, m]
-    laid = traces.lay_out(tokens, documents, points, spec)
+    delay = late
+    if late is not None:
+      delay = jnp.where(points >= 0, late, 0)
+    laid = traces.lay_out(tokens, documents, points, spec, delay)
     nll = objective.traces_nll(model, decoder, coproc, cache, laid)
     return nll, laid.weights
 
@@ -74,14 +85,32 @@ def by_position(
   *,
   positions: tuple[int, ...] = POSITIONS,
   seed: int = 0,
+  late: int = 0,
+  late_room: int = 0,
 ) -> list[PositionRow]:
   """The table: a row for each of `positions` that a document reaches.
 
   Positions beyond spec.ahead are left out too.
 
+  Args:
+    model: of decoder and coprocessor.
+    decoder: frozen parameters.
+    coproc: the coprocessor's.
+    batches: held-out text.
+    spec: the coprocessor's.
+    positions: ahead tokens to report, from 1.
+    seed: of the intervals' resampling.
+    late: tokens by which all latents come late.
+    late_room: compare only points whose latents could come so late; the same
+      tokens then for every `late` up to it.
+
   Raises:
     UserError: no document has room for a trace and a token after it.
   """
+  delay = {}
+  if late or late_room:
+    room = np.int32(max(late, late_room))
+    delay = {"late": np.int32(late), "late_room": room}
   positions = tuple(j for j in positions if j <= spec.ahead)
   # The comparison is over full documents' tokens, whatever training skipped.
   spec = dataclasses.replace(spec, min_ahead=1, law="uniform")
@@ -90,7 +119,13 @@ def by_position(
     frozen, augmented, weights = map(
       np.asarray,
       both_nll(
-        model, decoder, coproc, batch["tokens"], batch["documents"], spec=spec
+        model,
+        decoder,
+        coproc,
+        batch["tokens"],
+        batch["documents"],
+        spec=spec,
+        **delay,
       ),
     )
     for j in positions:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheaug.augment import objective
+from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.inference import engine
@@ -86,32 +86,42 @@ def augment(
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
   spec: TraceSpec,
+  late: jax.Array | None = None,  # [B]
   *,
   position: jax.Array | None = None,  # [B], of the next token; S by default
 ) -> tuple[jax.Array, KVCache, jax.Array]:
   """Inserts N latents at the end of the context.
 
+  The coprocessor has read all of it, or all but its last `late` tokens.
   Returns the last latent's hidden state [B, D], which predicts the next token,
   the cache with N more slots, and that token's position [B].
   """
   b, s = tokens.shape
   if position is None:
     position = jnp.full((b,), s, jnp.int32)
-  z, positions = engine.deliberate(
-    model,
-    decoder,
-    coproc,
-    cache,
-    tokens,
-    documents,
-    last=s - 1,
-    position=position,
-    spec=spec,
-  )
+  args = model, decoder, coproc, cache, tokens, documents
+  if late is not None:
+    z, positions = _late_latents(*args, spec=spec, late=late)
+  else:
+    z, positions = engine.deliberate(
+      *args, last=s - 1, position=position, spec=spec
+    )
   if spec.scheme == "replace":
     cache = cache.hide_after(positions[:, 0] - 1)
   hidden, rows = transformer.extend(model, decoder, cache, z, positions)
   return hidden[:, -1], cache.concat(rows), positions[:, -1] + 1
+
+
+def _late_latents(
+  model, decoder, coproc, cache, tokens, documents, *, spec, late
+):
+  """As engine.deliberate, for a fresh cache read `late` tokens ago."""
+  b, s = tokens.shape
+  points = jnp.full((b, 1), s - 1, jnp.int32)
+  laid = traces.lay_out(tokens, documents, points, spec, late[:, None])
+  copied, repeated = objective.embedded(model, decoder, laid)
+  z = coprocessor.latents(model, coproc, cache, laid, copied, repeated)
+  return z[:, 0], laid.rows.positions[:, 0, : spec.latents]
 
 
 def read(
@@ -136,6 +146,7 @@ def augment_context(
   coproc: Params,
   context: Context,
   spec: TraceSpec,
+  late: jax.Array | None = None,  # [B]
 ) -> Context:
   """`augment`, of all that `decode` needs."""
   hidden, cache, position = augment(
@@ -146,6 +157,7 @@ def augment_context(
     context.tokens,
     context.documents,
     spec,
+    late,
     position=context.position,
   )
   return context.replace(
@@ -179,7 +191,8 @@ def decode(
 
 
 @functools.partial(
-  jax.jit, static_argnames=("model", "spec", "max_new_tokens", "stop_id")
+  jax.jit,
+  static_argnames=("model", "spec", "max_new_tokens", "stop_id"),
 )
 def greedy(
   model: Transformer,
@@ -191,11 +204,15 @@ def greedy(
   spec: TraceSpec | None,
   max_new_tokens: int,
   stop_id: int = -1,
+  late: jax.Array | None = None,  # [B]
 ) -> jax.Array:  # [B, max_new_tokens], stop_id from the first one on
-  """All three in one program; `coproc` None decodes without latents."""
+  """All three in one program; `coproc` None decodes without latents.
+
+  With `late` the coprocessor has not read the prompts' last so many tokens.
+  """
   context = read(model, decoder, tokens, documents)
   if coproc is not None:
-    context = augment_context(model, decoder, coproc, context, spec)
+    context = augment_context(model, decoder, coproc, context, spec, late)
   return decode(
     model,
     decoder,
