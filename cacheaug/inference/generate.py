@@ -86,9 +86,9 @@ def augment(
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
   spec: TraceSpec,
-  late: jax.Array | None = None,  # [B]
   *,
   position: jax.Array | None = None,  # [B], of the next token; S by default
+  late: jax.Array | None = None,  # [B]
 ) -> tuple[jax.Array, KVCache, jax.Array]:
   """Inserts N latents at the end of the context.
 
@@ -101,7 +101,7 @@ def augment(
     position = jnp.full((b,), s, jnp.int32)
   args = model, decoder, coproc, cache, tokens, documents
   if late is not None:
-    z, positions = _late_latents(*args, spec=spec, late=late)
+    z, positions = _late_latents(*args, position=position, spec=spec, late=late)
   else:
     z, positions = engine.deliberate(
       *args, last=s - 1, position=position, spec=spec
@@ -113,15 +113,24 @@ def augment(
 
 
 def _late_latents(
-  model, decoder, coproc, cache, tokens, documents, *, spec, late
+  model, decoder, coproc, cache, tokens, documents, *, position, spec, late
 ):
-  """As engine.deliberate, for a fresh cache read `late` tokens ago."""
+  """As engine.deliberate, of a cache as it was `late` tokens ago.
+
+  No latents may have been inserted since.
+  """
   b, s = tokens.shape
   points = jnp.full((b, 1), s - 1, jnp.int32)
   laid = traces.lay_out(tokens, documents, points, spec, late[:, None])
+  pushed = (position - s)[:, None, None]
+  rows = laid.latent_rows
+  rows = rows.replace(
+    positions=rows.positions + pushed, limits=rows.limits + pushed, starts=None
+  )
+  laid = laid.replace(latent_rows=rows)
   copied, repeated = objective.embedded(model, decoder, laid)
   z = coprocessor.latents(model, coproc, cache, laid, copied, repeated)
-  return z[:, 0], laid.rows.positions[:, 0, : spec.latents]
+  return z[:, 0], (laid.rows.positions + pushed)[:, 0, : spec.latents]
 
 
 def read(
@@ -157,8 +166,8 @@ def augment_context(
     context.tokens,
     context.documents,
     spec,
-    late,
     position=context.position,
+    late=late,
   )
   return context.replace(
     cache=cache, hidden=hidden, position=position, augmented=True
