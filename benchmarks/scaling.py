@@ -1,6 +1,7 @@
 """What a training step costs as M, N and S grow: a table and a plot.
 
-  python benchmarks/scaling.py [--config=configs/benchmark.py] [--plot=FILE.png]
+  python benchmarks/scaling.py [--config=configs/benchmark.py]
+      [--letters=MNS] [--plot=FILE.png]
 
 One of the three at a time, the others as the config has them; every point is
 measured by cacheaug.benchmark, structured against cached_dense.
@@ -53,8 +54,11 @@ def sweep(path: str, letter: str, repeats: int) -> list[dict]:
 
 def plot(rows: list[dict], path: str) -> None:
   """Time against each letter, logarithmic both ways."""
-  figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True)
-  for axis, letter in zip(axes, SWEEPS, strict=True):
+  letters = list(dict.fromkeys(row["letter"] for row in rows))
+  figure, axes = plt.subplots(
+    1, len(letters), figsize=(3.4 * len(letters), 3.2), squeeze=False
+  )
+  for axis, letter in zip(axes[0], letters, strict=True):
     mine = [row for row in rows if row["letter"] == letter]
     values = [row["value"] for row in mine]
     for variant, marker in zip(VARIANTS, "os", strict=True):
@@ -64,8 +68,8 @@ def plot(rows: list[dict], path: str) -> None:
     axis.set_xticks(values, [str(v) for v in values])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-  axes[0].set_ylabel("ms a step")
-  axes[0].legend()
+  axes[0, 0].set_ylabel("ms a step")
+  axes[0, 0].legend()
   figure.tight_layout()
   figure.savefig(path, dpi=120)
 
@@ -75,11 +79,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--config", default="configs/benchmark.py")
   parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--letters", default="".join(SWEEPS))
   parser.add_argument("--plot", default="")
   parser.add_argument("--json", default="", help="file for all figures")
   args = parser.parse_args()
   rows = []
-  for letter in SWEEPS:
+  for letter in args.letters:
     rows += sweep(args.config, letter, args.repeats)
   if args.json:
     with open(args.json, "w", encoding="utf-8") as f:
