@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cacheaug.augment import objective, traces
+from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.augment.traces import Traces, TraceSpec
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
@@ -33,16 +33,11 @@ def naive_loss(
   spec: TraceSpec,
 ) -> Sums:
   """`objective.coprocessor_loss`, the context's rows in every pass."""
-  tokens, documents = batch["tokens"], batch["documents"]
-  laid = traces.lay_out(tokens, documents, points, spec, batch.get("late"))
-  _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
-  z = _latents(model, decoder, coproc, cache, laid)
-  ahead = transformer.embed(model, decoder, laid.ahead)
-  context = transformer.embed(model, decoder, tokens)[:, None]
-  x = [context, _flat(jnp.concatenate([z.astype(ahead.dtype), ahead], 2))]
+  laid, cache, x = _traces_rows(model, decoder, coproc, batch, points, spec)
+  context = transformer.embed(model, decoder, batch["tokens"])[:, None]
   rows = _with_context(laid.rows, cache.positions, cache.segments)
   hidden = transformer.run_blocks(
-    model, decoder, jnp.concatenate(x, 2), rows, None
+    model, decoder, jnp.concatenate([context, x], 2), rows, None
   )
   return _sums(model, decoder, hidden, laid)
 
@@ -56,16 +51,21 @@ def cached_dense_loss(
   spec: TraceSpec,
 ) -> Sums:
   """`objective.coprocessor_loss`, the traces' rows as one dense block."""
+  laid, cache, x = _traces_rows(model, decoder, coproc, batch, points, spec)
+  hidden = transformer.run_blocks(
+    model, decoder, x, _one_block(laid.rows), cache
+  )
+  return _sums(model, decoder, hidden, laid)
+
+
+def _traces_rows(model, decoder, coproc, batch, points, spec):
+  """Passes 1 and 2, and what pass 3 reads [B, 1, M R, D]."""
   tokens, documents = batch["tokens"], batch["documents"]
   laid = traces.lay_out(tokens, documents, points, spec, batch.get("late"))
   _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
   z = _latents(model, decoder, coproc, cache, laid)
   ahead = transformer.embed(model, decoder, laid.ahead)
-  x = jnp.concatenate([z.astype(ahead.dtype), ahead], 2)
-  hidden = transformer.run_blocks(
-    model, decoder, _flat(x), _one_block(laid.rows), cache
-  )
-  return _sums(model, decoder, hidden, laid)
+  return laid, cache, _flat(jnp.concatenate([z.astype(ahead.dtype), ahead], 2))
 
 
 def _sums(model, decoder, hidden, laid: Traces) -> Sums:
@@ -80,17 +80,18 @@ def _sums(model, decoder, hidden, laid: Traces) -> Sums:
 
 def _latents(model, decoder, coproc, cache, laid: Traces):
   """Pass 2, all traces' rows as one block; z [B, M, N, D]."""
-  copied, repeated = objective.embedded(model, decoder, laid)
-  soft = coproc["soft_tokens"].astype(copied.dtype)[None, None]
-  harmless = "latent_projection" in coproc
-  x = soft + copied if harmless else jnp.broadcast_to(soft, copied.shape)
-  hidden = transformer.run_blocks(
-    model, coproc["transformer"], _flat(x), _one_block(laid.latent_rows), cache
-  ).reshape(copied.shape)
-  if not harmless:
-    return hidden
-  out = hidden @ coproc["latent_projection"].astype(hidden.dtype)
-  return (copied if repeated is None else repeated) + out
+  places = objective.embedded(model, decoder, laid)
+  b, m, n, d = places[0].shape
+  # One block has all traces' soft tokens.
+  soft = jnp.tile(coproc["soft_tokens"], (m, 1))
+  z = coprocessor.latents(
+    model,
+    coproc | {"soft_tokens": soft},
+    cache,
+    laid.replace(latent_rows=_one_block(laid.latent_rows)),
+    *jax.tree.map(_flat, places),
+  )
+  return z.reshape(b, m, n, d)
 
 
 def _flat(x: jax.Array) -> jax.Array:
