@@ -6,6 +6,11 @@ one row over a static cache; the paper's passes 2 and 3 are M blocks, one a
 trace, over one shared context. Blocks never see each other, so scores are
 [M R, S + R] and no (S + M R) x (S + M R) mask is ever formed.
 
+A block's first rows may have been run before, or never: then their keys and
+values are given and only the block's last rows ask (transformer.run's `given`).
+They are rows like the others: `Rows` says where they stand and they get
+gradients, which a context does not.
+
 `attend` has two ways. Where what a row sees of the context is an interval of
 slots (training, see Rows.starts), tiles that no row sees are skipped, nothing
 as long as the context is kept for the backward pass, and the context gets no

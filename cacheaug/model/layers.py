@@ -90,10 +90,11 @@ class Attention(nn.Module):
   kernel: Kernel
 
   @nn.compact
-  def __call__(self, x, rows, cache, window, rope, wanted):
+  def __call__(self, x, rows, cache, window, rope, wanted, given=None):
     """[B, M, R, D] -> rows from `wanted` on, and kv [B, M, R, K, E] of all.
 
-    Of a SlotLayer, its keys and values in place of the rows' own.
+    Of a SlotLayer, its keys and values in place of the rows' own. `given` is
+    the kv [B, M, G, K, E] of G rows of the block before these.
     """
     c = self.config
     d, h, k, e = c.width, c.heads, c.kv_heads, c.head_dim
@@ -113,6 +114,11 @@ class Attention(nn.Module):
     query *= jnp.asarray(c.attention_scale, self.dtype)
     key = rotate(key, rope)
     own = key, value
+    if given is not None:
+      key, value = (
+        jnp.concatenate([first.astype(last.dtype), last], 2)
+        for first, last in zip(given, own, strict=True)
+      )
     if isinstance(cache, SlotLayer):
       out, own = cache.attend(query, key, value, c.attention_softcap)
     else:
@@ -167,7 +173,7 @@ class Block(nn.Module):
   kernel: Kernel
 
   @nn.compact
-  def __call__(self, x, layer, rows, context, ropes, wanted=0):
+  def __call__(self, x, layer, rows, context, ropes, wanted=0, given=None):
     """[B, M, R, D] -> rows from `wanted` on, and the own kv of all."""
     c = self.config
     kw = dict(config=c, dtype=self.dtype, param_dtype=self.param_dtype)
@@ -190,7 +196,7 @@ class Block(nn.Module):
     elif context is not None:
       cache = KVCache(kv[0], kv[1], *context)
     y, own = Attention(name="attention", kernel=self.kernel, **kw)(
-      norm("attention", x), rows, cache, window, rope, wanted
+      norm("attention", x), rows, cache, window, rope, wanted, given
     )
     x = x[:, :, wanted:]
     x += norm("attention_post", y) if c.post_norms else y

@@ -25,6 +25,7 @@ from cacheaug.model.layers import Block, Embedder, Linear, RMSNorm
 from cacheaug.model.rope import rope_table
 
 Params = Any  # a tree of arrays
+Given = tuple[jax.Array, jax.Array]  # keys, values [L, B, M, G, K, E]
 
 # What the backward pass finds of a block, by name; it computes the rest again.
 # lean: the projections' and attention's outputs, so that no matrix product and
@@ -134,6 +135,7 @@ def run_blocks(
   *,
   wanted: int = 0,
   trained: bool = False,
+  given: Given | None = None,
 ) -> jax.Array:  # [B, M, R - wanted, D]
   """M blocks of rows over one context; hidden states after the final norm.
 
@@ -148,10 +150,11 @@ def run_blocks(
       more than their keys and values.
     trained: gradients of `params` are wanted too (they are right without it,
       and slow).
+    given: keys and values of each block's first G rows, which have no input:
+      `rows` are then G + R, and `x` and the result their last R.
   """
-  return run(
-    model, params, x, rows, cache, wanted=wanted, trained=trained
-  ).hidden
+  kw = dict(wanted=wanted, trained=trained, given=given)
+  return run(model, params, x, rows, cache, **kw).hidden
 
 
 @flax.struct.dataclass
@@ -173,11 +176,12 @@ def run(
   *,
   wanted: int = 0,
   trained: bool = False,
+  given: Given | None = None,
 ) -> Pass:
   """`run_blocks`, with the rows' own keys and values."""
   c = model.config
   block = Block(c, model.dtype, model.param_dtype, model.attention)
-  ropes = rope_table(c, rows.positions)
+  ropes = rope_table(c, rows.positions[:, :, -x.shape[2] :])
   context = kv = None
   if cache is not None:
     context = cache.positions, cache.segments
@@ -185,10 +189,10 @@ def run(
   sliding = jnp.array([kind == SLIDING for kind in c.layer_kinds])
   layers = params["blocks"], (sliding, kv)
 
-  def layer(x, this, wanted):
+  def layer(x, this, given, wanted):
     weights, of_layer = this
     return block.apply(
-      {"params": weights}, x, of_layer, rows, context, ropes, wanted
+      {"params": weights}, x, of_layer, rows, context, ropes, wanted, given
     )
 
   if model.remat != "none":
@@ -196,20 +200,23 @@ def run(
       layer,
       policy=REMAT_POLICIES[model.remat],
       prevent_cse=False,  # a loop's body is apart from its backward pass
-      static_argnums=2,
+      static_argnums=3,
     )
   x = x.astype(model.dtype)
   if isinstance(params["blocks"], tuple):  # of decoding.split_layers
     own, hidden = [], None
     for i, weights in enumerate(params["blocks"]):
-      this = weights, jax.tree.map(lambda a, i=i: a[i], layers[1])
-      x, pair = layer(x, this, wanted if i == c.layers - 1 else 0)
+      of_layer, first = jax.tree.map(lambda a, i=i: a[i], (layers[1], given))
+      this = weights, of_layer
+      x, pair = layer(x, this, first, wanted if i == c.layers - 1 else 0)
       own.append(pair)
     k, v = (jnp.stack(pairs) for pairs in zip(*own, strict=True))
   elif trained:
     # As the loop's own inputs, so that each layer's gradient is written once.
     assert not wanted
-    x, (k, v) = jax.lax.scan(lambda x, this: layer(x, this, 0), x, layers)
+    x, (k, v) = jax.lax.scan(
+      lambda x, this: layer(x, *this, 0), x, (layers, given)
+    )
     hidden = None
   else:
     # The last layer stands apart: what nobody asks of it (in a context's pass
@@ -217,12 +224,16 @@ def run(
     # inside a loop. By index, since a slice of the weights would be a copy.
     last = c.layers - 1
 
-    def inner(x, i):
-      x, own = layer(x, jax.tree.map(lambda a: a[i], layers), 0)
+    def inner(x, this):
+      i, first = this
+      x, own = layer(x, jax.tree.map(lambda a: a[i], layers), first, 0)
       return x, (own, x if model.keep_hidden else None)
 
-    x, ((k, v), hidden) = jax.lax.scan(inner, x, jnp.arange(last))
-    x, own = layer(x, jax.tree.map(lambda a: a[last], layers), wanted)
+    # `given` as the loop's own input, for its gradient, as above.
+    first = jax.tree.map(lambda a: a[:last], given)
+    x, ((k, v), hidden) = jax.lax.scan(inner, x, (jnp.arange(last), first))
+    this, first = jax.tree.map(lambda a: a[last], (layers, given))
+    x, own = layer(x, this, first, wanted)
     k, v = (
       jnp.concatenate([a, b[None]]) for a, b in zip((k, v), own, strict=True)
     )
