@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from cacheaug import command, export, lm, provenance
@@ -45,33 +46,42 @@ from cacheaug.metrics import Progress
 TEXT = "text"  # the name of --text as a source
 
 
-def open_config(workdir: str, coproc: str) -> tuple[ConfigDict, str]:
+def open_config(
+  workdir: str, coproc: str, given: ConfigDict | None
+) -> tuple[ConfigDict, str]:
   """The config to evaluate by, and where the coprocessor is.
+
+  Args:
+    workdir: of a run, or ''.
+    coproc: an export, or ''.
+    given: of --config.
 
   Raises:
     UserError: flags that do not go together, or no run in the workdir.
   """
   if bool(workdir) == bool(coproc):
     raise UserError("give either --workdir, or --config and --coprocessor")
-  if workdir:
-    if "config" in flags.FLAGS:
+  if coproc:
+    if given is None:
       raise UserError(
-        "--workdir and --config: a run has its own config; give one of the two"
+        "--config is missing: the text and decoder to evaluate on"
       )
-    run = export.read_run(workdir)
-    if run.spec is None:
-      raise UserError(
-        f"--workdir={workdir} holds a decoder (objective='language_model'): "
-        "give a coprocessor's run"
-      )
-    # Keys that runs made before there was such a thing do not have.
-    evaluation = configs.base().eval
-    evaluation.update(run.config.eval)
-    run.config.eval = evaluation
-    return run.config, workdir
-  if "config" not in flags.FLAGS:
-    raise UserError("--config is missing: the text and decoder to evaluate on")
-  return configs.resolve(flags.FLAGS.config), coproc
+    return configs.resolve(given), coproc
+  if given is not None:
+    raise UserError(
+      "--workdir and --config: a run has its own config; give one of the two"
+    )
+  run = export.read_run(workdir)
+  if run.spec is None:
+    raise UserError(
+      f"--workdir={workdir} holds a decoder (objective='language_model'): give "
+      "a coprocessor's run"
+    )
+  # Keys that runs made before there was such a thing do not have.
+  evaluation = configs.base().eval
+  evaluation.update(run.config.eval)
+  run.config.eval = evaluation
+  return run.config, workdir
 
 
 def use_text(config: ConfigDict, path: str, field: str) -> str:
@@ -203,43 +213,60 @@ def show_token(tokenizer: Any, token: int) -> str:
   return f"`{repr(text)[1:-1]}`"
 
 
-def main() -> None:
-  """Reads the flags that are defined below."""
-  values = flags.FLAGS
-  config, path = open_config(values.workdir, values.coprocessor)
-  out = values.out
-  if not out and not values.workdir:
-    raise UserError("--out is missing: a new directory for the report")
-  out = page.check_out(out or str(Path(path) / "report" / "evaluation"))
+def run(
+  config: ConfigDict,
+  path: str,
+  out: epath.Path,
+  *,
+  latents: list[str],
+  text: str,
+  field: str,
+  diagnostics: bool,
+) -> epath.Path:
+  """Evaluates, prints the tables and writes the report; returns its page.
+
+  Args:
+    config: of `open_config`; changed to what is evaluated.
+    path: the coprocessor's.
+    out: of page.check_out.
+    latents: of --latents.
+    text: of --text, '' for held-out text.
+    field: of --field.
+    diagnostics: look into the latents, too.
+
+  Raises:
+    UserError: bad input, before anything is computed or written.
+  """
   if not config.decoder.path:
     raise UserError("decoder.path is empty: a random decoder gains nothing")
-  split = "validation"
-  if values.text:
-    split = use_text(config, values.text, values.field)
+  split = use_text(config, text, field) if text else "validation"
   found = lm.load(config.decoder.path, dtype=config.precision.compute)
   found = found.with_coprocessor(path)
-  latents = asked_latents(values.latents, found.coprocessor.spec)
+  asked = asked_latents(latents, found.coprocessor.spec)
   spec = adapt(config, found)
   context = config.eval.context or found.coprocessor.spec.context_needed
 
-  def text(name) -> Iterator[Batch]:
-    return finish.held_out(
-      config, found.tokenizer, name, split=split, mixed=True
-    )
+  def read(name) -> Iterator[Batch]:
+    tokenizer = found.tokenizer
+    return finish.held_out(config, tokenizer, name, split=split, mixed=True)
 
   names = finish.source_names(config)
   # Read once before anything is computed: bad text is refused here.
   try:
-    batches = sum(1 for name in names for _ in text(name))
+    batches = sum(1 for name in names for _ in read(name))
   except UserError as e:
-    raise UserError(f"--text={values.text}: {e}" if values.text else e) from e
-  passes, done = len(latents) + 2 * values.diagnostics, 0
+    raise UserError(f"--text={text}: {e}" if text else str(e)) from e
+  # Before, since the checkout may change while this runs.
+  meta = describe(config, path, found)
+  meta["text"] = text or f"held-out documents of {', '.join(names)}"
+  done = 0
+  total = (len(asked) + (2 if diagnostics else 0)) * batches
   by_source = {}
-  with Progress(passes * batches, 0, "evaluate") as progress:
+  with Progress(total, 0, "evaluate") as progress:
 
     def counted(name):
       nonlocal done
-      for batch in text(name):
+      for batch in read(name):
         yield batch
         done += 1
         progress.update(done)
@@ -249,24 +276,39 @@ def main() -> None:
         found,
         functools.partial(counted, name),
         spec,
-        latents=latents,
+        latents=asked,
         context=context,
-        diagnostics=values.diagnostics,
+        diagnostics=diagnostics,
         seed=config.seed,
       )
-  files = page.contents(
-    by_source,
-    meta=describe(config, path, found)
-    | {"text": values.text or f"held-out documents of {', '.join(names)}"},
-    seed=config.seed,
-    show=functools.partial(show_token, found.tokenizer),
-  )
+  show = functools.partial(show_token, found.tokenizer)
+  files = page.contents(by_source, meta=meta, seed=config.seed, show=show)
   for name, some in by_source.items():
     for n, sums in some.tables.items():
       print(f"{name}: N={n}")
       rows = report.make_rows(sums, seed=config.seed)
       print(report.format_table(rows) + "\n")
-  print(f"report: {page.write(out, files)}")
+  return page.write(out, files)
+
+
+def main() -> None:
+  """Reads the flags that are defined below."""
+  values = flags.FLAGS
+  given = values.config if "config" in values else None
+  config, path = open_config(values.workdir, values.coprocessor, given)
+  out = values.out
+  if not out and not values.workdir:
+    raise UserError("--out is missing: a new directory for the report")
+  written = run(
+    config,
+    path,
+    page.check_out(out or str(Path(path) / "report" / "evaluation")),
+    latents=values.latents,
+    text=values.text,
+    field=values.field,
+    diagnostics=values.diagnostics,
+  )
+  print(f"report: {written}")
 
 
 if __name__ == "__main__":

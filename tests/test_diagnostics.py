@@ -218,16 +218,19 @@ def test_attention_mass_is_what_the_decoders_own_attention_gives(
   tokens = text["tokens"]
   points = np.array([[-1, 8, 20], [-1, 8, 23]], np.int32)
   laid = traces.lay_out(tokens, DOCUMENTS, points, spec)
-  _, cache = objective.context_pass(model, decoder, tokens, DOCUMENTS, spec)
   z = diagnostics._at(place + out, points)
-  mass = jit(
-    lambda: diagnostics.attention_mass(model, decoder, cache, z, laid)
-  )()
+
+  @jit
+  def measured():
+    _, cache = objective.context_pass(model, decoder, tokens, DOCUMENTS, spec)
+    return diagnostics.attention_mass(model, decoder, cache, z, laid), cache
+
+  mass, cache = measured()
   assert mass.shape == (2, 2, 3, spec.ahead - 1, N + 2)
   there = np.asarray(laid.weights)[..., :-1] > 0
   close(mass.sum(-1)[:, there], np.ones_like(mass.sum(-1)[:, there]), 1e-6)
 
-  recorded, attend = [], attention.attend
+  traced, attend = [], attention.attend
 
   def recording(q, k, v, rows, cache, **kw):
     # [B, M, R, K, E]: unit e is 1 for latent e alone.
@@ -237,17 +240,24 @@ def test_attention_mass_is_what_the_decoders_own_attention_gives(
     none = cache.replace(values=jnp.zeros_like(cache.values))
     plain = kw | {"kernel": Kernel("plain")}
     given = attend(q, k, unit, rows, none, **plain)  # [B, M, R, H, E]
-    recorded.append(given.mean(3)[:, :, N:, :N])
+    traced.append(given.mean(3)[:, :, N:, :N])
     return attend(q, k, v, rows, cache, **kw)
 
   monkeypatch.setattr(layers.attention, "attend", recording)
-  x = jnp.concatenate([z, transformer.embed(model, decoder, laid.ahead)], 2)
-  transformer.run(model, decoding.split_layers(decoder), x, laid.rows, cache)
+
+  @jit
+  def direct():
+    x = jnp.concatenate([z, transformer.embed(model, decoder, laid.ahead)], 2)
+    apart = decoding.split_layers(decoder)
+    transformer.run(model, apart, x, laid.rows, cache)
+    return tuple(traced)
+
+  recorded = direct()
   assert len(recorded) == 2
   for layer in range(2):
-    direct = np.asarray(recorded[layer])[there]
-    close(np.asarray(mass)[layer][there][:, :N], direct, ATTENTION)
-    assert direct.sum(-1).max() > 0.1 > direct.min()
+    expected = np.asarray(recorded[layer])[there]
+    close(np.asarray(mass)[layer][there][:, :N], expected, ATTENTION)
+    assert expected.sum(-1).max() > 0.1 > expected.min()
 
 
 def test_mass_is_summed_over_traces():
