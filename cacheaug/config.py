@@ -149,6 +149,9 @@ def base() -> ConfigDict:
   c.eval.sequences = 256  # held-out sequences in the final report
   c.eval.batch = 8  # of them at once
   c.eval.ahead = 32  # tokens after the latents that the table covers
+  # Tokens that must precede and include a point of the table, so that runs of
+  # different N are compared on the same tokens; 0: the coprocessor's own need.
+  c.eval.context = 0
   c.eval.problems = 0  # generated problems answered, 0 for none
 
   c.export = ""  # directory to export the result to at the end, '' for none
@@ -314,7 +317,7 @@ def validate(config: ConfigDict, devices: int) -> None:
       f"optimizer.average={config.optimizer.average} must be from 0 (none) to "
       "below 1"
     )
-  for key in ("watchdog.seconds", "data.retries"):
+  for key in ("watchdog.seconds", "data.retries", "eval.context"):
     if _at(config, key) < 0:
       raise UserError(f"{key}={_at(config, key)} must be 0 or more")
   profiling.parse_steps(config.profile)
@@ -365,6 +368,13 @@ def _validate_traces(config: ConfigDict) -> None:
       f"traces.law='stratified' wants data.sequence={s} to be a multiple of "
       f"traces.count={spec.count}"
     )
+  context = config.eval.context
+  if context and context < spec.context_needed:
+    raise UserError(
+      f"eval.context={context} is less than the {spec.context_needed} tokens "
+      f"that coprocessor.latents={spec.latents} need before a point: raise it, "
+      "or 0 for as many"
+    )
   for key, after in (("traces", ahead), ("eval", config.eval.ahead)):
     needed = spec.context_needed + after
     if needed > s:
@@ -372,6 +382,11 @@ def _validate_traces(config: ConfigDict) -> None:
         f"{key}.ahead={after} with coprocessor.latents={spec.latents} needs "
         f"sequences of {needed} tokens, data.sequence={s}"
       )
+  if context + config.eval.ahead > s:
+    raise UserError(
+      f"eval.context={context} with eval.ahead={config.eval.ahead} needs "
+      f"sequences of {context + config.eval.ahead} tokens, data.sequence={s}"
+    )
 
 
 def validate_model(config: ConfigDict, model: ModelConfig) -> None:

@@ -20,6 +20,7 @@ from cacheaug import workdir as workdirs
 from cacheaug.data import packed, pipeline, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.evals import report
+from cacheaug.evals.paired import DocumentSums
 
 
 def _read(directory):
@@ -228,9 +229,15 @@ def test_a_run_directory_on_object_storage(bucket, tmp_path):
   with heartbeats.Heartbeat(bucket, limit=0) as beating:
     beating.beat(7)
   assert _read(bucket)["step"] == 7
-  nll = np.arange(4.0)
-  row = report.make_row(1, nll, nll, np.arange(4), seed=0)
-  page = report.write_report(str(bucket), rows=[row], meta={"seed": 0})
+  some, ones = np.arange(4.0)[:, None], np.ones((4, 1), int)
+  nll = {"frozen": some, "augmented": some}
+  sums = DocumentSums((1,), np.arange(4), ones, ones, nll)
+  page = report.write_report(
+    str(bucket),
+    rows=report.make_rows(sums, seed=0),
+    meta={"seed": 0},
+    documents={"text": sums},
+  )
   assert str(page) == "gs://bucket/some/run/report/report.md"
   assert "Perplexity by position" in page.read_text()
   assert sorted(p.name for p in bucket.iterdir()) == [

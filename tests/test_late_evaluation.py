@@ -26,7 +26,7 @@ def quick():
   return jit(
     lambda *args, **kw: both(*args, **kw),
     static_argnums=0,
-    static_argnames="spec",
+    static_argnames=("spec", "context"),
   )
 
 

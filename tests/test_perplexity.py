@@ -64,7 +64,7 @@ def quick():
   return jit(
     lambda *args, **kw: both(*args, **kw),
     static_argnums=0,
-    static_argnames="spec",
+    static_argnames=("spec", "context"),
   )
 
 
@@ -187,3 +187,44 @@ def test_no_point_at_all_is_refused():
   none = np.array([[0] * 3 + [-1] * (S - 3)] * 3, np.int32)
   with pytest.raises(UserError, match="no token to compare"):
     table(none)
+
+
+def test_points_want_as_much_context_as_asked():
+  rows = {n: table(context=n) for n in (0, 3, 4)}
+  assert [dataclasses.astuple(r) for r in rows[0]] == [
+    dataclasses.astuple(r) for r in rows[3]
+  ]
+  # One token fewer of each document: 4, 6, 3 and 4 less j - 1 with N = 3.
+  assert [r.tokens for r in rows[4]] == [2 + 4 + 1 + 2, 1 + 3 + 0 + 1, 1]
+  assert [r.documents for r in rows[4]] == [4, 3, 1]
+
+
+def test_plain_models_are_compared_on_the_same_tokens():
+  model, decoder, coproc, spec = setup()
+  spec = dataclasses.replace(spec, min_ahead=1)
+  batch = {"tokens": tokens_of(model, 3, S), "documents": DOCUMENTS}
+  other = make_params(model, seed=5)
+  kw = dict(positions=(1, 2, 4), context=4)
+  plain = perplexity.plain_sums(
+    {"frozen": (model, decoder), "augmented": (model, other)},
+    [batch],
+    spec,
+    **kw,
+  )
+  table = perplexity.coprocessor_sums(
+    model, decoder, coproc, [batch], spec, **kw
+  )
+  for name in ("documents", "tokens", "checksum"):
+    np.testing.assert_array_equal(getattr(plain, name), getattr(table, name))
+  close(plain.nll["frozen"], table.nll["frozen"], 3 * NLL)
+  far(plain.nll["augmented"], table.nll["augmented"])
+  _, (_, _, weights) = both()
+  np.testing.assert_array_equal(
+    perplexity.point_weights(DOCUMENTS, spec), weights
+  )
+
+
+def test_no_text_at_all_is_refused():
+  model, decoder, coproc, spec = setup()
+  with pytest.raises(UserError, match="no text"):
+    perplexity.by_position(model, decoder, coproc, [], spec)

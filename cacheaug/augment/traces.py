@@ -124,14 +124,19 @@ def segments_of(documents: jax.Array, mask_documents: bool) -> jax.Array:
   return jnp.where(real, documents + 1 if mask_documents else 1, 0)
 
 
-def valid_points(documents: jax.Array, spec: TraceSpec) -> jax.Array:
+def valid_points(
+  documents: jax.Array,  # [B, S]
+  spec: TraceSpec,
+  context: int = 0,
+) -> jax.Array:
   """[B, S] bool: points whose trace stays within its document.
 
-  `min_ahead` tokens follow within the document and `context_needed` precede.
+  `min_ahead` tokens follow within the document; `context` or, where it is 0,
+  `context_needed` precede and include the point.
   """
   s = documents.shape[-1]
   valid = documents >= 0
-  for shift in (spec.min_ahead, 1 - spec.context_needed):
+  for shift in (spec.min_ahead, 1 - (context or spec.context_needed)):
     index = jnp.arange(s) + shift
     there = (index >= 0) & (index < s)
     other = jnp.take(documents, jnp.clip(index, 0, s - 1), axis=-1)

@@ -15,6 +15,7 @@ from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import pipeline
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.evals import exact_match, perplexity, report
+from cacheaug.evals.paired import DocumentSums
 from cacheaug.model.transformer import Params, Transformer
 
 PROBLEMS = "problems"
@@ -47,24 +48,24 @@ def source_names(config: ConfigDict) -> list[str]:
   return sorted(used, key=lambda k: config.data.sources[k].kind == PROBLEMS)
 
 
-def tables(
+def sums_by_source(
   config: ConfigDict,
   model: Transformer,
   decoder: Params,
   coproc: Params,
   tokenizer: Tokenizer,
   spec: TraceSpec,
-) -> dict[str, list[report.PositionRow]]:
-  """One perplexity table a source."""
+) -> dict[str, DocumentSums]:
+  """What one perplexity table a source is made of."""
   spec = dataclasses.replace(spec, ahead=config.eval.ahead, min_ahead=1)
   return {
-    name: perplexity.by_position(
+    name: perplexity.coprocessor_sums(
       model,
       decoder,
       coproc,
       held_out(config, tokenizer, name),
       spec,
-      seed=config.seed,
+      context=config.eval.context,
     )
     for name in source_names(config)
   }
@@ -113,9 +114,14 @@ def coprocessor_report(
   meta: dict[str, Any],
 ) -> str:
   """Writes report/; returns what the terminal shows."""
-  by_source = tables(config, model, decoder, coproc, tokenizer, spec)
+  args = config, model, decoder, coproc, tokenizer, spec
+  sums = sums_by_source(*args)
+  by_source = {
+    name: report.make_rows(some, seed=config.seed)
+    for name, some in sums.items()
+  }
   frozen = answers(config, model, decoder, None, tokenizer, None)
-  augmented = answers(config, model, decoder, coproc, tokenizer, spec)
+  augmented = answers(*args)
   match = {
     k: f"frozen {percent(frozen[k])}, with latents {percent(augmented[k])}"
     for k in frozen
@@ -135,7 +141,7 @@ def coprocessor_report(
     extras["Exact match on held-out problems"] = match
   meta = {**meta, "evaluated on": f"{first}, held-out documents"}
   path = report.write_report(
-    workdir, rows=by_source[first], meta=meta, extras=extras
+    workdir, rows=by_source[first], meta=meta, documents=sums, extras=extras
   )
   lines = []
   for name, rows in by_source.items():

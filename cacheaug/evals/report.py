@@ -7,15 +7,20 @@ percent, at each token after the latents.
 import csv
 import dataclasses
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from cacheaug import storage
 from cacheaug.errors import UserError
+from cacheaug.evals import paired
+from cacheaug.evals.paired import (
+  AUGMENTED,
+  FROZEN,
+  DocumentSums,
+  paired_interval,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,91 +48,45 @@ class PositionRow:
   documents: int
 
 
-def paired_interval(
-  nll_frozen: np.ndarray,
-  nll_augmented: np.ndarray,
-  documents: np.ndarray,
+def make_rows(
+  sums: DocumentSums,
   *,
   seed: int,
-  resamples: int = 1000,
-) -> tuple[float, float, float]:
-  """Relative change of perplexity with a 95 % interval, in percent.
-
-  A bootstrap over whole documents: tokens of one document are alike, and an
-  interval over tokens would be too narrow.
+  column: str = AUGMENTED,
+  base: str = FROZEN,
+) -> list[PositionRow]:
+  """A row for each position that a document reaches.
 
   Args:
-    nll_frozen: [T] nats, of the frozen decoder.
-    nll_augmented: [T] nats, of the same tokens with latents.
-    documents: [T] integers, the document of each token.
-    seed: of the resampling.
-    resamples: bootstrap samples.
-
-  Returns:
-    (change, low, high), 100 * (exp(mean difference) - 1). With a single
-    document there is nothing to resample: low and high are NaN.
+    sums: of both columns, and of no others' tokens.
+    seed: of the intervals' resampling.
+    column: what is compared, in the rows' `augmented_nll`.
+    base: what it is compared with, in the rows' `frozen_nll`.
 
   Raises:
-    UserError: no tokens at all.
-    ValueError: arrays of other shapes than [T].
+    UserError: there is no token at all.
   """
-  frozen = np.asarray(nll_frozen, np.float64)
-  augmented = np.asarray(nll_augmented, np.float64)
-  if frozen.ndim != 1 or not (
-    frozen.shape == augmented.shape == np.shape(documents)
-  ):
-    raise ValueError(
-      f"shapes {frozen.shape}, {augmented.shape}, {np.shape(documents)} must "
-      "be the same [T]"
+  rows = []
+  for position in sums.positions:
+    before, tokens = sums.column(base, position)
+    after, _ = sums.column(column, position)
+    # Short documents may not reach the far positions; none at all is refused.
+    if rows and not len(tokens):
+      continue
+    change, low, high = paired_interval(before, after, tokens, seed=seed)
+    rows.append(
+      PositionRow(
+        position=position,
+        frozen_nll=float(before.sum() / tokens.sum()),
+        augmented_nll=float(after.sum() / tokens.sum()),
+        change_percent=change,
+        low=low,
+        high=high,
+        tokens=int(tokens.sum()),
+        documents=len(tokens),
+      )
     )
-  if not frozen.size:
-    raise UserError(
-      "config.eval: no token to compare: give longer or more documents"
-    )
-  _, owner = np.unique(np.asarray(documents), return_inverse=True)
-  sums = np.bincount(owner, augmented - frozen)
-  counts = np.bincount(owner).astype(np.float64)
-  change = _percent(sums.sum() / counts.sum())
-  n = len(sums)
-  if n == 1:
-    return float(change), math.nan, math.nan
-  # How often each document is drawn, [resamples, documents]: the same as
-  # drawing n with replacement, without an index array of tokens.
-  drawn = np.random.default_rng(seed).multinomial(
-    n, np.full(n, 1.0 / n), size=resamples
-  )
-  low, high = np.percentile(
-    _percent((drawn @ sums) / (drawn @ counts)), [2.5, 97.5]
-  )
-  return float(change), float(low), float(high)
-
-
-def _percent(difference: np.ndarray) -> np.ndarray:
-  return 100.0 * np.expm1(difference)
-
-
-def make_row(
-  position: int,
-  nll_frozen: np.ndarray,
-  nll_augmented: np.ndarray,
-  documents: np.ndarray,
-  *,
-  seed: int,
-) -> PositionRow:
-  """The row of one position; arguments as `paired_interval`'s, [T] each."""
-  change, low, high = paired_interval(
-    nll_frozen, nll_augmented, documents, seed=seed
-  )
-  return PositionRow(
-    position=position,
-    frozen_nll=float(np.mean(nll_frozen, dtype=np.float64)),
-    augmented_nll=float(np.mean(nll_augmented, dtype=np.float64)),
-    change_percent=change,
-    low=low,
-    high=high,
-    tokens=len(nll_frozen),
-    documents=len(np.unique(documents)),
-  )
+  return rows
 
 
 _HEADER = (
@@ -249,10 +208,11 @@ def write_report(
   *,
   rows: Sequence[PositionRow],
   meta: Mapping[str, Any],
+  documents: Mapping[str, DocumentSums],
   extras: Mapping[str, Mapping[str, Any]] | None = None,
   title: str = "Perplexity change by position after the latents",
 ) -> epath.Path:
-  """Writes report/perplexity_by_position.{csv,png} and report/report.md.
+  """Writes report/perplexity_by_position.{csv,png}, documents.csv, report.md.
 
   Each file appears whole or not at all.
 
@@ -260,6 +220,7 @@ def write_report(
     workdir: of the run.
     rows: by ascending position; at least one.
     meta: what was run, in the order to show: config, decoder, steps, seed.
+    documents: source -> sums by document, for `paired.compare`.
     extras: further tables, heading -> name -> value, such as exact match.
     title: of the page and the plot.
 
@@ -276,6 +237,7 @@ def write_report(
   contents = {
     "perplexity_by_position.csv": _csv(rows),
     "perplexity_by_position.png": _plot(rows, title),
+    "documents.csv": paired.to_csv(documents),
     # Last, because it refers to the others.
     "report.md": _page(rows, title, meta, extras or {}),
   }
