@@ -17,6 +17,8 @@ Latents that come late (traces.py) say again the tokens up to where they are
 inserted; those up to where the cache was read are the input.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,28 @@ def init(
       lambda x: jnp.array(x, model.param_dtype, copy=True), copy
     )
   return params
+
+
+def fewer(
+  params: Params, spec: TraceSpec, latents: int
+) -> tuple[Params, TraceSpec]:
+  """The same coprocessor with fewer latents than it was trained for.
+
+  The last soft tokens are kept: counted from the point, each then stands where
+  it stood in training, and the last one predicts the next token.
+
+  Raises:
+    UserError: less than one, or more than it was trained for.
+  """
+  if not 1 <= latents <= spec.latents:
+    raise UserError(
+      f"{latents} latents: this coprocessor was trained for {spec.latents} and "
+      f"can be used with 1 to {spec.latents}"
+    )
+  kept = params["soft_tokens"][spec.latents - latents :]
+  return params | {"soft_tokens": kept}, dataclasses.replace(
+    spec, latents=latents
+  )
 
 
 def latents(

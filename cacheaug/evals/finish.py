@@ -22,19 +22,35 @@ PROBLEMS = "problems"
 
 
 def held_out(
-  config: ConfigDict, tokenizer: Tokenizer, name: str
+  config: ConfigDict,
+  tokenizer: Tokenizer,
+  name: str,
+  *,
+  split: str = "validation",
+  mixed: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Validation batches of one source: eval.sequences, evenly spaced."""
+  """Batches of one source: eval.sequences of them, evenly spaced.
+
+  Args:
+    config: of the run.
+    tokenizer: the decoder's.
+    name: of the source.
+    split: of its documents.
+    mixed: a batch's sequences come from all over the text, so that it holds
+      many documents; in order otherwise.
+  """
   data = ConfigDict(config.data.to_dict())
   data.sources = ConfigDict({name: config.data.sources[name].to_dict()})
   batches = pipeline.open_batches(
-    data, tokenizer, split="validation", seed=config.seed
+    data, tokenizer, split=split, seed=config.seed
   )
   count = min(config.eval.sequences, batches.num_examples)
   chosen = np.linspace(0, batches.num_examples - 1, count).astype(int)
   size = min(config.eval.batch, count)
-  for start in range(0, count, size):
-    some = batches.take(chosen[start : start + size])
+  runs = -(-count // size)
+  for i in range(runs):
+    here = chosen[i::runs] if mixed else chosen[i * size : (i + 1) * size]
+    some = batches.take(here)
     missing = ((0, size - len(some["tokens"])), (0, 0))
     yield {
       "tokens": np.pad(some["tokens"], missing),

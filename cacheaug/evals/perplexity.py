@@ -58,6 +58,16 @@ def point_weights(
   return (valid[..., None] & same).astype(jnp.float32)
 
 
+def points_of(
+  documents: jax.Array,  # [B, S]
+  spec: TraceSpec,
+  context: int = 0,
+) -> jax.Array:  # [B, S]
+  """Every point that bears a trace, -1 elsewhere; as of `point_weights`."""
+  valid = traces.valid_points(documents, spec, context)
+  return jnp.where(valid, jnp.arange(documents.shape[-1])[None], -1)
+
+
 def after_points(
   plain: jax.Array,  # [B, S - 1] of objective.next_token_nll
   ahead: int,
@@ -104,14 +114,12 @@ def both_nll(
   points whose latents could not come `late_room` tokens late weigh nothing, so
   that the tokens compared are the same whatever `late` is, up to `late_room`.
   """
-  s = tokens.shape[1]
   hidden, cache = objective.context_pass(
     model, decoder, tokens, documents, spec
   )
   plain = objective.next_token_nll(model, decoder, hidden, tokens)
   frozen = after_points(plain, spec.ahead)
-  valid = traces.valid_points(documents, spec, context)
-  points = jnp.where(valid, jnp.arange(s)[None], -1)
+  points = points_of(documents, spec, context)
   if late is not None:
     room = traces.late_room(documents, points, spec)
     points = jnp.where(room >= late_room, points, -1)
@@ -133,16 +141,20 @@ def in_turns(
 ) -> Any:  # tree of [B, S, ...]
   """`some` of all points, few enough at once for their scores to fit."""
   b, s = points.shape
-  m = min(POINTS_AT_ONCE, s)
-  pad = -s % m
-  points = jnp.pad(points, ((0, 0), (0, pad)), constant_values=-1)
-  runs = jnp.moveaxis(points.reshape(b, -1, m), 1, 0)
 
   def join(x):  # [runs, B, m, ...] -> [B, S, ...]
     x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(b, s + pad, *x.shape[3:])[:, :s]
+    return x.reshape(b, -1, *x.shape[3:])[:, :s]
 
-  return jax.tree.map(join, jax.lax.map(some, runs))
+  return jax.tree.map(join, jax.lax.map(some, turns(points)))
+
+
+def turns(points: jax.Array) -> jax.Array:
+  """Points [B, S] -> [runs, B, m], the last run filled up with -1."""
+  b, s = points.shape
+  m = min(POINTS_AT_ONCE, s)
+  points = jnp.pad(points, ((0, 0), (0, -s % m)), constant_values=-1)
+  return jnp.moveaxis(points.reshape(b, -1, m), 1, 0)
 
 
 def document_sums(

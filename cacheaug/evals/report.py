@@ -122,7 +122,8 @@ def format_table(rows: Sequence[PositionRow]) -> str:
   )
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+  """Any cells as a table of a Markdown page."""
   lines = [header, ["---"] * len(header), *rows]
   return "\n".join(
     "| " + " | ".join(str(c).replace("|", r"\|") for c in line) + " |"
@@ -141,13 +142,7 @@ def _csv(rows: Sequence[PositionRow]) -> bytes:
 
 def _plot(rows: Sequence[PositionRow], title: str) -> bytes:
   """PNG: change against position, its interval as a band."""
-  # Imported here: a second that only a report needs. The figure is made
-  # without pyplot, so that no display and no global state is touched.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
-  FigureCanvasAgg(figure)
+  figure = make_figure(7, 4)
   axes = figure.add_subplot()
   x = [r.position for r in rows]
   axes.axhline(0.0, color="0.4", linewidth=1.0, label="frozen decoder")
@@ -163,14 +158,36 @@ def _plot(rows: Sequence[PositionRow], title: str) -> bytes:
   axes.plot(
     x, [r.change_percent for r in rows], "o-", color="C0", label="with latents"
   )
+  label_positions(axes, x, title)
+  return to_png(figure)
+
+
+def make_figure(width: float, height: float) -> Any:
+  """An empty figure of so many inches."""
+  # Imported here: a second that only a report needs. The figure is made
+  # without pyplot, so that no display and no global state is touched.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+  FigureCanvasAgg(figure)
+  return figure
+
+
+def label_positions(axes: Any, positions: Sequence[int], title: str) -> None:
+  """Axes of perplexity change against position."""
   axes.set_xscale("log", base=2)
-  axes.set_xticks(x, [str(p) for p in x])
+  axes.set_xticks(positions, [str(p) for p in positions])
   axes.minorticks_off()
   axes.set_xlabel("token after the latents")
   axes.set_ylabel("perplexity change (%)")
   axes.set_title(title)
   axes.grid(alpha=0.3)
   axes.legend()
+
+
+def to_png(figure: Any) -> bytes:
+  """The figure's file."""
   out = io.BytesIO()
   # No software version in the file: the same table gives the same bytes.
   figure.savefig(out, format="png", metadata={"Software": None})
@@ -184,9 +201,9 @@ def _page(
   extras: Mapping[str, Mapping[str, Any]],
 ) -> bytes:
   parts = [f"# {title}", "## What was run"]
-  parts.append(_markdown_table(("", "value"), list(meta.items())))
+  parts.append(markdown_table(("", "value"), list(meta.items())))
   parts.append("## Perplexity by position")
-  parts.append(_markdown_table(_HEADER, [_cells(r) for r in rows]))
+  parts.append(markdown_table(_HEADER, [_cells(r) for r in rows]))
   parts.append(
     "nll in nats a token, on the same held-out tokens. Below zero the latents "
     "help; intervals are from resampling documents."
@@ -195,7 +212,7 @@ def _page(
   for heading, values in extras.items():
     parts.append(f"## {heading}")
     table = [(k, _number(v)) for k, v in values.items()]
-    parts.append(_markdown_table(("", "value"), table))
+    parts.append(markdown_table(("", "value"), table))
   return ("\n\n".join(parts) + "\n").encode()
 
 
