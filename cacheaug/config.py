@@ -22,6 +22,7 @@ from cacheaug.model.config import ModelConfig
 
 OBJECTIVES = ("coprocessor", "language_model")
 DTYPES = ("auto", "float32", "bfloat16")
+_EVAL_POSITIVE = ("eval.sequences", "eval.batch", "eval.ahead")
 _POSITIVE = (
   "coprocessor.latents",
   "traces.count",
@@ -35,9 +36,7 @@ _POSITIVE = (
   "checkpoint.every",
   "checkpoint.keep",
   "watchdog.host_seconds",
-  "eval.sequences",
-  "eval.batch",
-  "eval.ahead",
+  *_EVAL_POSITIVE,
 )
 
 
@@ -368,24 +367,43 @@ def _validate_traces(config: ConfigDict) -> None:
       f"traces.law='stratified' wants data.sequence={s} to be a multiple of "
       f"traces.count={spec.count}"
     )
-  context = config.eval.context
-  if context and context < spec.context_needed:
+  needed = spec.context_needed + ahead
+  if needed > s:
     raise UserError(
-      f"eval.context={context} is less than the {spec.context_needed} tokens "
-      f"that coprocessor.latents={spec.latents} need before a point: raise it, "
-      "or 0 for as many"
+      f"traces.ahead={ahead} with coprocessor.latents={spec.latents} needs "
+      f"sequences of {needed} tokens, data.sequence={s}"
     )
-  for key, after in (("traces", ahead), ("eval", config.eval.ahead)):
-    needed = spec.context_needed + after
-    if needed > s:
+  validate_eval(config, spec)
+
+
+def validate_eval(config: ConfigDict, spec: TraceSpec) -> None:
+  """Refuses a table by position that sequences have no room for.
+
+  Args:
+    config: its `eval` and `data.sequence`.
+    spec: of the coprocessor that is evaluated.
+
+  Raises:
+    UserError: naming the key and the numbers.
+  """
+  for key in _EVAL_POSITIVE:
+    if _at(config, key) < 1:
+      raise UserError(f"{key}={_at(config, key)} must be at least 1")
+  s, ahead = config.data.sequence, config.eval.ahead
+  context, before = config.eval.context, f"eval.context={config.eval.context}"
+  if context:
+    if context < spec.context_needed:
       raise UserError(
-        f"{key}.ahead={after} with coprocessor.latents={spec.latents} needs "
-        f"sequences of {needed} tokens, data.sequence={s}"
+        f"eval.context={context} is less than the {spec.context_needed} tokens "
+        f"that coprocessor.latents={spec.latents} need before a point: raise "
+        "it, or 0 for as many"
       )
-  if context + config.eval.ahead > s:
+  else:
+    context, before = spec.context_needed, f"coprocessor.latents={spec.latents}"
+  if context + ahead > s:
     raise UserError(
-      f"eval.context={context} with eval.ahead={config.eval.ahead} needs "
-      f"sequences of {context + config.eval.ahead} tokens, data.sequence={s}"
+      f"eval.ahead={ahead} with {before} needs sequences of {context + ahead} "
+      f"tokens, data.sequence={s}"
     )
 
 

@@ -1,0 +1,287 @@
+"""What latents gain on held-out text, and what is in them.
+
+  python -m cacheaug.evaluate --workdir=runs/tiny_coprocessor
+  python -m cacheaug.evaluate --config=configs/tiny_coprocessor.py \
+      --coprocessor=shipped:tiny_coprocessor --out=runs/evaluation
+  python -m cacheaug.evaluate --workdir=DIR --latents=2,4 --text=book.txt \
+      --out=runs/book
+
+The paper's table 1: latents after every token of the text, perplexity of the
+tokens 1 to eval.ahead after them against the frozen decoder's, with 95 %
+intervals over documents. --latents uses fewer than were trained (the last soft
+tokens; all columns are over the same tokens). Then the diagnostics: other
+latents in the same places, their geometry, the attention they get, the tokens
+nearest to them (evals/diagnostics.py).
+
+Text is streamed, eval.batch sequences at a time: memory does not grow with it,
+lower eval.batch if a batch does not fit. Without --text it is the held-out text
+of the run's own sources. The report appears whole at the end in --out, by
+default WORKDIR/report/evaluation; nothing that is there is replaced.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from cacheaug import command, export, lm, provenance
+from cacheaug import config as configs
+from cacheaug.augment import coprocessor
+from cacheaug.augment.traces import TraceSpec
+from cacheaug.data import sources
+from cacheaug.errors import UserError
+from cacheaug.evals import diagnosis, finish, page, perplexity, report
+from cacheaug.evals.page import Evaluated
+from cacheaug.evals.perplexity import Batch
+from cacheaug.lm import LM
+from cacheaug.metrics import Progress
+
+TEXT = "text"  # the name of --text as a source
+
+
+def open_config(workdir: str, coproc: str) -> tuple[ConfigDict, str]:
+  """The config to evaluate by, and where the coprocessor is.
+
+  Raises:
+    UserError: flags that do not go together, or no run in the workdir.
+  """
+  if bool(workdir) == bool(coproc):
+    raise UserError("give either --workdir, or --config and --coprocessor")
+  if workdir:
+    if "config" in flags.FLAGS:
+      raise UserError(
+        "--workdir and --config: a run has its own config; give one of the two"
+      )
+    run = export.read_run(workdir)
+    if run.spec is None:
+      raise UserError(
+        f"--workdir={workdir} holds a decoder (objective='language_model'): "
+        "give a coprocessor's run"
+      )
+    # Keys that runs made before there was such a thing do not have.
+    evaluation = configs.base().eval
+    evaluation.update(run.config.eval)
+    run.config.eval = evaluation
+    return run.config, workdir
+  if "config" not in flags.FLAGS:
+    raise UserError("--config is missing: the text and decoder to evaluate on")
+  return configs.resolve(flags.FLAGS.config), coproc
+
+
+def use_text(config: ConfigDict, path: str, field: str) -> str:
+  """Puts one's own text in place of the sources; returns the split to read.
+
+  Raises:
+    UserError: neither .txt nor .jsonl (or .gz of either).
+  """
+  kinds = {".txt": "text", ".jsonl": "jsonl"}
+  suffix = Path(path.removesuffix(".gz")).suffix
+  if suffix not in kinds:
+    raise UserError(
+      f"--text={path} is neither .txt nor .jsonl (nor .gz of them): give a "
+      "text file, one document, or JSON lines, a document each"
+    )
+  if not Path(path).expanduser().is_file():
+    raise UserError(f"--text={path}: no such file")
+  source = sources.source_defaults()
+  source.kind, source.field = kinds[suffix], field
+  source.path = str(Path(path).expanduser())
+  config.data.sources = ConfigDict({TEXT: source})
+  config.data.validation_fraction = 0.0
+  return "train"
+
+
+def asked_latents(asked: list[str], spec: TraceSpec) -> list[int]:
+  """N of each column, ascending; as trained by default.
+
+  Raises:
+    UserError: not numbers, or more than were trained.
+  """
+  try:
+    found = sorted({int(n) for n in asked}) or [spec.latents]
+  except ValueError:
+    raise UserError(
+      f"--latents={','.join(asked)}: give numbers, as 1,2,4"
+    ) from None
+  for n in found:
+    if not 1 <= n <= spec.latents:
+      raise UserError(
+        f"--latents={n}: this coprocessor was trained for {spec.latents}; give "
+        f"1 to {spec.latents}"
+      )
+  return found
+
+
+def adapt(config: ConfigDict, found: LM) -> TraceSpec:
+  """Checks the text's layout for this coprocessor; its spec for the table.
+
+  Raises:
+    UserError: no room, in sequences or in the decoder's positions.
+  """
+  spec = found.coprocessor.spec
+  config.coprocessor.latents = spec.latents
+  config.coprocessor.positions = spec.scheme
+  configs.validate_eval(config, spec)
+  configs.validate_model(config, found.model.config)
+  return dataclasses.replace(
+    spec, ahead=config.eval.ahead, min_ahead=1, law="uniform", tail=0
+  )
+
+
+def evaluate(
+  found: LM,
+  text: Callable[[], Iterable[Batch]],
+  spec: TraceSpec,
+  *,
+  latents: list[int],
+  context: int,
+  diagnostics: bool,
+  seed: int = 0,
+) -> Evaluated:
+  """Table 1 and, if asked for, diagnostics of one text.
+
+  Args:
+    found: decoder and coprocessor.
+    text: gives the same batches at each call.
+    spec: the coprocessor's, with A of the table.
+    latents: N of each column.
+    context: tokens that precede and include a point, in all columns.
+    diagnostics: of the trained N.
+    seed: of who gets whose latents.
+  """
+  args, coproc = (found.model, found.decoder), found.coprocessor.params
+  tables = {}
+  for n in latents:
+    params, fewer = coprocessor.fewer(coproc, spec, n)
+    tables[n] = perplexity.coprocessor_sums(
+      *args, params, text(), fewer, context=context
+    )
+    if not len(tables[n].documents):
+      raise UserError(
+        "config.eval: no token to compare: give longer or more documents"
+      )
+  diagnosed = None
+  if diagnostics:
+    diagnosed = diagnosis.diagnose(
+      *args, coproc, text, spec, context=context, seed=seed
+    )
+  return Evaluated(tables, diagnosed)
+
+
+def describe(config: ConfigDict, path: str, found: LM) -> dict[str, Any]:
+  """What was run, for the page."""
+  spec = found.coprocessor.spec
+  sizes = [x.size for x in jax.tree.leaves(found.coprocessor.params)]
+  return {
+    "decoder": f"{config.decoder.path} ({found.fingerprint})",
+    "coprocessor": f"{path}, {sum(sizes):,} parameters",
+    "latents N, trained": spec.latents,
+    "ahead tokens A, trained": spec.ahead,
+    "positions": spec.scheme,
+    "start": spec.start,
+    "sequence": config.data.sequence,
+    "sequences of each text, at most": config.eval.sequences,
+    "context before a point": config.eval.context or spec.context_needed,
+    "seed": config.seed,
+    "activations": str(found.model.dtype),
+    "hardware": provenance.hardware(),
+    "commit": provenance.commit(),
+  }
+
+
+def show_token(tokenizer: Any, token: int) -> str:
+  """A token as code for a Markdown page; its number where it is no text."""
+  text = tokenizer.decode([token])
+  if not text or "\ufffd" in text or "`" in text:
+    return f"<{token}>"
+  return f"`{repr(text)[1:-1]}`"
+
+
+def main() -> None:
+  """Reads the flags that are defined below."""
+  values = flags.FLAGS
+  config, path = open_config(values.workdir, values.coprocessor)
+  out = values.out
+  if not out and not values.workdir:
+    raise UserError("--out is missing: a new directory for the report")
+  out = page.check_out(out or str(Path(path) / "report" / "evaluation"))
+  if not config.decoder.path:
+    raise UserError("decoder.path is empty: a random decoder gains nothing")
+  split = "validation"
+  if values.text:
+    split = use_text(config, values.text, values.field)
+  found = lm.load(config.decoder.path, dtype=config.precision.compute)
+  found = found.with_coprocessor(path)
+  latents = asked_latents(values.latents, found.coprocessor.spec)
+  spec = adapt(config, found)
+  context = config.eval.context or found.coprocessor.spec.context_needed
+
+  def text(name) -> Iterator[Batch]:
+    return finish.held_out(
+      config, found.tokenizer, name, split=split, mixed=True
+    )
+
+  names = finish.source_names(config)
+  # Read once before anything is computed: bad text is refused here.
+  try:
+    batches = sum(1 for name in names for _ in text(name))
+  except UserError as e:
+    raise UserError(f"--text={values.text}: {e}" if values.text else e) from e
+  passes, done = len(latents) + 2 * values.diagnostics, 0
+  by_source = {}
+  with Progress(passes * batches, 0, "evaluate") as progress:
+
+    def counted(name):
+      nonlocal done
+      for batch in text(name):
+        yield batch
+        done += 1
+        progress.update(done)
+
+    for name in names:
+      by_source[name] = evaluate(
+        found,
+        functools.partial(counted, name),
+        spec,
+        latents=latents,
+        context=context,
+        diagnostics=values.diagnostics,
+        seed=config.seed,
+      )
+  files = page.contents(
+    by_source,
+    meta=describe(config, path, found)
+    | {"text": values.text or f"held-out documents of {', '.join(names)}"},
+    seed=config.seed,
+    show=functools.partial(show_token, found.tokenizer),
+  )
+  for name, some in by_source.items():
+    for n, sums in some.tables.items():
+      print(f"{name}: N={n}")
+      rows = report.make_rows(sums, seed=config.seed)
+      print(report.format_table(rows) + "\n")
+  print(f"report: {page.write(out, files)}")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", "", "a run: its coprocessor, decoder and text")
+  flags.DEFINE_string(
+    "coprocessor", "", "with --config: an exported coprocessor, shipped:NAME"
+  )
+  flags.DEFINE_list(
+    "latents", [], "N of each column, 1,2,4; as trained if none"
+  )
+  flags.DEFINE_string("text", "", "your own: .txt, or .jsonl, plain or .gz")
+  flags.DEFINE_string("field", "text", "key of the text in each jsonl object")
+  flags.DEFINE_string("out", "", "new directory for the report")
+  flags.DEFINE_bool("diagnostics", True, "look into the latents, too")
+  if any(a.lstrip("-").startswith("config") for a in sys.argv[1:]):
+    # Only then: cacheaug.command insists on a flag of this name.
+    config_flags.DEFINE_config_file("config", help_string="text and decoder")
+  command.run(main, __doc__)
