@@ -82,13 +82,18 @@ def fewer(
   it stood in training, and the last one predicts the next token.
 
   Raises:
-    UserError: less than one, or more than it was trained for.
+    UserError: less than one, more than it was trained for, or a kind that has
+      no soft tokens.
   """
   if not 1 <= latents <= spec.latents:
     raise UserError(
       f"{latents} latents: this coprocessor was trained for {spec.latents} and "
       f"can be used with 1 to {spec.latents}"
     )
+  if latents == spec.latents:
+    return params, spec
+  if "soft_tokens" not in params:
+    raise UserError("no soft tokens to leave out: use all latents as trained")
   kept = params["soft_tokens"][spec.latents - latents :]
   return params | {"soft_tokens": kept}, dataclasses.replace(
     spec, latents=latents

@@ -99,10 +99,12 @@ def diagnose(
     seed: of who gets whose latents.
 
   Raises:
-    UserError: no document has room for a trace.
+    UserError: no document has room for a trace, or the coprocessor is of a
+      kind that makes no latents of its context.
   """
   spec = perplexity.table_spec(spec)
-  harmless = "latent_projection" in coproc
+  _check_kind(spec, coproc)
+  harmless = spec.start == "harmless"
   layout = dict(spec=spec, context=context)
   total, alone = None, False
   for batch in text():
@@ -165,6 +167,16 @@ def diagnose(
     looking.result(z.mean, contribution.mean),
     left_out,
   )
+
+
+def _check_kind(spec: TraceSpec, coproc: Params) -> None:
+  """Refuses what hands over anything but latents made of the context."""
+  kind = getattr(spec, "kind", "coprocessor")
+  if kind != "coprocessor" or "final_norm" not in coproc["transformer"]:
+    raise UserError(
+      f"coprocessor.kind={kind!r}: diagnostics of latents have a meaning for "
+      "kind 'coprocessor' alone; give --nodiagnostics"
+    )
 
 
 def _latents(model, decoder, coproc, batch, layout):

@@ -167,9 +167,36 @@ def _interventions(name, rows, diagnosis, files) -> list[str]:
     "latent does not depend on its context; if their mean does as well, a "
     "constant would do. Zeroed is the frozen decoder, to rounding, where the "
     "start is harmless and positions are 'replace'.",
+    *_verdicts(diagnosis.sums, rows["against right"]),
   ]
   parts += [f"Left out: {k}, since {v}." for k, v in diagnosis.left_out.items()]
   return [*parts, f"![Other latents in the same places]({file})"]
+
+
+def _verdicts(sums: DocumentSums, against) -> list[str]:
+  """What the tables say, in words; a worse row has its interval above zero."""
+  lines = []
+  for column in (diagnostics.SHUFFLED, diagnostics.SWAPPED, diagnostics.MEAN):
+    if column not in against:
+      continue
+    rows = against[column]
+    worse = [str(r.position) for r in rows if r.low > 0]
+    better = [str(r.position) for r in rows if r.high < 0]
+    others = len(rows) - len(worse) - len(better)
+    text = (
+      f"- {column}: worse than right at tokens {', '.join(worse) or 'none'}"
+    )
+    if better:
+      text += f", better at {', '.join(better)}"
+    lines.append(text + f"; no difference shown at {others} of {len(rows)}")
+  if diagnostics.ZEROED in sums.nll:
+    apart = sums.nll[diagnostics.ZEROED] - sums.nll[paired.FROZEN]
+    mean = np.abs(apart.sum(0) / np.maximum(sums.tokens.sum(0), 1)).max()
+    lines.append(
+      f"- zeroed: at most {mean:.1g} nats from the frozen decoder, in the mean "
+      "of any position"
+    )
+  return ["\n".join(lines)]
 
 
 def _geometry(name, diagnosis) -> list[str]:
