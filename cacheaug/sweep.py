@@ -63,6 +63,8 @@ def main() -> None:
   if not values.report_only:
     print(plan.table(built, runs), flush=True)
     failed = _run(runs, directory, values.workers)
+  if values.report_only or not values.only:
+    _report(file, sweep, built, runs, directory)
   if failed:
     raise UserError(
       f"{len(failed)} of {len(runs)} runs failed: "
@@ -85,6 +87,23 @@ def _run(runs, directory, workers):
       print(f"stopped by {e}: run the sweep again to go on", flush=True)
       sys.exit(128 + e.number)
   return [o for o in outcomes if o.error]
+
+
+def _report(file, sweep, built, runs, directory):
+  """Over what is finished; says where it is."""
+  from cacheaug.sweeping import comparison, page
+
+  results = comparison.compare(built, runs, sweep.reference)
+  if not results:
+    raise UserError(f"--workdir={directory}: no run of the sweep has finished")
+  path = page.write(
+    directory,
+    title=f"Sweep {_name(file)}",
+    sweep=sweep,
+    results=results,
+    runs=runs,
+  )
+  print(f"report: {path}")
 
 
 def _name(file: str) -> str:

@@ -92,6 +92,11 @@ class Built:
     """Of the whole training."""
     return self.step * self.config.optimizer.steps
 
+  @property
+  def step_per_token(self) -> float:
+    """Useful FLOP of a step for each token of text that it reads."""
+    return self.step / (self.config.data.batch * self.config.data.sequence)
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:

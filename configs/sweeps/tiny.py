@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
   c.checkpoint.every = 500
   c.eval.sequences = 256
   c.eval.batch = 16
+  c.eval.context = 16  # what the largest N needs
   c.eval.problems = 1024
   return c
 
