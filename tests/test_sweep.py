@@ -3,8 +3,11 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import small_sweep
@@ -262,3 +265,41 @@ def test_a_changed_row_is_refused_naming_the_key(tmp_path):
   )
   assert "N1-seed0 holds another experiment" in line
   assert "traces.ahead (4 there, 3 here)" in line
+
+
+# --- the command -------------------------------------------------------------
+
+
+def _command(*arguments):
+  done = subprocess.run(
+    [sys.executable, "-m", "cacheaug.sweep", *arguments],
+    cwd=Path(__file__).resolve().parent.parent,
+    env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    capture_output=True,
+    text=True,
+    timeout=280,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_trains_reports_and_goes_on(tmp_path):
+  file = small_sweep.write(
+    tmp_path,
+    'Row("good", {"optimizer.steps": 3})',
+    f'Row("bad", {{"data.sources.text.path": "{tmp_path}/missing.txt"}})',
+  )
+  arguments = f"--config={file}", f"--workdir={tmp_path / 'sweep'}"
+  status, out, err = _command(*arguments, "--workers=2")
+  assert status == 1
+  (line,) = err.splitlines()
+  assert line.startswith("error: 1 of 2 runs failed: bad-seed0: ")
+  assert "missing.txt" in line
+  assert "good-seed0 finished after" in out
+  page = (tmp_path / "sweep" / "report" / "comparison.md").read_text()
+  assert "| good | 1 |" in page
+  assert page.endswith("## Not finished\n\nbad-seed0\n")
+
+  status, out, err = _command(*arguments, "--only=good")
+  assert (status, err) == (0, "")
+  assert "1 of 1 are finished already" in out
