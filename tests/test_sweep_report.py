@@ -8,7 +8,7 @@ import pytest
 import small_sweep
 
 from cacheaug.errors import UserError
-from cacheaug.evals import exact_match
+from cacheaug.evals import exact_match, finish
 from cacheaug.sweeping import comparison, curves, page, rows
 
 _HEADER = "source,document,position,frozen,augmented,tokens,checksum\n"
@@ -178,9 +178,30 @@ def test_what_is_not_finished_is_named(tmp_path):
 
 def test_a_decoder_from_nothing_has_no_frozen_one(tmp_path):
   lines = (*small_sweep.ROWS, 'Row("model", {"objective": "language_model"})')
-  text = _Sweep(tmp_path, *lines, nll=_NLL | {"model-seed0": ""}).write()
-  assert "| model | 1 | - |" in text
-  assert text.count("| model |") == 3  # and its cost
+  sweep = _Sweep(tmp_path, *lines, nll=_NLL | {"model-seed0": ""})
+  path = sweep.directory / "model-seed0" / "report.json"
+  assert str(path) in sweep.refusal()
+  path.write_text(
+    json.dumps(
+      {"text held-out bits per token": 1.25, "text held-out tokens": 9}
+    )
+  )
+  text = sweep.write()
+  # Against the frozen decoder, and N2; bits; cost.
+  assert text.count("| model | 1 | - |") == 2
+  assert "| model | 1 | 1.2500 |" in text
+  assert sweep.built[2].frozen == 0
+
+
+def test_answers_of_a_trained_decoder_are_its_reports(tmp_path):
+  given = {"eval.problems": 8, "data.sources.text.kind": "problems"}
+  lines = ('Row("model", {"objective": "language_model"}, (0, 1))',)
+  nll = {"model-seed0": "", "model-seed1": ""}
+  sweep = _Sweep(tmp_path, *lines, nll=nll, given=given, reference="", axis="")
+  for run, right in zip(sweep.runs, (4, 5), strict=True):
+    text = finish.percent((right, 8))
+    (run.workdir / "report.json").write_text(json.dumps({"problems all": text}))
+  assert "| model | 2 | 56.2<br>50.0 to 62.5 |" in sweep.write()
 
 
 def test_exact_match_is_pooled_over_seeds(tmp_path):
@@ -194,8 +215,9 @@ def test_exact_match_is_pooled_over_seeds(tmp_path):
     )
   text = sweep.write()
   # Runs are N1-seed0, N2-seed0, N1-seed1: N1 has 4 and 5 of 8 right.
-  assert "| N1 | 2 | 12.5 | 56.2<br>50.0 to 62.5 | 100.0<br>" in text
-  assert "| N2 | 1 | 12.5 | 25.0 | 100.0 |" in text
+  assert "| frozen random | - | 12.5 | 12.5 |" in text
+  assert "| N1 | 2 | 56.2<br>50.0 to 62.5 | 100.0<br>" in text
+  assert "| N2 | 1 | 25.0 | 100.0 |" in text
   (sweep.runs[0].workdir / "report" / exact_match.FILE).unlink()
   assert "problems.json: no answers that can be read" in sweep.refusal()
 

@@ -120,6 +120,12 @@ def percent(right_asked: tuple[int, int]) -> str:
   return f"{100 * right / asked:.1f} % ({right}/{asked})"
 
 
+def right_asked(text: str) -> tuple[int, int]:
+  """What `percent` was made of; ValueError if it is none."""
+  right, asked = text[text.rindex("(") + 1 :].rstrip(")").split("/")
+  return int(right), int(asked)
+
+
 def coprocessor_report(
   config: ConfigDict,
   workdir: str,

@@ -9,11 +9,12 @@ is told beside it and is not part of it.
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from cacheaug.errors import UserError
-from cacheaug.evals import exact_match, paired
+from cacheaug.evals import exact_match, finish, paired
 from cacheaug.sweeping import runner
 from cacheaug.sweeping.rows import Built, Run
 
@@ -64,7 +65,10 @@ class Result:
     cells: source and position -> figures; empty for a decoder trained from
       nothing, which has no frozen one to be compared with.
     problems: kind of problem -> column (of paired) -> (right, asked) by seed;
-      empty where none were asked.
+      empty where none were asked. A decoder that was trained has the augmented
+      column only.
+    bits: source -> held-out bits a token of each seed, of a decoder trained
+      from nothing.
     seconds: of training, of each run.
   """
 
@@ -72,6 +76,7 @@ class Result:
   runs: tuple[Run, ...]
   cells: Mapping[Place, Cell]
   problems: Mapping[str, Mapping[str, tuple[tuple[int, int], ...]]]
+  bits: Mapping[str, tuple[float, ...]]
   seconds: tuple[float, ...]
 
   @property
@@ -124,6 +129,7 @@ def compare(
         pooled.get(reference) if reference != b.row.name else None,
       ),
       problems=_problems(done[b.row.name]),
+      bits={} if _compared(b) else _bits(done[b.row.name]),
       seconds=tuple(training_seconds(run) for run in done[b.row.name]),
     )
     for b in built
@@ -234,13 +240,46 @@ def _problems(runs: Sequence[Run]):
   """Exact match by kind, column and seed."""
   if not runs or not asks_problems(runs[0].built):
     return {}
-  found = [exact_match.read(run.workdir / "report") for run in runs]
+  found = [_answers(run) for run in runs]
   return {
     kind: {
       column: tuple(f[kind][column] for f in found) for column in found[0][kind]
     }
     for kind in found[0]
   }
+
+
+def _answers(run: Run) -> dict[str, dict[str, tuple[int, int]]]:
+  """Kind -> column -> (right, asked)."""
+  if run.config.objective == "coprocessor":
+    return exact_match.read(run.workdir / "report")
+  prefix, figures = "problems ", _figures(run)
+  return {
+    key.removeprefix(prefix): {paired.AUGMENTED: finish.right_asked(text)}
+    for key, text in figures.items()
+    if key.startswith(prefix)
+  }
+
+
+def _bits(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
+  """Held-out bits a token, by source, of each run."""
+  suffix, figures = " held-out bits per token", [_figures(run) for run in runs]
+  return {
+    key.removesuffix(suffix): tuple(f[key] for f in figures)
+    for key in (figures[0] if figures else ())
+    if key.endswith(suffix)
+  }
+
+
+def _figures(run: Run) -> dict[str, Any]:
+  """report.json, which a decoder's training ends with."""
+  path = run.workdir / "report.json"
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as e:
+    raise UserError(
+      f"{path} cannot be read ({type(e).__name__}): run it again"
+    ) from e
 
 
 def asks_problems(built: Built) -> bool:

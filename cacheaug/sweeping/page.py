@@ -62,6 +62,7 @@ def write(
   parts = [f"# {title}", _what(results, sweep)]
   for source, positions in _by_source(places).items():
     parts += _tables(results, sweep, source, positions)
+  parts += _bits(results)
   if any(r.problems for r in results):
     parts += ["## Exact match on held-out problems", _exact(results)]
   parts += ["## Cost", _costs(results)]
@@ -167,24 +168,47 @@ def _reference_cell(cell: Cell) -> str:
 
 
 def _exact(results: Sequence[Result]) -> str:
-  kinds = list(dict.fromkeys(k for r in results for k in r.problems))
-  header = ("row", "seeds", "frozen, all", *kinds)
-  lines = []
-  for r in results:
-    if not r.problems:
-      lines.append((r.name, _seeds(r), *([_NONE] * (len(kinds) + 1))))
-      continue
+  some = [r for r in results if r.problems]
+  kinds = list(dict.fromkeys(k for r in some for k in r.problems))
+  # Frozen decoders first, each once: all rows ask them the same problems.
+  frozen = {
+    r.built.config.decoder.path: r
+    for r in some
+    if paired.FROZEN in r.problems["all"]
+  }
+  lines = [
+    (
+      f"frozen {path or 'random'}",
+      _NONE,
+      *(_percent(r.problems[k][paired.FROZEN][:1]) for k in kinds),
+    )
+    for path, r in frozen.items()
+  ]
+  for r in some:
     cells = [_percent(r.problems[k][paired.AUGMENTED]) for k in kinds]
-    frozen = _percent(r.problems["all"][paired.FROZEN][:1])
-    lines.append((r.name, _seeds(r), frozen, *cells))
-  asked = next(
-    r.problems["all"][paired.AUGMENTED][0][1] for r in results if r.problems
-  )
+    lines.append((r.name, _seeds(r), *cells))
+  asked = some[0].problems["all"][paired.AUGMENTED][0][1]
   return (
-    f"{_table(header, lines)}\n\nPercent right, mean over seeds, of {asked} "
-    "problems, the same ones for all; below it the smallest and largest of a "
-    "seed."
+    f"{_table(('row', 'seeds', *kinds), lines)}\n\nPercent right, mean over "
+    f"seeds, of {asked} problems, the same ones for all; below it the smallest "
+    "and largest of a seed."
   )
+
+
+def _bits(results: Sequence[Result]) -> list[str]:
+  """Of decoders trained from nothing, which nothing is compared with."""
+  some = [r for r in results if r.bits]
+  if not some:
+    return []
+  names = list(dict.fromkeys(name for r in some for name in r.bits))
+  lines = [
+    (r.name, _seeds(r), *(f"{statistics.fmean(r.bits[n]):.4f}" for n in names))
+    for r in some
+  ]
+  return [
+    "## Decoders trained from nothing: held-out bits a token",
+    _table(("row", "seeds", *names), lines),
+  ]
 
 
 def _percent(answers: Sequence[tuple[int, int]]) -> str:
@@ -200,6 +224,7 @@ def _costs(results: Sequence[Result]) -> str:
     "row",
     "trained parameters",
     "others",
+    "together",
     "steps",
     "training FLOP",
     "FLOP a token of text",
@@ -218,6 +243,7 @@ def _cost_cells(result: Result) -> tuple[str, ...]:
     result.name,
     f"{b.trained:,}",
     f"{b.frozen:,}",
+    f"{b.trained + b.frozen:,}",
     f"{b.config.optimizer.steps:,}",
     f"{b.flop:.3g}",
     f"{b.step_per_token:.3g}",
@@ -294,7 +320,7 @@ def _rows_csv(results: Sequence[Result]) -> bytes:
           f"exact_match_{column}": statistics.fmean(
             right / asked for right, asked in answers[column]
           )
-          if answers
+          if column in answers
           else ""
           for column in (paired.FROZEN, paired.AUGMENTED)
         },

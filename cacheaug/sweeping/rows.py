@@ -75,7 +75,7 @@ class Built:
     config: resolved; its seed is the first.
     model: the decoder's shape.
     trained: parameters that training changes.
-    frozen: parameters beside them.
+    frozen: parameters that are used beside them, unchanged.
     step: useful FLOP of a training step.
   """
 
@@ -271,13 +271,16 @@ def _checked(row: Row, config_file: str, changes: Mapping[str, Any]) -> Built:
   state, decoder, _ = memory.abstract_arguments(
     config, model, memory.abstract_mesh(config, devices)
   )
+  trained, frozen = times.parameters(state.params), times.parameters(decoder)
+  if config.objective == "language_model" and trained >= frozen:
+    frozen = 0  # The decoder that it starts from is replaced.
   return Built(
     row=row,
     flags=tuple(argv),
     config=config,
     model=model,
-    trained=times.parameters(state.params),
-    frozen=times.parameters(decoder),
+    trained=trained,
+    frozen=frozen,
     step=flops.of_step(config, model).total,
   )
 
