@@ -103,13 +103,18 @@ def parse(argv: list[str], description: str) -> None:
   except UserError:
     raise
   except Exception as e:  # A config file is code and may raise anything.
-    raise UserError(_explain(argv, e)) from e
+    raise UserError(explain(argv, e)) from e
   if len(rest) > 1:
     raise UserError(f"{rest[1]!r} is not a flag: write --key=value")
 
 
-def _explain(argv: list[str], error: Exception) -> str:
-  """One line for what absl and ml_collections raise on bad flags."""
+def explain(argv: list[str], error: Exception) -> str:
+  """One line for what absl and ml_collections raise on bad flags.
+
+  Args:
+    argv: the program's name and its flags.
+    error: what they raised.
+  """
   names = [a.lstrip("-").partition("=")[0] for a in argv if a.startswith("-")]
   if "config" not in names:
     if any(n.startswith("config.") for n in names):

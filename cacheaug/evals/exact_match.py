@@ -1,9 +1,13 @@
 """Exact match on generated problems, with and without latents."""
 
 import functools
+import json
+from collections.abc import Mapping
 
 import numpy as np
+from etils import epath
 
+from cacheaug import storage
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import problems
 from cacheaug.data.tokenizers import Tokenizer
@@ -13,6 +17,9 @@ from cacheaug.model.transformer import Params, Transformer
 
 ANSWER_TOKENS = 6
 BATCH = 128
+FILE = "problems.json"
+
+Answers = Mapping[str, tuple[int, int]]  # kind and steps -> (right, asked)
 
 
 def _greedy(
@@ -124,3 +131,46 @@ def exact_match(
       for name in ("all", f"{problem.kind}-{problem.steps}"):
         right.setdefault(name, []).append(ok)
   return {k: (sum(v), len(v)) for k, v in sorted(right.items())}
+
+
+def save(directory: epath.Path, columns: Mapping[str, Answers]) -> None:
+  """Writes problems.json: kind -> column -> [right, asked].
+
+  Args:
+    directory: of a run's report; made if absent.
+    columns: of `paired`, such as FROZEN; all of the same problems.
+
+  Raises:
+    UserError: no space, no permission.
+  """
+  kinds = next(iter(columns.values()))
+  found = {k: {name: c[k] for name, c in columns.items()} for k in kinds}
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    storage.write_whole(directory / FILE, json.dumps(found, indent=2).encode())
+  except OSError as e:
+    raise UserError(
+      f"{directory / FILE} cannot be written ({e.strerror or e}): free space "
+      "or give another --workdir"
+    ) from e
+
+
+def read(
+  directory: epath.PathLike,
+) -> dict[str, dict[str, tuple[int, int]]]:
+  """Of `save`: kind -> column -> (right, asked).
+
+  Raises:
+    UserError: no such file, or a damaged one.
+  """
+  path = epath.Path(directory) / FILE
+  try:
+    return {
+      kind: {column: (int(a), int(b)) for column, (a, b) in columns.items()}
+      for kind, columns in json.loads(path.read_text()).items()
+    }
+  except (OSError, ValueError, AttributeError, TypeError) as e:
+    raise UserError(
+      f"{path}: no answers that can be read ({type(e).__name__}): let the run "
+      "report again"
+    ) from e

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from cacheaug.augment import objective
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import pipeline
 from cacheaug.data.tokenizers import Tokenizer
-from cacheaug.evals import exact_match, perplexity, report
+from cacheaug.evals import exact_match, paired, perplexity, report
 from cacheaug.evals.paired import DocumentSums
 from cacheaug.model.transformer import Params, Transformer
 
@@ -119,6 +120,12 @@ def percent(right_asked: tuple[int, int]) -> str:
   return f"{100 * right / asked:.1f} % ({right}/{asked})"
 
 
+def right_asked(text: str) -> tuple[int, int]:
+  """What `percent` was made of; ValueError if it is none."""
+  right, asked = text[text.rindex("(") + 1 :].rstrip(")").split("/")
+  return int(right), int(asked)
+
+
 def coprocessor_report(
   config: ConfigDict,
   workdir: str,
@@ -138,6 +145,9 @@ def coprocessor_report(
   }
   frozen = answers(config, model, decoder, None, tokenizer, None)
   augmented = answers(*args)
+  if frozen:
+    columns = {paired.FROZEN: frozen, paired.AUGMENTED: augmented}
+    exact_match.save(epath.Path(workdir) / "report", columns)
   match = {
     k: f"frozen {percent(frozen[k])}, with latents {percent(augmented[k])}"
     for k in frozen
