@@ -124,8 +124,9 @@ def reading(
   spec: TraceSpec,
 ) -> KVCache:
   """What the coprocessor's rows read: the decoder's cache, or its own."""
-  if spec.kind != "activations":
+  if not spec.reads_states:
     return cache
+  assert states is not None, "the decoder's hidden states were not kept"
   rows = Rows.plain(cache.positions, cache.segments)
   own = transformer.run(
     model,

@@ -135,6 +135,11 @@ class TraceSpec:
     return self.kind in _GIVEN
 
   @property
+  def reads_states(self) -> bool:
+    """The coprocessor reads the decoder's hidden states, not its cache."""
+    return self.kind == "activations"
+
+  @property
   def rows(self) -> int:
     """R, the rows of one block in the decoder's pass; N of them given or run.
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheaug.augment import objective, traces
+from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.evals.report import PositionRow, make_row
 from cacheaug.model.transformer import Params, Transformer
@@ -47,6 +47,7 @@ def both_nll(
   hidden, cache = objective.context_pass(
     model, decoder, tokens, documents, spec
   )
+  reading = coprocessor.reading(model, coproc, cache, hidden, spec)
   plain = objective.next_token_nll(model, decoder, hidden, tokens)
   index = jnp.arange(s)[:, None] + jnp.arange(spec.ahead)[None]  # [S, A]
   frozen = plain[:, jnp.minimum(index, s - 2)]
@@ -61,7 +62,7 @@ def both_nll(
     if late is not None:
       delay = jnp.where(points >= 0, late, 0)
     laid = traces.lay_out(tokens, documents, points, spec, delay)
-    nll = objective.traces_nll(model, decoder, coproc, cache, laid)
+    nll = objective.traces_nll(model, decoder, coproc, cache, laid, reading)
     return nll, laid.weights
 
   m = min(POINTS_AT_ONCE, s)
