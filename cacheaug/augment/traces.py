@@ -70,7 +70,7 @@ SCHEMES = ("insert", "overlay", "replace")
 LAWS = ("uniform", "stratified")
 STARTS = ("as_is", "harmless")
 KINDS = ("coprocessor", "pause", "prefix", "handover", "activations")
-_GIVEN = ("prefix", "handover")
+GIVEN = ("prefix", "handover")  # latents are keys and values
 _LATE = ("coprocessor", "activations")
 
 
@@ -132,7 +132,7 @@ class TraceSpec:
   @property
   def given(self) -> bool:
     """Latents are keys and values for the decoder, not embeddings."""
-    return self.kind in _GIVEN
+    return self.kind in GIVEN
 
   @property
   def reads_states(self) -> bool:
@@ -173,7 +173,7 @@ class Traces:
   @property
   def given(self) -> bool:
     """As of TraceSpec."""
-    return self.kind in _GIVEN
+    return self.kind in GIVEN
 
 
 def segments_of(documents: jax.Array, mask_documents: bool) -> jax.Array:
