@@ -68,6 +68,9 @@ def base() -> ConfigDict:
   c.decoder.how_to_get = ""
 
   c.coprocessor = ConfigDict()
+  # Or what it is compared with: pause, prefix, handover, activations; see
+  # augment/coprocessor.py.
+  c.coprocessor.kind = "coprocessor"
   c.coprocessor.latents = 16  # N, soft tokens and latents a trace
   c.coprocessor.init = "decoder"  # or 'scratch'
   c.coprocessor.start = "harmless"  # or 'as_is', see augment/coprocessor.py
@@ -288,6 +291,7 @@ def spec_of(config: ConfigDict) -> TraceSpec:
     tail=config.traces.tail,
     mask_documents=config.traces.mask_documents,
     late_max=config.traces.late_max,
+    kind=config.coprocessor.kind,
   )
 
 
@@ -300,6 +304,7 @@ def validate(config: ConfigDict, devices: int) -> None:
     UserError: naming the key and the numbers.
   """
   _one_of(config, "objective", OBJECTIVES)
+  _one_of(config, "coprocessor.kind", traces.KINDS)
   _one_of(config, "coprocessor.init", coprocessor.INITS)
   _one_of(config, "coprocessor.start", traces.STARTS)
   _one_of(config, "coprocessor.positions", traces.SCHEMES)
@@ -343,6 +348,12 @@ def validate(config: ConfigDict, devices: int) -> None:
 
 def _validate_traces(config: ConfigDict) -> None:
   ahead, s = config.traces.ahead, config.data.sequence
+  kind, init = config.coprocessor.kind, config.coprocessor.init
+  if kind in ("pause", "prefix") and init == "scratch":
+    raise UserError(
+      f"coprocessor.init={init!r}: coprocessor.kind={kind!r} has no network "
+      "that could begin so; leave it 'decoder'"
+    )
   if config.traces.min_ahead > ahead:
     raise UserError(
       f"traces.min_ahead={config.traces.min_ahead} exceeds traces.ahead={ahead}"

@@ -4,7 +4,8 @@
 `coprocessor.safetensors` holds its transformer's weights under the names that
 Hugging Face uses for the decoder's family (without embeddings and head),
 `soft_tokens` [N, D] and, with the harmless start, `latent_projection` [D, D],
-applied as hidden @ latent_projection. See augment/coprocessor.py.
+applied as hidden @ latent_projection. Of another `kind` than 'coprocessor' it
+holds what that kind has: see augment/coprocessor.py.
 
   python -m cacheaug.export --workdir=runs/gemma2b --out=DIR
   python -m cacheaug.export --workdir=runs/tiny_decoder --out=DIR --decoder
@@ -39,11 +40,12 @@ from cacheaug.model.transformer import Params, Transformer
 
 FORMAT = "cacheaug-coprocessor-1"
 WEIGHTS = "coprocessor.safetensors"
-VARIANT = "embeddings"  # the latents are input embeddings of the decoder
+# What latents are for the decoder: input embeddings, or keys and values.
+VARIANTS = {False: "embeddings", True: "cache"}  # by TraceSpec.given
 # TraceSpec's field -> key of config.json, where the two differ.
 _SPEC_KEYS = {"scheme": "positions"}
 # Fields that exports made before there was such a thing do not have.
-_LATER = ("late_max",)
+_LATER = ("late_max", "kind")
 _META = ("family", "variant", "decoder_fingerprint", "source")
 
 
@@ -62,8 +64,7 @@ def save_coprocessor(
     directory: made if absent; files of the same names are replaced.
     model_config: of the decoder, which the coprocessor shares.
     spec: how it was trained; N, positions and start bind its user.
-    params: {transformer, soft_tokens, latent_projection?}, in the dtype to
-      write.
+    params: of coprocessor.init_boxed, in the dtype to write.
     decoder_fingerprint: `pretrained.fingerprint` of the decoder.
     source: where the decoder came from, for a person.
 
@@ -74,7 +75,7 @@ def save_coprocessor(
   entries = {
     "format": FORMAT,
     "family": model_config.family,
-    "variant": VARIANT,
+    "variant": VARIANTS[spec.given],
     "decoder_fingerprint": decoder_fingerprint,
     "source": source,
     "model": families.config_entries(model_config),
@@ -84,9 +85,8 @@ def save_coprocessor(
     entries[key] = getattr(spec, field.name)
   tree = {k: v for k, v in params.items() if k != "transformer"}
   leaves = _leaves(model_config, spec)
-  pretrained.write_leaves(
-    directory / WEIGHTS, leaves, params["transformer"] | tree, None
-  )
+  body = params.get("transformer", {})
+  pretrained.write_leaves(directory / WEIGHTS, leaves, body | tree, None)
   files.write_json(directory / "config.json", entries)
 
 
@@ -128,29 +128,26 @@ def load_coprocessor(
   for key in ("model", *keys.values(), *_META):
     if key not in entries:
       raise UserError(f"{path}: has no {key!r}; export the coprocessor again")
-  if entries["variant"] != VARIANT:
-    raise UserError(
-      f"{path}: variant {entries['variant']!r} is not supported ({VARIANT})"
-    )
   config = families.config_from_entries(entries["model"], path)
   spec = TraceSpec(**{name: entries[key] for name, key in keys.items()})
+  if entries["variant"] != VARIANTS[spec.given]:
+    raise UserError(
+      f"{path}: variant {entries['variant']!r} is not supported: of kind "
+      f"{spec.kind!r} it is {VARIANTS[spec.given]!r}"
+    )
   params = _read(directory / WEIGHTS, _leaves(config, spec), dtype, shardings)
   return config, spec, params, {key: entries[key] for key in _META}
 
 
 def _leaves(config: ModelConfig, spec: TraceSpec) -> list[Leaf]:
-  """Of the transformer (blocks and final norm), then of the coprocessor."""
-  n, d = spec.latents, config.width
-  leaves = [
-    leaf
-    for leaf in pretrained.leaves_of(config)
-    if leaf.path.startswith(("blocks/", "final_norm/"))
-  ]
-  leaves.append(Leaf("soft_tokens", (n, d), ("soft_tokens",)))
-  if spec.start == "harmless":
-    name = "latent_projection"
-    leaves.append(Leaf(name, (d, d), (name,)))
-  return leaves
+  """Of the transformer, then what else a coprocessor of that kind has."""
+  make = partial(coprocessor.init_boxed, Transformer(config), spec)
+  tree = nn.unbox(jax.eval_shape(make, jax.random.key(0)))
+  body = pretrained.flatten(tree.pop("transformer", {}))
+  leaves = [leaf for leaf in pretrained.leaves_of(config) if leaf.path in body]
+  order = ("soft_tokens", "latent_projection", "prefix_keys", "prefix_values")
+  names = [name for name in order if name in tree]
+  return leaves + [Leaf(name, tree[name].shape, (name,)) for name in names]
 
 
 def _read(
@@ -160,12 +157,13 @@ def _read(
     raise UserError(f"{path}: missing; export the coprocessor again")
   if shardings is not None:
     own = {k: v for k, v in shardings.items() if k != "transformer"}
-    shardings = shardings["transformer"] | own
+    shardings = shardings.get("transformer", {}) | own
   where = {name: (path, name) for name in files.headers([path])}
   pretrained.check_tensors(path, leaves, where)
   tree = pretrained.read_leaves(leaves, where, dtype, shardings)
-  body = {key: tree.pop(key) for key in ("blocks", "final_norm")}
-  return {"transformer": body, **tree}
+  parts = [key for key in ("blocks", "final_norm") if key in tree]
+  body = {key: tree.pop(key) for key in parts}
+  return {"transformer": body, **tree} if body else tree
 
 
 # --- a run's directory ------------------------------------------------------

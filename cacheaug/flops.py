@@ -17,14 +17,27 @@ what no mathematics needs either, a lower bound for floors.
 
 A block counts as N + A rows: the last ahead token is only predicted, so a
 program may leave its row out (R = N + A - 1).
+
+Kinds of coprocessor (augment/coprocessor.py) cost what they do differently:
+pause and prefix run no coprocessor; where keys and values are handed over the
+decoder's block has A rows, x[p] again and y_1 .. y_{A-1}; handover makes the
+last layer's keys and values alone; activations reads the context twice, once
+with gradients. `augmentation` and `token` are what decoding costs.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
+import flax.linen as nn
+import jax
 from ml_collections import ConfigDict
 
+from cacheaug import config as configs
+from cacheaug.augment import coprocessor, traces
+from cacheaug.model import transformer
 from cacheaug.model.config import SLIDING, ModelConfig
+from cacheaug.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +49,25 @@ class Sizes:
   traces: int  # M
   latents: int  # N
   ahead: int  # A
+  kind: str = "coprocessor"  # of traces.KINDS
 
   @property
   def latent_rows(self) -> int:
     """Rows of one sequence in the coprocessor's pass."""
+    if self.kind in ("pause", "prefix"):
+      return 0
     return self.traces * self.latents
+
+  @property
+  def given(self) -> bool:
+    """As of TraceSpec."""
+    return self.kind in traces.GIVEN
 
   @property
   def decoder_rows(self) -> int:
     """Rows of one sequence in the decoder's second pass."""
-    return self.traces * (self.latents + self.ahead)
+    latents = 0 if self.given else self.latents
+    return self.traces * (latents + self.ahead)
 
 
 class Cost(NamedTuple):
@@ -69,6 +91,7 @@ def sizes_of(config: ConfigDict) -> Sizes:
     traces=config.traces.count,
     latents=config.coprocessor.latents,
     ahead=config.traces.ahead,
+    kind=config.coprocessor.kind,
   )
 
 
@@ -112,13 +135,23 @@ def _context_attention(model: ModelConfig, s: int) -> list[float]:
   ]
 
 
-def context_pass(model: ModelConfig, sizes: Sizes) -> Cost:
-  """One sequence's pass 1, as far as the last layer's keys and values."""
-  s = sizes.sequence
+def _unused_per_row(model: ModelConfig) -> float:
+  """What the last layer does beyond its keys and values."""
   keys_and_values = 4.0 * model.width * model.head_dim * model.kv_heads
-  unused = _layer_per_row(model) - keys_and_values
+  return _layer_per_row(model) - keys_and_values
+
+
+def context_pass(model: ModelConfig, sizes: Sizes) -> Cost:
+  """One sequence's pass 1, as far as the last layer's keys and values.
+
+  Of kind 'activations' to its end: the hidden states are what is read.
+  """
+  s = sizes.sequence
+  if sizes.kind == "activations":
+    attention = sum(_context_attention(model, s))
+    return Cost(s * body_per_row(model), 0.0, attention)
   return Cost(
-    body=s * (body_per_row(model) - unused),
+    body=s * (body_per_row(model) - _unused_per_row(model)),
     logits=0.0,
     attention=sum(_context_attention(model, s)[:-1]),
   )
@@ -134,12 +167,21 @@ def structured(
   again = 1 if remat else 0
   context, own = _trace_attention(model, sizes)
   first = context_pass(model, sizes)
-  body = sizes.latent_rows * (3 + again) + sizes.decoder_rows * (2 + again)
+  rows = sizes.latent_rows * (3 + again)
+  body = (rows + sizes.decoder_rows * (2 + again)) * body_per_row(model)
+  attention = 3 * (context + own)
+  if sizes.kind == "handover":
+    body -= rows * _unused_per_row(model)
+  elif sizes.kind == "activations":
+    s, layers = sizes.sequence, _context_attention(model, sizes.sequence)
+    per_row = body_per_row(model) - _unused_per_row(model)
+    body += s * (3 + again) * per_row
+    attention += 3 * sum(layers[:-1])
   return _times(
     sizes.batch,
-    first.body + body * body_per_row(model),
+    first.body + body,
     3 * sizes.traces * sizes.ahead * logits_per_row(model),
-    first.attention + 3 * (context + own),
+    first.attention + attention,
   )
 
 
@@ -155,6 +197,8 @@ def least(model: ModelConfig, sizes: Sizes) -> Cost:
   them alone. The embedding is frozen: logits need d(hidden) alone.
   """
   context, own = _trace_attention(model, sizes)
+  if sizes.kind == "activations":  # the coprocessor's own context is trained
+    context *= sizes.decoder_rows / (sizes.latent_rows + sizes.decoder_rows)
   cost = structured(model, sizes)
   predicting = sizes.traces * sizes.ahead * logits_per_row(model)
   return cost._replace(
@@ -168,11 +212,21 @@ def _trace_attention(model: ModelConfig, sizes: Sizes) -> tuple[float, float]:
 
   Points are uniform: a row sees on average what a context row sees.
   """
-  n, r = sizes.latents, sizes.latents + sizes.ahead
-  rows = sizes.latent_rows + sizes.decoder_rows
-  context = sum(_context_attention(model, sizes.sequence)) / sizes.sequence
-  own = sizes.traces * (_causal_pairs(n) + _causal_pairs(r))
-  return rows * context, own * attention_per_pair(model)
+  m, n, a = sizes.traces, sizes.latents, sizes.ahead
+  layers = _context_attention(model, sizes.sequence)
+  in_latents = sizes.latent_rows * sum(layers)
+  first = _causal_pairs(n) if sizes.latent_rows else 0.0
+  first *= attention_per_pair(model)
+  if sizes.kind == "handover":  # the last layer's rows ask nothing
+    in_latents -= sizes.latent_rows * layers[-1]
+    first -= _causal_pairs(n) * _layer_per_pair(model)
+  if sizes.given:  # every row sees those given; x[p] again is not seen
+    pairs = a * n + _causal_pairs(a - 1)
+  else:
+    pairs = _causal_pairs(n + a)
+  context = in_latents + sizes.decoder_rows * sum(layers)
+  own = m * (first + pairs * attention_per_pair(model))
+  return context / sizes.sequence, own
 
 
 def cached_dense(
@@ -229,6 +283,95 @@ def of_step(config: ConfigDict, model: ModelConfig) -> Cost:
   if config.objective == "language_model":
     return language_model(model, sizes)
   return useful(model, sizes)
+
+
+# --- decoding ----------------------------------------------------------------
+
+
+def augmentation(model: ModelConfig, sizes: Sizes) -> Cost:
+  """What one augmentation after `sizes.sequence` tokens adds to decoding.
+
+  No logits: y_1 gets its own of another row, and no more of them. Of kind
+  'activations' with what reading the prompt adds, once.
+  """
+  n, s = sizes.latents, sizes.sequence
+  one = dataclasses.replace(sizes, traces=1, ahead=1)
+  seen, rows = _seen(model, s), one.latent_rows + (1 if one.given else n)
+  body = rows * body_per_row(model)
+  attention = rows * seen + (one.latent_rows > 0) * _own(model, n)
+  attention += n * attention_per_pair(model) if one.given else _own(model, n)
+  if sizes.kind == "handover":
+    body -= n * _unused_per_row(model)
+    attention -= n * _seen_by_layer(model, s)[-1]
+    attention -= _causal_pairs(n) * _layer_per_pair(model)
+  elif sizes.kind == "activations":
+    # All but the last layer of its own, and the decoder's last.
+    body += s * body_per_row(model)
+    attention += sum(_context_attention(model, s))
+  return Cost(body, 0.0, attention)
+
+
+def token(model: ModelConfig, sizes: Sizes) -> Cost:
+  """One token decoded after `sizes.sequence` tokens, and latents if any.
+
+  Of latents = 0 the frozen decoder's. Positions 'replace' hides as many
+  entries as latents come: nothing more is seen then, up to n pairs less than
+  this says.
+  """
+  seen = _seen(model, sizes.sequence + sizes.latents)
+  return Cost(body_per_row(model), logits_per_row(model), seen)
+
+
+def _own(model: ModelConfig, rows: int) -> float:
+  return _causal_pairs(rows) * attention_per_pair(model)
+
+
+def _seen_by_layer(model: ModelConfig, s: int) -> list[float]:
+  """Forward FLOP of one row's attention to the s entries before it."""
+  return [
+    _layer_per_pair(model) * min(s, model.window if kind == SLIDING else s)
+    for kind in model.layer_kinds
+  ]
+
+
+def _seen(model: ModelConfig, s: int) -> float:
+  return sum(_seen_by_layer(model, s))
+
+
+# --- parameters ---------------------------------------------------------------
+
+
+class Parameters(NamedTuple):
+  """Numbers of parameters."""
+
+  decoder: int  # frozen, but for the language_model objective
+  coprocessor: int
+  trained: int
+
+  @property
+  def total(self) -> int:
+    """All that a run holds."""
+    return self.decoder + self.coprocessor
+
+
+def parameters(config: ConfigDict, model_config: ModelConfig) -> Parameters:
+  """What a config's run has and trains; of arrays' shapes alone.
+
+  Leaves that get no gradient (handover's last layer beyond its keys and
+  values) count as trained: the optimizer holds them.
+  """
+  model, key = Transformer(model_config), jax.random.key(0)
+
+  def count(make):
+    tree = nn.unbox(jax.eval_shape(make, key))
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+  decoder = count(functools.partial(transformer.init, model))
+  if config.objective == "language_model":
+    return Parameters(decoder, 0, decoder)
+  spec = configs.spec_of(config)
+  own = count(functools.partial(coprocessor.init_boxed, model, spec))
+  return Parameters(decoder, own, own)
 
 
 def _times(count: int, *parts: float) -> Cost:

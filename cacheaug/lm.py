@@ -24,6 +24,7 @@ import numpy as np
 
 from cacheaug import export
 from cacheaug.augment import objective, traces
+from cacheaug.augment.coprocessor import reading
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import tokenizers
 from cacheaug.data.tokenizers import Tokenizer
@@ -42,7 +43,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 # Prompts are padded to a multiple, so that few lengths are compiled for.
 LENGTHS = 32
 
-_read = jax.jit(generate.read, static_argnames="model")
+_read = jax.jit(generate.read, static_argnames=("model", "keep_states"))
 _augment = jax.jit(generate.augment_context, static_argnames=("model", "spec"))
 _decode = jax.jit(
   generate.decode, static_argnames=("model", "max_new_tokens", "stop_ids")
@@ -59,10 +60,9 @@ class Coprocessor:
   @functools.cached_property
   def layers(self) -> Params:
     """The parameters as decoding wants them."""
-    return {
-      **self.params,
-      "transformer": generate.apart(self.params["transformer"]),
-    }
+    body = self.params.get("transformer")
+    apart = {"transformer": generate.apart(body)} if body else {}
+    return self.params | apart
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,8 +143,7 @@ class LM:
         tokens than the decoder has positions.
     """
     rows = self._checked(tokens)
-    tokens, documents = generate.pad_left(rows, self._pad_id)
-    return _read(self.model, self._layers, tokens, documents)
+    return self._read(*generate.pad_left(rows, self._pad_id))
 
   def augment(self, context: Context) -> Context:
     """N latents at the end of each context; of a fresh `prefill`, once.
@@ -308,8 +307,12 @@ class LM:
   ) -> tuple[Context, Plan]:
     """What `writer` goes on from, and the insertions still to come."""
     padded = -(-max(map(len, rows)) // LENGTHS) * LENGTHS
-    tokens, documents = generate.pad_left(rows, self._pad_id, padded)
-    return _read(self.model, self._layers, tokens, documents), plan
+    return self._read(*generate.pad_left(rows, self._pad_id, padded)), plan
+
+  def _read(self, tokens: np.ndarray, documents: np.ndarray) -> Context:
+    coproc = self.coprocessor
+    keep = {"keep_states": True} if coproc and coproc.spec.reads_states else {}
+    return _read(self.model, self._layers, tokens, documents, **keep)
 
   def nll(
     self,
@@ -340,14 +343,8 @@ class LM:
     if latents:
       coproc, spec = self._coprocessor().params, self.coprocessor.spec
     points = self._points(points, tokens.shape, ahead, spec if latents else 0)
-    spec = dataclasses.replace(
-      spec,
-      ahead=ahead,
-      count=points.shape[1],
-      law="uniform",
-      min_ahead=1,
-      tail=0,
-    )
+    changes = dict(ahead=ahead, count=points.shape[1], min_ahead=1, tail=0)
+    spec = dataclasses.replace(spec, **changes, law="uniform")
     nll = _nll(self.model, self.decoder, coproc, tokens, points, spec)
     return np.asarray(nll)
 
@@ -441,7 +438,8 @@ def _nll(
   )
   if coproc is not None:
     laid = traces.lay_out(tokens, documents, points, spec)
-    return objective.traces_nll(model, decoder, coproc, cache, laid)
+    read = reading(model, coproc, cache, hidden, spec)
+    return objective.traces_nll(model, decoder, coproc, cache, laid, read)
   nll = objective.next_token_nll(model, decoder, hidden, tokens)
   index = points[..., None] + jnp.arange(spec.ahead)[None, None]
   return jax.vmap(lambda row, i: row[i])(nll, index)

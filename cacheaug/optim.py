@@ -15,7 +15,7 @@ Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 # Scanned layers give norms and biases a second dimension, [L, D], so rank
 # alone does not tell a matrix.
-_NO_DECAY = re.compile(r"norm|scale|bias|soft_tokens")
+_NO_DECAY = re.compile(r"norm|scale|bias|soft_tokens|prefix")
 
 
 def make_schedule(config: ConfigDict, total_steps: int) -> Schedule:

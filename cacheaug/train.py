@@ -316,6 +316,7 @@ def report(config, workdir, model, decoder, params, tokenizer, fingerprint):
   spec = configs.spec_of(config)
   meta = {
     "decoder": f"{config.decoder.path or 'random'} ({fingerprint})",
+    "kind": spec.kind,
     "latents N": spec.latents,
     "ahead tokens A": spec.ahead,
     "positions": spec.scheme,

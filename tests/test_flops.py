@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,9 +10,13 @@ from ml_collections import ConfigDict
 
 from cacheaug import chips, decoders, flops
 from cacheaug import config as configs
+from cacheaug.augment import coprocessor, traces
+from cacheaug.augment.traces import TraceSpec
 from cacheaug.flops import Sizes
+from cacheaug.inference import generate
 from cacheaug.model import config as model_config
-from cacheaug.model import transformer
+from cacheaug.model import decoding, transformer
+from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Transformer
 
 # Gemma-2 2B, S=2048, A=16, M=128, TFLOP a sequence: N -> naive, cached-dense
@@ -149,3 +154,112 @@ def test_chip_of_a_device(kind, name):
 )
 def test_no_peak_where_it_is_not_known(kind):
   assert chips.of_device_kind(kind) is None
+
+
+# --- kinds of coprocessor -----------------------------------------------------
+
+
+def _small():
+  return model_config.make(
+    "gemma2",
+    vocab_size=512,
+    width=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    mlp_width=256,
+    window=16,
+  )
+
+
+def test_steps_of_kinds_by_their_rows():
+  """Of one sequence; u is what the last layer's kv do without."""
+  model = _small()
+  b, s, m, n, a = flops.body_per_row(model), 32, 5, 3, 4
+  u = b / 2 - 4 * 128 * 32 * 2
+  wanted = {
+    "coprocessor": s * (b - u) + m * (3 * n + 2 * (n + a)) * b,
+    "pause": s * (b - u) + m * 2 * (n + a) * b,
+    "prefix": s * (b - u) + m * 2 * a * b,
+    "handover": s * (b - u) + m * (3 * n * (b - u) + 2 * a * b),
+    "activations": s * b + 3 * s * (b - u) + m * (5 * n + 2 * a) * b,
+  }
+  costs = {}
+  for kind, body in wanted.items():
+    sizes = Sizes(1, s, m, n, a, kind)
+    costs[kind] = flops.useful(model, sizes)
+    assert costs[kind].body == pytest.approx(body)
+    assert flops.least(model, sizes).total < costs[kind].total
+  assert len({cost.logits for cost in costs.values()}) == 1
+  # A row sees 528 / 32 slots on average, the window's 392 / 32 of layer one.
+  near, far = 392 / 32, 528 / 32
+  pair, first = 4 * 4 * 32, 392 + 0  # the context's last layer asks nothing
+  rows = m * a * (near + far) + m * 2 * (a * n + 6)
+  assert costs["prefix"].attention == pytest.approx(pair * (first + 3 * rows))
+  rows += m * n * near + m * 6
+  assert costs["handover"].attention == pytest.approx(pair * (first + 3 * rows))
+
+
+@pytest.mark.parametrize("kind", traces.KINDS)
+def test_augmentation_agrees_with_xla(kind):
+  """XLA's count of the compiled program, where nothing unused is left."""
+  config, s, n = _small(), 64, 8
+  config = dataclasses.replace(config, window=s + n, layer_kinds=())
+  model = Transformer(config, remat="none")
+  spec = TraceSpec(n, 1, "overlay", "as_is", kind=kind)
+  key = jax.random.key(0)
+
+  def make(function):
+    shapes = nn.unbox(jax.eval_shape(function, key))
+    body = shapes.get("transformer", shapes)
+    if "blocks" in body:
+      body = jax.eval_shape(decoding.split_layers, body)
+    return shapes | ({"transformer": body} if "transformer" in shapes else body)
+
+  decoder = make(lambda k: transformer.init(model, k))
+  coproc = make(lambda k: coprocessor.init_boxed(model, spec, k))
+
+  def augment(decoder, coproc, cache, tokens, states):
+    documents = jnp.zeros_like(tokens)
+    args = model, decoder, coproc, cache, tokens, documents, spec
+    return generate.augment(*args, states=states)
+
+  kv = jax.ShapeDtypeStruct((2, 1, s, 2, 32), jnp.float32)
+  tokens = jax.ShapeDtypeStruct((1, s), jnp.int32)
+  states = jax.ShapeDtypeStruct((1, s, 128), jnp.float32)
+  args = decoder, coproc, KVCache(kv, kv, tokens, tokens), tokens, states
+  counted = jax.jit(augment).lower(*args).compile().cost_analysis()["flops"]
+  sizes = Sizes(1, s, 1, n, 1, kind)
+  ours = flops.augmentation(config, sizes).total
+  if kind == "activations":  # the decoder's own part comes with the states
+    ours -= s * 2 * (128 * 32 * 8 + 3 * 128 * 256)
+    ours -= sum(flops._context_attention(config, s)[-1:])
+    # Masked pairs are computed too.
+    ours += flops.attention_per_pair(config) / 2 * (s * s - s * (s + 1) / 2)
+  # Norms, softmax, gelu, RoPE and masked pairs of small blocks. One row's
+  # products are sums for XLA, of an addition less each.
+  assert 0.99 * ours < counted < 1.2 * ours, counted / ours
+
+
+def test_tokens_see_latents_and_parameters_are_counted():
+  model = _small()
+  sizes = Sizes(1, 64, 1, 8, 1)
+  frozen = flops.token(model, dataclasses.replace(sizes, latents=0))
+  more = flops.token(model, sizes).attention - frozen.attention
+  assert more == 8 * flops.attention_per_pair(model) / 2  # not by the window
+  config = decoders.experiment("gemma2_2b")
+  one = {}
+  for kind in traces.KINDS:
+    config.coprocessor.kind = kind
+    one[kind] = flops.parameters(config, model)
+  layer = 128 * 32 * 12 + 3 * 128 * 256 + 4 * 128
+  n = config.coprocessor.latents
+  whole = 2 * layer + 128
+  assert one["coprocessor"].decoder == whole + 512 * 128
+  assert one["coprocessor"].trained == whole + n * 128 + 128 * 128
+  assert one["activations"] == one["coprocessor"]
+  assert one["pause"].trained == n * 128
+  assert one["prefix"].trained == 2 * 2 * n * 2 * 32
+  assert one["handover"].trained == 2 * layer + n * 128
+  assert one["pause"].total == whole + 512 * 128 + n * 128

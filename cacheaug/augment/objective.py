@@ -4,6 +4,9 @@
 2. Coprocessor: reads the cache with soft tokens, gives latents z [B, M, N, D].
 3. Decoder: reads [z | ahead tokens] over the cache, predicts A tokens a trace.
 
+What a coprocessor of another kind does in place of pass 2 is coprocessor.py's;
+where it hands over keys and values, pass 3 is `given_pass`.
+
 The context rows never change, so their keys and values are constants of passes
 2 and 3: differentiating with respect to the coprocessor alone forms no gradient
 of them, and none of the decoder's weights.
@@ -17,7 +20,7 @@ from cacheaug.augment.traces import Traces, TraceSpec
 from cacheaug.kernels.cross_entropy import token_nll
 from cacheaug.model import transformer
 from cacheaug.model.cache import KVCache
-from cacheaug.model.transformer import Params, Transformer
+from cacheaug.model.transformer import Given, Params, Transformer
 
 
 def context_pass(
@@ -31,6 +34,22 @@ def context_pass(
   segments = traces.segments_of(documents, spec.mask_documents)
   starts = traces.starts_of(segments)
   return transformer.read(model, decoder, tokens, segments, starts)
+
+
+def given_pass(
+  model: Transformer,
+  decoder: Params,
+  cache: KVCache,
+  given: Given,  # keys, values [L, B, M, N, K, E]
+  laid: Traces,
+) -> jax.Array:  # [B, M, A] nats
+  """Pass 3 where the latents are keys and values; every row predicts."""
+  tokens = jnp.concatenate([laid.copied[..., -1:], laid.ahead], -1)
+  x = transformer.embed(model, decoder, tokens)
+  hidden = transformer.run_blocks(
+    model, decoder, x, laid.rows, cache, given=given
+  )
+  return rows_nll(model, decoder, hidden, laid.targets)
 
 
 def decoder_pass(
@@ -76,10 +95,27 @@ def traces_nll(
   coproc: Params,
   cache: KVCache,
   laid: Traces,
+  reading: KVCache | None = None,
 ) -> jax.Array:  # [B, M, A] nats
-  """Passes 2 and 3 over a cache already made."""
+  """Passes 2 and 3 over a cache already made.
+
+  Args:
+    model: of decoder and coprocessor.
+    decoder: frozen parameters.
+    coproc: the coprocessor's.
+    cache: the decoder's, of `context_pass`.
+    laid: the traces, which say of which kind the coprocessor is.
+    reading: of coprocessor.reading, made once where there are many calls; the
+      decoder's cache by default, which kind 'activations' does not read.
+  """
+  if reading is None:
+    assert laid.kind != "activations", "give coprocessor.reading's"
+    reading = cache
   copied, repeated = embedded(model, decoder, laid)
-  z = coprocessor.latents(model, coproc, cache, laid, copied, repeated)
+  if laid.given:
+    given = coprocessor.given(model, coproc, reading, laid, copied)
+    return given_pass(model, decoder, cache, given, laid)
+  z = coprocessor.latents(model, coproc, reading, laid, copied, repeated)
   return decoder_pass(model, decoder, cache, z, laid)
 
 
@@ -109,8 +145,9 @@ def coprocessor_loss(
   """
   tokens, documents = batch["tokens"], batch["documents"]
   laid = traces.lay_out(tokens, documents, points, spec, batch.get("late"))
-  _, cache = context_pass(model, decoder, tokens, documents, spec)
-  nll = traces_nll(model, decoder, coproc, cache, laid)
+  hidden, cache = context_pass(model, decoder, tokens, documents, spec)
+  reading = coprocessor.reading(model, coproc, cache, hidden, spec)
+  nll = traces_nll(model, decoder, coproc, cache, laid, reading)
   return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
 
 

@@ -17,6 +17,7 @@ import optax
 
 from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.augment.traces import Traces, TraceSpec
+from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
 from cacheaug.model.transformer import Params, Transformer
@@ -60,6 +61,11 @@ def cached_dense_loss(
 
 def _traces_rows(model, decoder, coproc, batch, points, spec):
   """Passes 1 and 2, and what pass 3 reads [B, 1, M R, D]."""
+  if spec.kind != "coprocessor":
+    raise UserError(
+      f"coprocessor.kind={spec.kind!r}: there is no dense way to compute it; "
+      "compare kind 'coprocessor'"
+    )
   tokens, documents = batch["tokens"], batch["documents"]
   laid = traces.lay_out(tokens, documents, points, spec, batch.get("late"))
   _, cache = objective.context_pass(model, decoder, tokens, documents, spec)

@@ -39,6 +39,21 @@ it was at work the decoder went on to p, where its latents are inserted. Its own
 rows (pass 2) then stand where those of a trace after p - d would; everything in
 the decoder's pass (positions, hidden entries, ahead tokens, targets) is that of
 a trace after p. Nothing of the d tokens between reaches the coprocessor.
+
+Kinds of coprocessor (coprocessor.py) that hand over keys and values in place
+of embeddings leave no last latent to predict y_1 from. Then a trace's block is
+N rows that are given and A that are run, x[p] again and y_1 .. y_{A-1}: x[p]
+stands where the last latent does and asks only, so that no row sees its keys
+and values, itself neither; what stands for x[p] is among the given. So
+
+            a b c d e f | b' b c | d' d e
+        b   # #           #
+        c   # #           #    #
+        d   # # # #                #
+        e   # # # #                #    #
+
+the rows b and d predicting c and e. `replace` gives each of the N hidden
+entries its successor at the very same position.
 """
 
 import dataclasses
@@ -54,6 +69,9 @@ from cacheaug.model.attention import Rows
 SCHEMES = ("insert", "overlay", "replace")
 LAWS = ("uniform", "stratified")
 STARTS = ("as_is", "harmless")
+KINDS = ("coprocessor", "pause", "prefix", "handover", "activations")
+GIVEN = ("prefix", "handover")  # latents are keys and values
+_LATE = ("coprocessor", "activations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +88,7 @@ class TraceSpec:
   tail: int = 0  # points this near a document's end are drawn first
   mask_documents: bool = True  # False: a sequence's documents see each other
   late_max: int = 0  # latents come 0 to so many tokens late, uniformly
+  kind: str = "coprocessor"  # of KINDS, see coprocessor.py
 
   def __post_init__(self):
     for key, known in (("scheme", SCHEMES), ("law", LAWS), ("start", STARTS)):
@@ -78,6 +97,10 @@ class TraceSpec:
           f"traces.{key}={getattr(self, key)!r} is not one of "
           f"{', '.join(known)}"
         )
+    if self.kind not in KINDS:
+      raise UserError(
+        f"coprocessor.kind={self.kind!r} is not one of {', '.join(KINDS)}"
+      )
     for key in ("latents", "ahead", "count", "min_ahead"):
       if getattr(self, key) < 1:
         raise UserError(f"traces.{key}={getattr(self, key)} must be at least 1")
@@ -90,11 +113,39 @@ class TraceSpec:
       raise UserError(
         f"traces.min_ahead={self.min_ahead} exceeds ahead={self.ahead}"
       )
+    if self.late_max:
+      self.check_late()
+
+  def check_late(self) -> None:
+    """Refuses lateness where there is no such thing.
+
+    Raises:
+      UserError: the kind reads nothing, or hands over keys that belong where
+        they were made.
+    """
+    if self.kind not in _LATE:
+      raise UserError(
+        f"coprocessor.kind={self.kind!r} knows no late latents (only "
+        f"{' and '.join(_LATE)} do): set traces.late_max=0, ask for none"
+      )
+
+  @property
+  def given(self) -> bool:
+    """Latents are keys and values for the decoder, not embeddings."""
+    return self.kind in GIVEN
+
+  @property
+  def reads_states(self) -> bool:
+    """The coprocessor reads the decoder's hidden states, not its cache."""
+    return self.kind == "activations"
 
   @property
   def rows(self) -> int:
-    """R, the rows of one block in the decoder's pass."""
-    return self.latents + self.ahead - 1
+    """R, the rows of one block in the decoder's pass; N of them given or run.
+
+    N + A - 1, and where the N are given one more: x[p] again.
+    """
+    return self.latents + self.ahead - (0 if self.given else 1)
 
   @property
   def context_needed(self) -> int:
@@ -109,13 +160,20 @@ class Traces:
 
   points: jax.Array  # [B, M], index of the last visible context token
   latent_rows: Rows  # pass 2: N rows a trace
-  rows: Rows  # pass 3: R rows a trace
+  rows: Rows  # pass 3: R rows a trace, the first N given or run
   copied: jax.Array  # [B, M, N] tokens x[p-N+1 .. p], of late ones up to p-d
   ahead: jax.Array  # [B, M, A-1] tokens y_1 .. y_{A-1}
   targets: jax.Array  # [B, M, A] tokens y_1 .. y_A
   weights: jax.Array  # [B, M, A] float32, 0 where y_j is not in p's document
   # [B, M, N] tokens x[p-N+1 .. p]; None: no trace is late, they are `copied`.
   repeated: jax.Array | None = None
+  kind: str = flax.struct.field(pytree_node=False, default="coprocessor")
+  start: str = flax.struct.field(pytree_node=False, default="harmless")
+
+  @property
+  def given(self) -> bool:
+    """As of TraceSpec."""
+    return self.kind in GIVEN
 
 
 def segments_of(documents: jax.Array, mask_documents: bool) -> jax.Array:
@@ -227,6 +285,8 @@ def lay_out(
   late: jax.Array | None = None,  # [B, M], up to late_room; None: none is
 ) -> Traces:
   """Rows, tokens, targets and weights of M traces a sequence."""
+  if late is not None:
+    spec.check_late()
   n, a, s = spec.latents, spec.ahead, tokens.shape[-1]
   p = jnp.maximum(points, 0)[..., None]  # [B, M, 1]
   read = p if late is None else p - late[..., None]
@@ -250,19 +310,37 @@ def lay_out(
     here = jnp.broadcast_to(segment, positions.shape)
     return Rows(positions, here, limits, starts=starts)
 
+  first = 0 if spec.given else 1  # x[p] is run again, or not
   row_positions = jnp.concatenate(
-    [latent_positions, p + shift + after[..., :-1]], -1
+    [latent_positions, p + shift + jnp.arange(first, a)[None, None]], -1
   )
+  block = rows(row_positions, p - n if spec.scheme == "replace" else p)
+  if spec.given:
+    block = block.replace(order=asked_again(spec)[None, None])
+  # Rows that leave just what is hidden, no more, read no more than it did.
+  stand_in = spec.kind == "handover" and spec.start == "harmless"
+  stand_in &= spec.scheme == "replace"
   return Traces(
     points=points,
-    latent_rows=rows(reading + shift, read),
-    rows=rows(row_positions, p - n if spec.scheme == "replace" else p),
+    latent_rows=rows(reading + shift, read - n if stand_in else read),
+    rows=block,
     copied=at(tokens, reading),
     ahead=targets[..., :-1],
     targets=targets,
     weights=((points >= 0)[..., None] & same).astype(jnp.float32),
     repeated=None if late is None else at(tokens, last),
+    kind=spec.kind,
+    start=spec.start,
   )
+
+
+def asked_again(spec: TraceSpec) -> jax.Array:  # [R, R] bool
+  """Whom of its block each row sees, where the N latents are given.
+
+  Itself and those before, but for row N, which only asks: x[p] run again.
+  """
+  r = spec.rows
+  return jnp.tri(r, dtype=bool) & (jnp.arange(r) != spec.latents)[None]
 
 
 def dense_mask(
@@ -288,6 +366,8 @@ def dense_mask(
       for k in range(seen + 1):
         mask[first + i, k] = real[k] and segments[k] == segments[p]
       mask[first + i, first : first + i + 1] = True
+    if spec.given:  # x[p] again asks only
+      mask[:, first + spec.latents] = False
   return mask
 
 
@@ -299,13 +379,17 @@ def dense_latent_mask(
 ) -> np.ndarray:  # [M N, S + M N] bool
   """The reference mask of the coprocessor's rows, from the definition.
 
-  Whatever the scheme, they see the whole context that has been read.
+  Whatever the scheme, they see the whole context that has been read; but of
+  `handover`, where they start as the hidden entries, what those have seen.
   """
+  like_hidden = ("handover", "replace", "harmless")
+  less = (spec.kind, spec.scheme, spec.start) == like_hidden
   s, n = len(documents), spec.latents
   segments = documents if spec.mask_documents else np.zeros(s, int)
   mask = np.zeros((len(points) * n, s + len(points) * n), bool)
   for m, p in enumerate(points):
     last = p if late is None else p - late[m]
+    last -= spec.latents if less else 0
     for i in range(m * n, m * n + n):
       for k in range(last + 1):
         mask[i, k] = documents[k] >= 0 and segments[k] == segments[p]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheaug.augment import objective, traces
+from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.evals import paired
@@ -117,6 +117,7 @@ def both_nll(
   hidden, cache = objective.context_pass(
     model, decoder, tokens, documents, spec
   )
+  reading = coprocessor.reading(model, coproc, cache, hidden, spec)
   plain = objective.next_token_nll(model, decoder, hidden, tokens)
   frozen = after_points(plain, spec.ahead)
   points = points_of(documents, spec, context)
@@ -129,7 +130,7 @@ def both_nll(
     if late is not None:
       delay = jnp.where(points >= 0, late, 0)
     laid = traces.lay_out(tokens, documents, points, spec, delay)
-    nll = objective.traces_nll(model, decoder, coproc, cache, laid)
+    nll = objective.traces_nll(model, decoder, coproc, cache, laid, reading)
     return nll, laid.weights
 
   return frozen, *in_turns(some, points)

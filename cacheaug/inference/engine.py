@@ -20,7 +20,7 @@ from cacheaug.augment import coprocessor, traces
 from cacheaug.augment.traces import Traces, TraceSpec
 from cacheaug.inference.sampling import GREEDY, Sampling, choose
 from cacheaug.model import decoding, transformer
-from cacheaug.model.attention import NO_LIMIT
+from cacheaug.model.attention import NO_LIMIT, Rows
 from cacheaug.model.cache import KVCache
 from cacheaug.model.slots import SlotCache
 from cacheaug.model.transformer import Params, Transformer
@@ -39,6 +39,8 @@ class Context:
   documents: jax.Array  # [B, S], -1 = padding
   hidden: jax.Array  # [B, D], of the row that predicts the next token
   position: jax.Array  # [B], of the next token
+  # [B, S, D] of all tokens, where a coprocessor reads them.
+  states: jax.Array | None = None
   augmented: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -56,6 +58,7 @@ class State:
   done: jax.Array  # [B]
   paused: jax.Array  # [B], said a token to pause after
   keys: jax.Array  # [B] keys
+  states: jax.Array | None  # [B, S + T, D] of the tokens, where they are read
   prompt: int = flax.struct.field(pytree_node=False)  # S
   first_slot: int = flax.struct.field(pytree_node=False)  # of the new tokens
 
@@ -89,6 +92,9 @@ def start(
   b, s = context.tokens.shape
   slots = context.cache.length + max_new_tokens + latents
   more = ((0, 0), (0, max_new_tokens))
+  states = context.states
+  if states is not None:
+    states = jnp.pad(states, (*more, (0, 0)))
   return State(
     cache=SlotCache.of(context.cache, slots + -slots % SLOTS, model.dtype),
     hidden=context.hidden,
@@ -100,6 +106,7 @@ def start(
     done=jnp.zeros((b,), bool),
     paused=jnp.zeros((b,), bool),
     keys=keys,
+    states=states,
     prompt=s,
     first_slot=context.cache.length,
   )
@@ -144,10 +151,11 @@ def deliberate(
   last: jax.Array | int,  # as of `lay_point`, these three
   position: jax.Array,
   spec: TraceSpec,
+  states: jax.Array | None = None,  # [B, S, D], of coprocessor.reading
 ) -> tuple[jax.Array, jax.Array]:  # z [B, N, D], their positions [B, N]
   """The coprocessor's latents for the end of each sequence.
 
-  It reads the whole cache.
+  It reads the whole cache, or the states of its slots.
   """
   laid, copied = lay_point(
     model,
@@ -158,8 +166,47 @@ def deliberate(
     position=position,
     spec=spec,
   )
+  cache = coprocessor.reading(model, coproc, cache, states, spec)
   z = coprocessor.latents(model, coproc, cache, laid, copied)
   return z[:, 0], laid.latent_rows.positions[:, 0]
+
+
+def hand_over(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  cache: KVCache,  # its slots those of `tokens`
+  tokens: jax.Array,  # [B, S], as of `deliberate`, and the rest
+  documents: jax.Array,
+  *,
+  last: jax.Array | int,
+  position: jax.Array,
+  spec: TraceSpec,
+) -> tuple[KVCache, jax.Array]:  # N entries a sequence, x[p] [B, D] to ask
+  """`deliberate` where latents are keys and values, for `ask` to follow."""
+  point = dict(last=last, position=position, spec=spec)
+  laid, copied = lay_point(model, decoder, tokens, documents, **point)
+  kv = coprocessor.given(model, coproc, cache, laid, copied)
+  keys, values = (x[:, :, 0].astype(cache.keys.dtype) for x in kv)
+  at = laid.latent_rows.positions[:, 0]
+  return KVCache(keys, values, at, jnp.ones_like(at)), copied[:, 0, -1]
+
+
+def ask(
+  model: Transformer,
+  decoder: Params,
+  cache: KVCache,
+  x: jax.Array,  # [B, D], the last token's embedding
+  position: jax.Array,  # [B]
+) -> jax.Array:  # [B, D]
+  """The last token's row again, over a cache with what it is given.
+
+  It leaves nothing and does not see itself, as in training (traces.py).
+  """
+  rows = Rows.plain(position[:, None], jnp.ones_like(position)[:, None])
+  rows = rows.replace(order=jnp.zeros((1, 1, 1, 1), bool))
+  x = x[:, None, None]
+  return transformer.run_blocks(model, decoder, x, rows, cache)[:, 0, 0]
 
 
 @functools.partial(
@@ -176,21 +223,52 @@ def insert(
 ) -> State:
   """N latents after the last token of each sequence that is `on`.
 
-  The coprocessor reads the cache as it stands, earlier latents in it.
+  The coprocessor reads the cache as it stands, earlier latents in it; or the
+  states of all tokens, but of no latents.
   """
-  z, positions = deliberate(
-    model,
-    decoder,
-    coproc,
-    state.cache.stacked(),
-    state.tokens,
-    state.documents,
-    last=state.prompt + state.step - 1,
-    position=state.position,
-    spec=spec,
-  )
-  return write_latents(
-    model, decoder, state, z, positions, count=count, on=on, spec=spec
+  cache = _said(state) if spec.reads_states else state.cache.stacked()
+  args = model, decoder, coproc, cache, state.tokens, state.documents
+  last = state.prompt + state.step - 1
+  point = dict(last=last, position=state.position, spec=spec)
+  where = dict(count=count, on=on, spec=spec)
+  if spec.given:
+    rows, x = hand_over(*args, **point)
+    return write_given(model, decoder, state, rows, x, **where)
+  z, positions = deliberate(*args, **point, states=state.states)
+  return write_latents(model, decoder, state, z, positions, **where)
+
+
+def _said(state: State) -> KVCache:
+  """Where the tokens stand, hidden ones too; without their kv."""
+  index = jnp.arange(state.tokens.shape[1])[None]
+  there = (state.documents >= 0) & (index < state.prompt + state.step)
+  positions = state.cache.positions[:, : index.shape[1]]
+  return KVCache(None, None, positions, there.astype(jnp.int32))
+
+
+def write_given(
+  model: Transformer,
+  decoder: Params,
+  state: State,
+  rows: KVCache,  # of `hand_over`, N entries a sequence
+  x: jax.Array,  # [B, D], the same
+  *,
+  count: jax.Array,  # as of `insert`, these three
+  on: jax.Array,
+  spec: TraceSpec,
+) -> State:
+  """The second half of `insert` where keys and values are handed over."""
+  cache, positions = state.cache, rows.positions
+  if spec.scheme == "replace":
+    cache = cache.hide_after(jnp.where(on, positions[:, 0] - 1, NO_LIMIT))
+  segments = jnp.broadcast_to(on[:, None].astype(jnp.int32), positions.shape)
+  slot = state.latent_slot(count, spec.latents)
+  cache = cache.write(rows.replace(segments=segments), slot)
+  hidden = ask(model, decoder, cache.stacked(), x, positions[:, -1])
+  return state.replace(
+    cache=cache,
+    hidden=jnp.where(on[:, None], hidden, state.hidden),
+    position=jnp.where(on, positions[:, -1] + 1, state.position),
   )
 
 
@@ -292,9 +370,15 @@ def _say(model, decoder, state, sampling, stop_ids, pause_ids, scored):
     segments=jnp.ones_like(token)[:, None],
     slot=state.first_slot + state.step,
   )
+  states = state.states
+  if states is not None:
+    states = jax.lax.dynamic_update_slice(
+      states, hidden.astype(states.dtype), (0, state.prompt + state.step, 0)
+    )
   return state.replace(
     cache=cache,
     hidden=hidden[:, 0],
+    states=states,
     position=state.position + 1,
     tokens=tokens,
     nll=nll,

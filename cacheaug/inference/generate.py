@@ -89,31 +89,50 @@ def augment(
   *,
   position: jax.Array | None = None,  # [B], of the next token; S by default
   late: jax.Array | None = None,  # [B]
+  states: jax.Array | None = None,  # [B, S, D], of coprocessor.reading
 ) -> tuple[jax.Array, KVCache, jax.Array]:
   """Inserts N latents at the end of the context.
 
   The coprocessor has read all of it, or all but its last `late` tokens.
-  Returns the last latent's hidden state [B, D], which predicts the next token,
-  the cache with N more slots, and that token's position [B].
+  Returns the hidden state [B, D] that predicts the next token (the last
+  latent's, or of the last token again where latents are keys and values), the
+  cache with N more slots, and the next token's position [B].
   """
   b, s = tokens.shape
   if position is None:
     position = jnp.full((b,), s, jnp.int32)
   args = model, decoder, coproc, cache, tokens, documents
+  point = dict(position=position, spec=spec)
   if late is not None:
-    z, positions = _late_latents(*args, position=position, spec=spec, late=late)
+    spec.check_late()
+    z, positions = _late_latents(*args, **point, late=late, states=states)
+  elif spec.given:
+    rows, x = engine.hand_over(*args, **point, last=s - 1)
+    positions = rows.positions
   else:
-    z, positions = engine.deliberate(
-      *args, last=s - 1, position=position, spec=spec
-    )
+    z, positions = engine.deliberate(*args, **point, last=s - 1, states=states)
   if spec.scheme == "replace":
     cache = cache.hide_after(positions[:, 0] - 1)
+  if spec.given:
+    cache = cache.concat(rows)
+    hidden = engine.ask(model, decoder, cache, x, positions[:, -1])
+    return hidden, cache, positions[:, -1] + 1
   hidden, rows = transformer.extend(model, decoder, cache, z, positions)
   return hidden[:, -1], cache.concat(rows), positions[:, -1] + 1
 
 
 def _late_latents(
-  model, decoder, coproc, cache, tokens, documents, *, position, spec, late
+  model,
+  decoder,
+  coproc,
+  cache,
+  tokens,
+  documents,
+  *,
+  position,
+  spec,
+  late,
+  states,
 ):
   """As engine.deliberate, of a cache as it was `late` tokens ago.
 
@@ -129,6 +148,7 @@ def _late_latents(
   )
   laid = laid.replace(latent_rows=rows)
   copied, repeated = objective.embedded(model, decoder, laid)
+  cache = coprocessor.reading(model, coproc, cache, states, spec)
   z = coprocessor.latents(model, coproc, cache, laid, copied, repeated)
   return z[:, 0], (laid.rows.positions + pushed)[:, 0, : spec.latents]
 
@@ -138,15 +158,20 @@ def read(
   decoder: Params,
   tokens: jax.Array,  # [B, S] from pad_left
   documents: jax.Array,  # [B, S]
+  keep_states: bool = False,
 ) -> Context:
-  """The decoder reads the prompts, each one document."""
+  """The decoder reads the prompts, each one document.
+
+  With `keep_states` its hidden states stay for a coprocessor to read.
+  """
   b, s = tokens.shape
   plain = TraceSpec(latents=1, ahead=1)
   hidden, cache = objective.context_pass(
     model, decoder, tokens, documents, plain
   )
   position = jnp.full((b,), s, jnp.int32)
-  return Context(cache, tokens, documents, hidden[:, -1], position)
+  last = cache, tokens, documents, hidden[:, -1], position
+  return Context(*last, states=hidden if keep_states else None)
 
 
 def augment_context(
@@ -168,6 +193,7 @@ def augment_context(
     spec,
     position=context.position,
     late=late,
+    states=context.states,
   )
   return context.replace(
     cache=cache, hidden=hidden, position=position, augmented=True
@@ -219,7 +245,8 @@ def greedy(
 
   With `late` the coprocessor has not read the prompts' last so many tokens.
   """
-  context = read(model, decoder, tokens, documents)
+  reads = coproc is not None and spec.reads_states
+  context = read(model, decoder, tokens, documents, reads)
   if coproc is not None:
     context = augment_context(model, decoder, coproc, context, spec, late)
   return decode(

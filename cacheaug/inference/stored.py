@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 
 from cacheaug.checksum import leaf_checksum
+from cacheaug.errors import UserError
 from cacheaug.inference import generate
 from cacheaug.inference.engine import SLOTS, Context
 from cacheaug.inference.session import Plan
@@ -106,6 +107,10 @@ def context_of(
   )
 
 
+# Kinds that look beyond a cache's visible entries.
+_NEEDS_MORE = ("activations", "prefix")
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def _read_on(
   model: Transformer,
@@ -162,6 +167,15 @@ class StoredLM(LM):
 
   store: Store | None = None
   keep: bool = False
+
+  def __post_init__(self):
+    """Refuses kinds of coprocessor that need more than a store keeps."""
+    kind = self.coprocessor and self.coprocessor.spec.kind
+    if kind in _NEEDS_MORE:
+      raise UserError(
+        f"coprocessor.kind={kind!r}: a store keeps neither hidden states nor "
+        "what is hidden from the decoder; decode without one"
+      )
 
   def identity(self, latents: bool) -> Identity:
     """What decides the contexts computed here, with latents or without.

@@ -176,7 +176,15 @@ class Worker:
       limits: by default those of `Limits`.
       device: where it computes; by default the second of this process's, or
         beside the decoder where there is one alone.
+
+    Raises:
+      UserError: a kind that does not turn a cache into embeddings.
     """
+    if spec.kind != "coprocessor":
+      raise UserError(
+        f"coprocessor.kind={spec.kind!r}: the background runs kind "
+        "'coprocessor' alone; insert latents at once (Session)"
+      )
     if device is None and len(jax.local_devices()) > 1:
       device = jax.local_devices()[1]
     self.spec, self.limits = spec, limits or Limits()

@@ -58,6 +58,20 @@ def rope_table(
   return tuple(tables)
 
 
+def rope_of_layers(
+  config: ModelConfig,
+  positions: jax.Array,  # [...]
+) -> tuple[jax.Array, jax.Array]:  # cos, sin [L or 1, ..., E/2]
+  """`rope_table` by layer, for what is stacked over L."""
+  tables = rope_table(config, positions)
+  if len(tables) == 1:
+    return tuple(table[None] for table in tables[0])
+  return tuple(
+    jnp.stack([tables[kind == SLIDING][i] for kind in config.layer_kinds])
+    for i in (0, 1)
+  )
+
+
 def rotate(
   x: jax.Array,  # [..., R, heads, E]
   rope: tuple[jax.Array, jax.Array],  # cos, sin [..., R, E/2]

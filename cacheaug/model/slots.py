@@ -48,6 +48,27 @@ class SlotCache:
     )
     return KVCache(keys, values, self.positions, self.segments)
 
+  def write(self, rows: KVCache, slot: jax.Array | int) -> "SlotCache":
+    """Writes `rows` over the slots from `slot` on, as KVCache.write does."""
+
+    def kv(layers, update):
+      update = update.swapaxes(2, 3)
+      return tuple(
+        jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+        for old, new in zip(layers, update, strict=True)
+      )
+
+    def put(array, update):
+      return jax.lax.dynamic_update_slice(array, update, (0, slot))
+
+    at = (0, 0, slot, 0)
+    return SlotCache(
+      kv(self.keys, rows.keys),
+      kv(self.values, rows.values),
+      put(self.positions, rows.positions),
+      put(self.segments, rows.segments),
+    )
+
   def hide_after(self, limits: jax.Array) -> "SlotCache":
     """Empties every slot at a position beyond `limits` [B]."""
     keep = self.positions <= limits[:, None]

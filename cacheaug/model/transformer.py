@@ -161,7 +161,7 @@ def run_blocks(
 class Pass:
   """What a run through all layers gives."""
 
-  hidden: jax.Array  # [B, M, R - wanted, D] after the final norm
+  hidden: jax.Array | None  # [B, M, R - wanted, D] after the final norm
   keys: jax.Array  # [L, B, M, R, K, E], RoPE applied
   values: jax.Array  # [L, B, M, R, K, E]
   layers: jax.Array | None  # [L - 1, B, M, R, D], the inner layers' outputs
@@ -177,8 +177,13 @@ def run(
   wanted: int = 0,
   trained: bool = False,
   given: Given | None = None,
+  kv_only: bool = False,
 ) -> Pass:
-  """`run_blocks`, with the rows' own keys and values."""
+  """`run_blocks`, with the rows' own keys and values.
+
+  With `kv_only` they are all that is asked for: the last layer stops at them,
+  `params` needs no final norm and the result has no hidden states.
+  """
   c = model.config
   block = Block(c, model.dtype, model.param_dtype, model.attention)
   ropes = rope_table(c, rows.positions[:, :, -x.shape[2] :])
@@ -214,10 +219,18 @@ def run(
   elif trained:
     # As the loop's own inputs, so that each layer's gradient is written once.
     assert not wanted
-    x, (k, v) = jax.lax.scan(
-      lambda x, this: layer(x, *this, 0), x, (layers, given)
-    )
-    hidden = None
+    through, hidden = (layers, given), None
+    if kv_only:
+      through, apart = (
+        jax.tree.map(lambda a, of=of: a[of], through)
+        for of in (slice(c.layers - 1), slice(c.layers - 1, None))
+      )
+    x, (k, v) = jax.lax.scan(lambda x, this: layer(x, *this, 0), x, through)
+    if kv_only:
+      _, own = layer(x, *jax.tree.map(lambda a: a[0], apart), 0)
+      k, v = (
+        jnp.concatenate([a, b[None]]) for a, b in zip((k, v), own, strict=True)
+      )
   else:
     # The last layer stands apart: what nobody asks of it (in a context's pass
     # everything but its keys and values) is left out, which XLA does not do
@@ -237,6 +250,8 @@ def run(
     k, v = (
       jnp.concatenate([a, b[None]]) for a, b in zip((k, v), own, strict=True)
     )
+  if kv_only:
+    return Pass(None, k, v, hidden)
   norm = RMSNorm(c.norm_eps, c.norm_offset, model.param_dtype)
   x = norm.apply({"params": params["final_norm"]}, x)
   return Pass(x, k, v, hidden)
