@@ -141,6 +141,9 @@ def test_the_small_config_is_valid(tmp_path):
     ({"precision.compute": "int8"}, ("precision.compute='int8'", "bfloat16")),
     ({"remat": "x"}, ("remat='x'", "full")),
     ({"eval.ahead": 31}, ("eval.ahead=31", "33", "data.sequence=32")),
+    ({"eval.context": 1}, ("eval.context=1", "the 2 tokens", "latents=2")),
+    ({"eval.context": 29}, ("eval.context=29", "33", "data.sequence=32")),
+    ({"eval.context": -1}, ("eval.context=-1", "0 or more")),
     ({"data.sequence": 65}, ("data.sequence=65", "64 positions")),
     (
       {"data.sequence": 63, "coprocessor.positions": "insert"},

@@ -1,5 +1,6 @@
 """Where latents come from, what they depend on, and how they begin."""
 
+import dataclasses
 import functools
 
 import jax
@@ -157,3 +158,20 @@ def test_causality_by_gradient(start):
     expected = np.zeros((3, N), bool)
     expected[m, : i + 1] = start == "harmless"
     assert ((np.abs(copied[row, 0]).max(-1) > 0) == expected).all(), (m, i)
+
+
+def test_fewer_latents_are_the_last_ones():
+  model = make_model()
+  spec = TraceSpec(4, 3)
+  params = make_coprocessor(model, spec)
+  fewer, changed = coprocessor.fewer(params, spec, 3)
+  np.testing.assert_array_equal(fewer["soft_tokens"], params["soft_tokens"][1:])
+  assert fewer["transformer"] is params["transformer"]
+  assert changed == dataclasses.replace(spec, latents=3)
+  assert coprocessor.fewer(params, spec, 4) == (params, spec)
+  for wrong in (0, 5):
+    with pytest.raises(UserError, match=f"{wrong} latents.* trained for 4"):
+      coprocessor.fewer(params, spec, wrong)
+  pause = {"prefix_keys": params["soft_tokens"]}
+  with pytest.raises(UserError, match="no soft tokens"):
+    coprocessor.fewer(pause, spec, 2)
