@@ -137,6 +137,7 @@ def adapt(config: ConfigDict, found: LM) -> TraceSpec:
   spec = found.coprocessor.spec
   config.coprocessor.latents = spec.latents
   config.coprocessor.positions = spec.scheme
+  config.coprocessor.kind = spec.kind
   configs.validate_eval(config, spec)
   configs.validate_model(config, found.model.config)
   return dataclasses.replace(
@@ -193,6 +194,7 @@ def describe(config: ConfigDict, path: str, found: LM) -> dict[str, Any]:
     "coprocessor": f"{path}, {sum(sizes):,} parameters",
     "latents N, trained": spec.latents,
     "ahead tokens A, trained": spec.ahead,
+    "kind": spec.kind,
     "positions": spec.scheme,
     "start": spec.start,
     "sequence": config.data.sequence,
@@ -244,6 +246,8 @@ def run(
   found = found.with_coprocessor(path)
   asked = asked_latents(latents, found.coprocessor.spec)
   spec = adapt(config, found)
+  if diagnostics:
+    diagnosis.check_kind(spec)
   context = config.eval.context or found.coprocessor.spec.context_needed
 
   def read(name) -> Iterator[Batch]:

@@ -168,10 +168,14 @@ def test_fewer_latents_are_the_last_ones():
   np.testing.assert_array_equal(fewer["soft_tokens"], params["soft_tokens"][1:])
   assert fewer["transformer"] is params["transformer"]
   assert changed == dataclasses.replace(spec, latents=3)
-  assert coprocessor.fewer(params, spec, 4) == (params, spec)
+  whole, same = coprocessor.fewer(params, spec, 4)
+  np.testing.assert_array_equal(whole["soft_tokens"], params["soft_tokens"])
+  assert same == spec
   for wrong in (0, 5):
     with pytest.raises(UserError, match=f"{wrong} latents.* trained for 4"):
       coprocessor.fewer(params, spec, wrong)
-  pause = {"prefix_keys": params["soft_tokens"]}
-  with pytest.raises(UserError, match="no soft tokens"):
-    coprocessor.fewer(pause, spec, 2)
+  spec = dataclasses.replace(spec, kind="prefix")
+  params = make_coprocessor(model, spec)
+  fewer, _ = coprocessor.fewer(params, spec, 1)
+  for name in ("prefix_keys", "prefix_values"):
+    np.testing.assert_array_equal(fewer[name], params[name][:, 3:])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_objective import DOCUMENTS, S, setup
-from tolerances import ATTENTION, NLL, close, far, jit
+from tolerances import ATTENTION, NLL, close, far, jit, make_coprocessor
 
 from cacheaug.augment import objective, traces
 from cacheaug.augment.traces import TraceSpec
@@ -347,11 +347,27 @@ def test_text_without_room_for_a_trace_is_refused():
     _diagnose(np.full_like(DOCUMENTS, -1))
 
 
-def test_kinds_without_latents_are_refused():
+def test_kinds_that_hand_over_keys_are_refused():
   model, spec, decoder, coproc, *_ = latents()
-  handed = coproc | {"transformer": {"blocks": coproc["transformer"]["blocks"]}}
-  with pytest.raises(UserError, match="kind .* --nodiagnostics"):
-    diagnosis.diagnose(model, decoder, handed, lambda: [], spec)
+  for kind in ("prefix", "handover"):
+    other = dataclasses.replace(spec, kind=kind)
+    with pytest.raises(UserError, match=f"{kind}.* --nodiagnostics"):
+      diagnosis.diagnose(model, decoder, coproc, lambda: [], other)
+
+
+@pytest.mark.parametrize("kind", ["pause", "activations"])
+def test_right_latents_of_other_kinds_are_the_tables(kind):
+  model, spec, decoder, _, text, *_ = latents()
+  spec = dataclasses.replace(spec, kind=kind)
+  coproc = make_coprocessor(model, spec)
+  args = model, decoder, coproc, *text.values()
+  place, out = diagnostics.contributions(*args, spec=spec)
+  nll = diagnostics.latents_nll(
+    model, decoder, *text.values(), place + out, spec=spec
+  )
+  _, augmented, weights = perplexity.both_nll(*args, spec=spec)
+  keep = np.asarray(weights) > 0
+  close(np.asarray(nll)[keep], np.asarray(augmented)[keep], NLL)
 
 
 def test_context_leaves_out_early_points():

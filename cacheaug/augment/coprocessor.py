@@ -123,26 +123,25 @@ def fewer(
 ) -> tuple[Params, TraceSpec]:
   """The same coprocessor with fewer latents than it was trained for.
 
-  The last soft tokens are kept: counted from the point, each then stands where
-  it stood in training, and the last one predicts the next token.
+  The last soft tokens (of a prefix, entries) are kept: counted from the point,
+  each then stands where it stood in training, and the last one is still last.
 
   Raises:
-    UserError: less than one, more than it was trained for, or a kind that has
-      no soft tokens.
+    UserError: less than one, or more than it was trained for.
   """
   if not 1 <= latents <= spec.latents:
     raise UserError(
       f"{latents} latents: this coprocessor was trained for {spec.latents} and "
       f"can be used with 1 to {spec.latents}"
     )
-  if latents == spec.latents:
-    return params, spec
-  if "soft_tokens" not in params:
-    raise UserError("no soft tokens to leave out: use all latents as trained")
-  kept = params["soft_tokens"][spec.latents - latents :]
-  return params | {"soft_tokens": kept}, dataclasses.replace(
-    spec, latents=latents
-  )
+  first, axis = spec.latents - latents, {"soft_tokens": 0}
+  axis |= {"prefix_keys": 1, "prefix_values": 1}
+  kept = {
+    name: jax.lax.slice_in_dim(params[name], first, None, axis=axis[name])
+    for name in axis
+    if name in params
+  }
+  return params | kept, dataclasses.replace(spec, latents=latents)
 
 
 def reading(

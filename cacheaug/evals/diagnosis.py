@@ -99,11 +99,11 @@ def diagnose(
     seed: of who gets whose latents.
 
   Raises:
-    UserError: no document has room for a trace, or the coprocessor is of a
-      kind that makes no latents of its context.
+    UserError: no document has room for a trace, or the coprocessor's latents
+      are keys and values.
   """
   spec = perplexity.table_spec(spec)
-  _check_kind(spec, coproc)
+  check_kind(spec)
   harmless = spec.start == "harmless"
   layout = dict(spec=spec, context=context)
   total, alone = None, False
@@ -169,13 +169,16 @@ def diagnose(
   )
 
 
-def _check_kind(spec: TraceSpec, coproc: Params) -> None:
-  """Refuses what hands over anything but latents made of the context."""
-  kind = getattr(spec, "kind", "coprocessor")
-  if kind != "coprocessor" or "final_norm" not in coproc["transformer"]:
+def check_kind(spec: TraceSpec) -> None:
+  """Refuses a coprocessor whose latents are keys and values.
+
+  Raises:
+    UserError: names the kind.
+  """
+  if spec.given:
     raise UserError(
-      f"coprocessor.kind={kind!r}: diagnostics of latents have a meaning for "
-      "kind 'coprocessor' alone; give --nodiagnostics"
+      f"coprocessor.kind={spec.kind!r}: diagnostics are of latents that are "
+      "embeddings, this kind hands over keys and values; give --nodiagnostics"
     )
 
 

@@ -59,12 +59,15 @@ def contributions(
 
   Row p is the trace after token p; of points that bear none it means nothing.
   """
-  _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
+  hidden, cache = objective.context_pass(
+    model, decoder, tokens, documents, spec
+  )
+  reading = coprocessor.reading(model, coproc, cache, hidden, spec)
 
   def some(points):  # [B, m]
     laid = traces.lay_out(tokens, documents, points, spec)
     copied, _ = objective.embedded(model, decoder, laid)
-    return copied, coprocessor.outputs(model, coproc, cache, laid, copied)
+    return copied, coprocessor.outputs(model, coproc, reading, laid, copied)
 
   points = perplexity.points_of(documents, spec, context)
   return perplexity.in_turns(some, points)
