@@ -160,6 +160,10 @@ def test_page_and_files_say_the_same(tmp_path):
     costs = list(csv.DictReader(f))
   assert [float(line["training_seconds"]) for line in costs] == [5.0, 5.0]
   assert int(costs[0]["trained"]) == sweep.built[0].trained
+  # Of N=2 twice the rows in coprocessor and decoder, and more pairs.
+  added = [float(line["augmentation_flop"]) for line in costs]
+  assert 2 * added[0] < added[1] < 2.5 * added[0]
+  assert float(costs[0]["token_flop"]) < float(costs[1]["token_flop"])
   for name in ("comparison.png", "scaling.png"):
     assert (below / name).read_bytes().startswith(b"\x89PNG")
     assert f"({name})" in text

@@ -227,13 +227,15 @@ def _costs(results: Sequence[Result]) -> str:
     "together",
     "steps",
     "training FLOP",
-    "FLOP a token of text",
+    "FLOP a token",
+    "FLOP an augmentation",
     "training time",
   )
   return (
     f"{_table(header, map(_cost_cells, results))}\n\nFLOP are counted from "
-    "shapes (cacheaug/flops.py); of text, each token that a step reads. Time "
-    "is of the steps alone, mean over seeds, on the machine of the run."
+    "shapes (cacheaug/flops.py): of a token decoded after data.sequence "
+    "others, and what one augmentation there adds. Time is of the steps "
+    "alone, mean over seeds, on the machine of the run."
   )
 
 
@@ -246,7 +248,8 @@ def _cost_cells(result: Result) -> tuple[str, ...]:
     f"{b.trained + b.frozen:,}",
     f"{b.config.optimizer.steps:,}",
     f"{b.flop:.3g}",
-    f"{b.step_per_token:.3g}",
+    f"{b.token:.3g}",
+    _NONE if b.augmentation is None else f"{b.augmentation:.3g}",
     plan.clock(statistics.fmean(result.seconds)),
   )
 
@@ -314,7 +317,8 @@ def _rows_csv(results: Sequence[Result]) -> bytes:
         "others": r.built.frozen,
         "steps": r.built.config.optimizer.steps,
         "training_flop": r.built.flop,
-        "flop_per_token": r.built.step_per_token,
+        "token_flop": r.built.token,
+        "augmentation_flop": r.built.augmentation,
         "training_seconds": statistics.fmean(r.seconds),
         **{
           f"exact_match_{column}": statistics.fmean(

@@ -93,9 +93,19 @@ class Built:
     return self.step * self.config.optimizer.steps
 
   @property
-  def step_per_token(self) -> float:
-    """Useful FLOP of a step for each token of text that it reads."""
-    return self.step / (self.config.data.batch * self.config.data.sequence)
+  def augmentation(self) -> float | None:
+    """FLOP that an augmentation adds to decoding; None: it has no latents."""
+    if self.config.objective == "language_model":
+      return None
+    return flops.augmentation(self.model, flops.sizes_of(self.config)).total
+
+  @property
+  def token(self) -> float:
+    """FLOP of a token decoded after data.sequence others and the latents."""
+    sizes = flops.sizes_of(self.config)
+    if self.config.objective == "language_model":
+      sizes = dataclasses.replace(sizes, latents=0)
+    return flops.token(self.model, sizes).total
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,8 @@ def run_all(
     directory: of the sweep; logs go to its logs/.
     workers: processes at once, each on its share of the cores.
     lock: of `alone`.
-    ended: told of each process that has ended.
+    ended: told of each process that has ended, but for those that a signal has
+      stopped.
     command: what is run, with a run's flags behind it.
 
   Raises:
@@ -127,7 +128,8 @@ def run_all(
           outcomes.append(child.outcome())
           del going[slot]
           _note(lock, going)
-          ended(outcomes[-1])
+          if not (signals.got and outcomes[-1].error):
+            ended(outcomes[-1])
       if signals.got and not going:
         raise Stopped(signals.got[0])
       time.sleep(_POLL)
