@@ -325,7 +325,8 @@ def read_params(
 ) -> tuple[dict[str, jax.Array], dict[str, Any], int] | None:
   """The weights of a run's newest whole checkpoint, and nothing else of it.
 
-  The running average where the run kept one. Optimizer state is not read. A
+  The running average where the run kept one, and what a LoRA adapts where that
+  is kept (by names that begin with `frozen/`). Optimizer state is not read. A
   damaged checkpoint is reported, left where it is, and the one before it is
   tried: the run itself may still be writing.
 
@@ -355,10 +356,11 @@ def _read_params(path: epath.Path) -> tuple[dict[str, jax.Array], dict]:
   tree = body["tree"]
   averaged = any(name.startswith("average/") for name in tree)
   prefix = "average/" if averaged else "params/"
+  kinds = (prefix, "frozen/")
   device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
 
   def wanted(name):
-    if not name.startswith(prefix):
+    if not name.startswith(kinds):
       return ocp.PLACEHOLDER
     shape, dtype = tree[name]
     return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
@@ -375,7 +377,7 @@ def _read_params(path: epath.Path) -> tuple[dict[str, jax.Array], dict]:
     )
   finally:
     handler.close()
-  params = {k: v for k, v in found.items() if k.startswith(prefix)}
+  params = {k: v for k, v in found.items() if k.startswith(kinds)}
   sums = np.asarray(jax.device_get(_checksums(list(params.values()))))
   for name, crc in zip(params, sums.tolist(), strict=True):
     if crc != body["checksums"][name]:

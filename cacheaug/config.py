@@ -12,15 +12,22 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from cacheaug import optim, profiling, sharding
-from cacheaug.augment import coprocessor, traces
+from cacheaug.augment import traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.kernels import dispatch
 from cacheaug.model import config as model_config
-from cacheaug.model import transformer
+from cacheaug.model import lora, transformer
 from cacheaug.model.config import ModelConfig
+from cacheaug.objectives import (
+  draws_points,
+  has_decoder,
+  lora_rank,
+  validate_start,
+)
 
 OBJECTIVES = ("coprocessor", "language_model")
+LOSSES = ("tokens", "traces")
 DTYPES = ("auto", "float32", "bfloat16")
 _EVAL_POSITIVE = ("eval.sequences", "eval.batch", "eval.ahead")
 _POSITIVE = (
@@ -46,15 +53,14 @@ def base() -> ConfigDict:
 
   c = ConfigDict()
   # What is trained: a coprocessor for a frozen decoder, or (language_model) a
-  # decoder itself.
+  # decoder itself, from nothing or, with decoder.path, on from the one there.
   c.objective = "coprocessor"
   c.seed = 0  # of parameters, data order and points
   c.runlocal = False  # put `local` in place: runs anywhere, same code
 
   # The frozen decoder: a directory (config.json + safetensors), or
   # 'shipped:NAME' for one in the package; '' makes a random one of `family`
-  # and `shape` (what the language_model objective trains). With a path, what
-  # `shape` says must hold of the weights there.
+  # and `shape`. With a path, what `shape` says must hold of the weights there.
   c.decoder = ConfigDict()
   c.decoder.path = ""
   c.decoder.family = "gemma2"
@@ -72,9 +78,26 @@ def base() -> ConfigDict:
   # augment/coprocessor.py.
   c.coprocessor.kind = "coprocessor"
   c.coprocessor.latents = 16  # N, soft tokens and latents a trace
-  c.coprocessor.init = "decoder"  # or 'scratch'
+  # What its network begins as: a copy of the 'decoder', 'scratch' (random), or
+  # a trained coprocessor of this decoder: a workdir, an export, shipped:NAME.
+  c.coprocessor.init = "decoder"
+  # 0: the whole network is trained; r: it stays as it begins, and a LoRA of
+  # rank r on it is trained.
+  c.coprocessor.lora_rank = 0
   c.coprocessor.start = "harmless"  # or 'as_is', see augment/coprocessor.py
   c.coprocessor.positions = "replace"  # or insert, overlay, see augment/traces
+
+  c.language_model = ConfigDict()
+  # tokens: the plain mean over all of them; traces: over the tokens that a
+  # coprocessor's traces would predict, each as often (`traces` and
+  # `coprocessor` say which), so that the two losses are over the same.
+  c.language_model.loss = "tokens"
+  c.language_model.lora_rank = 0  # r: a LoRA on decoder.path's decoder
+
+  # Of either LoRA: W + alpha / rank * a b, as peft's defaults have it.
+  c.lora = ConfigDict()
+  c.lora.alpha = 16.0
+  c.lora.kernels = ("q", "k", "v", "o", "gate", "up", "down")
 
   c.traces = ConfigDict()
   c.traces.count = 128  # M, points a sequence
@@ -94,6 +117,10 @@ def base() -> ConfigDict:
   )
   c.data.sequence = 2048  # S
   c.data.batch = 1024  # B, over all devices
+  # Train on, and evaluate over, answers' tokens alone: points stand where an
+  # answer comes next, first of all where it begins. All sources in use have
+  # some: problems, and those with an answer_field.
+  c.data.answers_only = False
   c.data.cache_dir = ""  # '' is ~/.cache/cacheaug
   c.data.validation_fraction = 0.05  # of documents, never trained on
   c.data.workers = 2  # processes that tokenise
@@ -179,6 +206,7 @@ def base() -> ConfigDict:
         },
       },
       "coprocessor": {"latents": 4},
+      "language_model": {"lora_rank": 0},  # there is nothing to adapt
       "traces": {"count": 8},
       "data": {
         "sources": {"code": source_defaults()},
@@ -305,7 +333,7 @@ def validate(config: ConfigDict, devices: int) -> None:
   """
   _one_of(config, "objective", OBJECTIVES)
   _one_of(config, "coprocessor.kind", traces.KINDS)
-  _one_of(config, "coprocessor.init", coprocessor.INITS)
+  _one_of(config, "language_model.loss", LOSSES)
   _one_of(config, "coprocessor.start", traces.STARTS)
   _one_of(config, "coprocessor.positions", traces.SCHEMES)
   _one_of(config, "traces.law", traces.LAWS)
@@ -330,11 +358,7 @@ def validate(config: ConfigDict, devices: int) -> None:
     raise UserError("data.sources is empty: name at least one source")
   if config.decoder.how_to_get and not config.decoder.path:
     raise UserError(f"decoder.path is empty: {config.decoder.how_to_get}")
-  if config.objective == "language_model" and config.decoder.path:
-    raise UserError(
-      f"decoder.path={config.decoder.path!r}: objective='language_model' "
-      "trains a decoder of decoder.family and decoder.shape, leave it empty"
-    )
+  validate_start(config)
   data, fsdp, tensor = sharding.mesh_sizes(config.mesh, devices)
   batch, k = config.data.batch, config.optimizer.accumulation
   if batch % (k * data * fsdp):
@@ -342,8 +366,11 @@ def validate(config: ConfigDict, devices: int) -> None:
       f"data.batch={batch} does not divide over optimizer.accumulation={k} x "
       f"mesh.data={data} x mesh.fsdp={fsdp}: change one of them"
     )
-  if config.objective == "coprocessor":
+  if draws_points(config):
     _validate_traces(config)
+  # A decoder trained on from another is compared with it after every token.
+  if has_decoder(config):
+    validate_eval(config, spec_of(config))
 
 
 def _validate_traces(config: ConfigDict) -> None:
@@ -384,7 +411,6 @@ def _validate_traces(config: ConfigDict) -> None:
       f"traces.ahead={ahead} with coprocessor.latents={spec.latents} needs "
       f"sequences of {needed} tokens, data.sequence={s}"
     )
-  validate_eval(config, spec)
 
 
 def validate_eval(config: ConfigDict, spec: TraceSpec) -> None:
@@ -431,6 +457,9 @@ def validate_model(config: ConfigDict, model: ModelConfig) -> None:
         f"decoder.path={config.decoder.path!r}: {key} is {found}, this config "
         f"is for decoder.shape.{key}={wanted}: give the weights it names"
       )
+  if rank := lora_rank(config):
+    name = f"{config.objective}.lora_rank"
+    lora.check(model, rank, tuple(config.lora.kernels), label=name)
   s, n = config.data.sequence, 0
   # 'insert' puts latents, and what follows them, behind the context.
   if config.objective == "coprocessor" and (

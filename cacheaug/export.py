@@ -12,7 +12,9 @@ holds what that kind has: see augment/coprocessor.py.
 
 The first writes a run's coprocessor as above, the second a run's decoder
 (objective 'language_model') as a Hugging Face directory. Both take the newest
-whole checkpoint, and the running average of the weights where there is one.
+whole checkpoint, and the running average of the weights where there is one. A
+LoRA is written merged into the weights that it adapts, so that nobody need know
+of it; a coprocessor's config.json then has its rank as `lora_rank`.
 """
 
 import dataclasses
@@ -26,13 +28,13 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from cacheaug import checkpoint, command
+from cacheaug import adaptation, checkpoint, command
 from cacheaug import config as configs
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
-from cacheaug.model import families, pretrained, transformer
+from cacheaug.model import families, lora, pretrained, transformer
 from cacheaug.model import safetensor_files as files
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.pretrained import Leaf
@@ -57,6 +59,7 @@ def save_coprocessor(
   params: Params,
   decoder_fingerprint: str,
   source: str,
+  lora_rank: int = 0,
 ) -> None:
   """Writes config.json and coprocessor.safetensors.
 
@@ -67,6 +70,7 @@ def save_coprocessor(
     params: of coprocessor.init_boxed, in the dtype to write.
     decoder_fingerprint: `pretrained.fingerprint` of the decoder.
     source: where the decoder came from, for a person.
+    lora_rank: of the LoRA that `params` have been merged with; 0 for none.
 
   Raises:
     UserError: a directory that cannot be written.
@@ -80,6 +84,8 @@ def save_coprocessor(
     "source": source,
     "model": families.config_entries(model_config),
   }
+  if lora_rank:
+    entries["lora_rank"] = lora_rank
   for field in dataclasses.fields(TraceSpec):
     key = _SPEC_KEYS.get(field.name, field.name)
     entries[key] = getattr(spec, field.name)
@@ -176,8 +182,8 @@ class Run:
   workdir: pathlib.Path
   config: ConfigDict
   spec: TraceSpec | None  # None where the run trains a decoder
-  flat: dict[str, jax.Array]  # 'a/b/c' -> weights
-  decoder_fingerprint: str  # '' where the run trains a decoder
+  flat: dict[str, jax.Array]  # 'a/b/c' -> weights, 'frozen/...' among them
+  decoder_fingerprint: str  # '' where the run had no frozen decoder
   step: int
 
 
@@ -212,18 +218,46 @@ def read_run(workdir: str | pathlib.Path) -> Run:
   return Run(workdir, config, spec, flat, meta["decoder"], step)
 
 
-def run_params(run: Run, model_config: ModelConfig) -> Params:
-  """The run's weights as a tree of that architecture.
+def run_params(
+  run: Run, model_config: ModelConfig, decoder: Params | None = None
+) -> Params:
+  """The run's weights as a tree of that architecture, a LoRA merged.
+
+  Args:
+    run: from `read_run`.
+    model_config: of its decoder.
+    decoder: the frozen decoder's weights, which a LoRA may adapt; read from
+      where the run had them by default.
 
   Raises:
     UserError: they are of another shape; names the first that differs.
   """
-  model, key = Transformer(model_config), jax.random.key(0)
-  if run.spec is None:
-    make = partial(transformer.init, model)
-  else:
-    make = partial(coprocessor.init_boxed, model, run.spec)
-  wanted = nn.unbox(jax.eval_shape(make, key))
+  model = Transformer(model_config)
+  if not _adapts(run):
+    if run.spec is None:
+      make = partial(transformer.init, model)
+    else:
+      make = partial(coprocessor.init_boxed, model, run.spec)
+    return _tree(run, nn.unbox(jax.eval_shape(make, jax.random.key(0))))
+  shapes = jax.eval_shape(
+    lambda key: adaptation.init(run.config, model, key, None, boxed=True),
+    jax.random.key(0),
+  )
+  params, frozen = nn.unbox(shapes)
+  tree = _tree(run, params if frozen is None else params | {"frozen": frozen})
+  frozen = tree.pop("frozen", None)
+  if frozen is None and decoder is None:
+    decoder = _decoder_params(run, model)
+  return adaptation.effective(run.config, tree, frozen, decoder, lora.merge)
+
+
+def _adapts(run: Run) -> bool:
+  """Whether a LoRA was trained; the config of an older run has no such key."""
+  return any(name.startswith("lora/") for name in run.flat)
+
+
+def _tree(run: Run, wanted: Params) -> Params:
+  """The run's arrays in the form of `wanted`, whose shapes they must have."""
   for name, x in pretrained.flatten(wanted).items():
     shape = list(run.flat[name].shape) if name in run.flat else "absent"
     if shape != list(x.shape):
@@ -235,6 +269,89 @@ def run_params(run: Run, model_config: ModelConfig) -> Params:
     lambda p, _: run.flat[jax.tree_util.keystr(p, simple=True, separator="/")],
     wanted,
   )
+
+
+def _decoder_params(run: Run, model: Transformer) -> Params:
+  """The weights of the run's decoder, float32.
+
+  Raises:
+    UserError: they are not there, or others.
+  """
+  path = run.config.decoder.path
+  if path:
+    try:
+      directory = pretrained.resolve(path)
+      decoder = pretrained.load(directory, model.config, dtype="float32")
+    except UserError as e:
+      raise UserError(
+        f"decoder of {run.workdir}: {e}; give --decoder_path=DIR"
+      ) from e
+  else:
+    make = partial(adaptation.random_decoder, run.config, model, "float32")
+    decoder = jax.jit(make)()
+  if pretrained.fingerprint(decoder) != run.decoder_fingerprint:
+    raise UserError(
+      f"{run.workdir} adapts decoder {run.decoder_fingerprint}, {path!r} holds "
+      "another now: give --decoder_path=DIR"
+    )
+  return decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A trained coprocessor, from wherever it was."""
+
+  params: Params
+  spec: TraceSpec
+  fingerprint: str  # of its decoder
+  source: str  # where that came from
+
+
+def open_coprocessor(
+  path: str | pathlib.Path,
+  model_config: ModelConfig,
+  decoder: Params | None,
+  *,
+  dtype: Any = "float32",
+) -> Trained:
+  """A trained coprocessor.
+
+  Args:
+    path: an exported directory, 'shipped:NAME', or a run's workdir, whose
+      newest whole checkpoint is read.
+    model_config: of the decoder at hand.
+    decoder: its weights.
+    dtype: of every leaf.
+
+  Raises:
+    UserError: nothing of the kind there.
+  """
+  directory = _directory(str(path))
+  if (directory / "checkpoints").is_dir():
+    run = read_run(directory)
+    if run.spec is None:
+      raise UserError(
+        f"{directory}: holds a decoder (objective='language_model'), not a "
+        "coprocessor; export it with --decoder and give it to cacheaug.load"
+      )
+    params = run_params(run, model_config, decoder)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    where = run.config.decoder.path
+    return Trained(params, run.spec, run.decoder_fingerprint, where)
+  _, spec, params, meta = load_coprocessor(directory, dtype=dtype)
+  return Trained(params, spec, meta["decoder_fingerprint"], meta["source"])
+
+
+def _directory(path: str) -> pathlib.Path:
+  if path.startswith(pretrained.SHIPPED):
+    return pretrained.resolve(path)
+  directory = pathlib.Path(path).expanduser()
+  if not directory.is_dir():
+    raise UserError(
+      f"{path}: no such directory; give an exported coprocessor or a run's "
+      "workdir"
+    )
+  return directory
 
 
 # --- the command ------------------------------------------------------------
@@ -253,7 +370,7 @@ def export_run(
     workdir: of a run.
     out: absent or empty; an earlier export of a coprocessor is replaced.
     decoder: the run trains a decoder (objective 'language_model').
-    decoder_path: where a coprocessor's decoder is now, if it has moved.
+    decoder_path: where the run's frozen decoder is now, if it has moved.
 
   Raises:
     UserError: nothing to export there, or an `out` that holds something else.
@@ -265,15 +382,18 @@ def export_run(
     what = "decoder" if run.spec is None else "coprocessor"
     remedy = "add --decoder" if run.spec is None else "leave out --decoder"
     raise UserError(f"--workdir={workdir} holds a {what}: {remedy}")
-  if decoder:
-    model_config = configs.model_of(run.config)
-    spec = run.config.data.tokenizer
-    tokenizer = tokenizers.load("byte" if spec == "decoder" else spec)
-    params = run_params(run, model_config)
-    pretrained.save(out, model_config, params, tokenizer=tokenizer)
-    return run.step
   source = run.config.decoder.path
-  model_config = _decoder_config(run, decoder_path)
+  if decoder_path:
+    run.config.decoder.path = decoder_path
+  model_config = _decoder_config(run)
+  if decoder:
+    spec = run.config.data.tokenizer
+    if spec == "decoder":
+      own = run.config.decoder.path
+      spec = str(pretrained.resolve(own)) if own else "byte"
+    params = run_params(run, model_config)
+    pretrained.save(out, model_config, params, tokenizer=tokenizers.load(spec))
+    return run.step
   save_coprocessor(
     out,
     model_config=model_config,
@@ -281,6 +401,7 @@ def export_run(
     params=run_params(run, model_config),
     decoder_fingerprint=run.decoder_fingerprint,
     source=source,
+    lora_rank=configs.lora_rank(run.config) if _adapts(run) else 0,
   )
   return run.step
 
@@ -303,8 +424,8 @@ def _check_out(out: pathlib.Path, decoder: bool) -> None:
   )
 
 
-def _decoder_config(run: Run, decoder_path: str) -> ModelConfig:
-  path = decoder_path or run.config.decoder.path
+def _decoder_config(run: Run) -> ModelConfig:
+  path = run.config.decoder.path
   if not path:
     return configs.model_of(run.config)
   try:
@@ -336,6 +457,6 @@ if __name__ == "__main__":
   flags.DEFINE_string("out", "", "directory to write, new or empty")
   flags.DEFINE_bool("decoder", False, "the run trained a decoder: write that")
   flags.DEFINE_string(
-    "decoder_path", "", "where a coprocessor's decoder is, if it has moved"
+    "decoder_path", "", "where the run's frozen decoder is, if it has moved"
   )
   command.run(main, __doc__)

@@ -33,9 +33,10 @@ import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
+from cacheaug import adaptation
 from cacheaug import config as configs
 from cacheaug.augment import coprocessor, traces
-from cacheaug.model import transformer
+from cacheaug.model import lora, transformer
 from cacheaug.model.config import SLIDING, ModelConfig
 from cacheaug.model.transformer import Transformer
 
@@ -281,8 +282,18 @@ def of_step(config: ConfigDict, model: ModelConfig) -> Cost:
   """Useful FLOP of one step of the config's objective."""
   sizes = sizes_of(config)
   if config.objective == "language_model":
-    return language_model(model, sizes)
-  return useful(model, sizes)
+    cost, rows = language_model(model, sizes), sizes.sequence
+  else:
+    cost, rows = useful(model, sizes), sizes.latent_rows
+    if sizes.kind == "activations":
+      rows += sizes.sequence
+  rank = configs.lora_rank(config)
+  if not rank:
+    return cost
+  # No gradient of the adapted network's weights; the LoRA's own, three times.
+  numbers = lora.parameters(model, rank, tuple(config.lora.kernels))
+  each = 3 * 2.0 * numbers - body_per_row(model)
+  return cost._replace(body=cost.body + sizes.batch * rows * each)
 
 
 # --- decoding ----------------------------------------------------------------
@@ -366,12 +377,15 @@ def parameters(config: ConfigDict, model_config: ModelConfig) -> Parameters:
     tree = nn.unbox(jax.eval_shape(make, key))
     return sum(x.size for x in jax.tree.leaves(tree))
 
+  def trained(key):
+    return adaptation.init(config, model, key, None, boxed=True)[0]
+
   decoder = count(functools.partial(transformer.init, model))
-  if config.objective == "language_model":
-    return Parameters(decoder, 0, decoder)
-  spec = configs.spec_of(config)
-  own = count(functools.partial(coprocessor.init_boxed, model, spec))
-  return Parameters(decoder, own, own)
+  own = 0
+  if config.objective == "coprocessor":
+    spec = configs.spec_of(config)
+    own = count(functools.partial(coprocessor.init_boxed, model, spec))
+  return Parameters(decoder, own, count(trained))
 
 
 def _times(count: int, *parts: float) -> Cost:

@@ -95,31 +95,18 @@ class LM:
     Raises:
       UserError: nothing of the kind there, or one trained for other weights.
     """
-    directory = _directory(str(path))
-    dtype = self.model.dtype
-    if (directory / "checkpoints").is_dir():
-      run = export.read_run(directory)
-      if run.spec is None:
-        raise UserError(
-          f"{directory}: holds a decoder (objective='language_model'), not a "
-          "coprocessor; export it with --decoder and give it to cacheaug.load"
-        )
-      params = export.run_params(run, self.model.config)
-      params = jax.tree.map(lambda x: x.astype(dtype), params)
-      spec, fingerprint = run.spec, run.decoder_fingerprint
-      source = run.config.decoder.path
-    else:
-      config, spec, params, meta = export.load_coprocessor(
-        directory, dtype=dtype
-      )
-      fingerprint, source = meta["decoder_fingerprint"], meta["source"]
-    if fingerprint != self.fingerprint:
+    found = export.open_coprocessor(
+      path, self.model.config, self.decoder, dtype=self.model.dtype
+    )
+    if found.fingerprint != self.fingerprint:
       raise UserError(
-        f"{directory}: this coprocessor was trained for decoder {fingerprint} "
-        f"({source or 'random'}), the one loaded is {self.fingerprint}: load "
-        "that decoder, or give its own coprocessor"
+        f"{path}: this coprocessor was trained for decoder "
+        f"{found.fingerprint} ({found.source or 'random'}), the one loaded is "
+        f"{self.fingerprint}: load that decoder, or give its own coprocessor"
       )
-    return dataclasses.replace(self, coprocessor=Coprocessor(params, spec))
+    return dataclasses.replace(
+      self, coprocessor=Coprocessor(found.params, found.spec)
+    )
 
   def encode(self, text: str) -> list[int]:
     """Its tokens, a BOS first if there is one; UserError: no tokenizer."""
@@ -483,15 +470,3 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
     fingerprint=pretrained.fingerprint(decoder),
     stop_ids=tuple(sorted(stop_ids)),
   )
-
-
-def _directory(path: str) -> Path:
-  if path.startswith(pretrained.SHIPPED):
-    return pretrained.resolve(path)
-  directory = Path(path).expanduser()
-  if not directory.is_dir():
-    raise UserError(
-      f"{path}: no such directory; give an exported coprocessor or a run's "
-      "workdir"
-    )
-  return directory

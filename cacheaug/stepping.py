@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from cacheaug import adaptation, sharding
 from cacheaug import config as configs
-from cacheaug import sharding
-from cacheaug.augment import coprocessor, objective, traces
-from cacheaug.model import transformer
+from cacheaug.augment import objective, traces
 from cacheaug.model.transformer import Params, Transformer
 
 
@@ -25,6 +24,7 @@ class TrainState:
   params: Params  # trainable tree
   opt_state: Any
   average: Params | None  # running average of params
+  frozen: Params | None  # what a LoRA adapts, where it is not the decoder
   nll: jax.Array  # [A], sums since the last log step
   tokens: jax.Array  # [A]
 
@@ -36,23 +36,17 @@ def init_state(
   boxed: bool,
   decoder: Params | None,
   key: jax.Array,
+  initial: Params | None = None,
 ) -> TrainState:
-  """A fresh state; `boxed` keeps the parameters' logical axes (shardings)."""
+  """A fresh state; `boxed` keeps the parameters' logical axes (shardings).
+
+  `initial` is the trained coprocessor that coprocessor.init names, if any.
+  """
   key = jax.random.fold_in(key, 2**31 - 1)  # no step's key
-  if config.objective == "language_model":
-    params = transformer.init(model, key)
-    ahead = 1
-  else:
-    spec = configs.spec_of(config)
-    if boxed:
-      params = coprocessor.init_boxed(model, spec, key)
-    else:
-      params = coprocessor.init(
-        model, spec, key, decoder, config.coprocessor.init
-      )
-    ahead = spec.ahead
-  if not boxed:
-    params = nn.unbox(params)
+  ahead = config.traces.ahead if configs.draws_points(config) else 1
+  params, frozen = adaptation.init(
+    config, model, key, decoder, initial, boxed=boxed
+  )
   average = None
   if config.optimizer.average:
     average = jax.tree.map(jnp.array, params)
@@ -61,6 +55,7 @@ def init_state(
     params=params,
     opt_state=optimizer.init(params),
     average=average,
+    frozen=frozen,
     nll=jnp.zeros(ahead),
     tokens=jnp.zeros(ahead),
   )
@@ -91,18 +86,23 @@ def make_step(
   k = config.optimizer.accumulation
   decay = config.optimizer.average
 
-  def loss(params, decoder, batch):
+  def loss(params, frozen, decoder, batch):
+    whole = adaptation.effective(config, params, frozen, decoder)
     if config.objective == "language_model":
-      mask = config.traces.mask_documents
-      nll, tokens = objective.language_model_loss(model, params, batch, mask)
+      adapts = configs.lora_rank(config) > 0  # and so leaves the head alone
+      nll, tokens = _language_model(
+        config, model, whole, batch, frozen_head=adapts
+      )
     else:
       spec = configs.spec_of(config)
-      nll, tokens = sums(model, decoder, params, batch, batch["points"], spec)
+      nll, tokens = sums(model, decoder, whole, batch, batch["points"], spec)
     return nll.sum(), (nll, tokens)
 
   def step(state, decoder, batch, key, reset):
     batch = add_points(config, batch, key, state.step)
-    gradient = partial(jax.grad(loss, has_aux=True), state.params, decoder)
+    gradient = partial(
+      jax.grad(loss, has_aux=True), state.params, state.frozen, decoder
+    )
     with sharding.placing(mesh):
       grads, (nll, tokens) = summed(gradient, batch, k)
     count = jnp.maximum(tokens.sum(), 1.0)
@@ -126,6 +126,7 @@ def make_step(
       params=params,
       opt_state=opt_state,
       average=average,
+      frozen=state.frozen,
       nll=running[0] * keep,
       tokens=running[1] * keep,
     ), metrics
@@ -134,21 +135,40 @@ def make_step(
   return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
+def _language_model(config, model, params, batch, *, frozen_head):
+  """Sums of the language_model objective: nll and tokens."""
+  if configs.draws_points(config):
+    spec = configs.spec_of(config)
+    return objective.plain_traces_loss(
+      model, params, batch, batch["points"], spec, frozen_head=frozen_head
+    )
+  mask = config.traces.mask_documents
+  return objective.language_model_loss(
+    model, params, batch, mask, frozen_head=frozen_head
+  )
+
+
 def make_baseline(config, model, mesh):
-  """baseline(decoder, batch, key, step): frozen nll of that step's tokens."""
-  if config.objective == "language_model":
-    return lambda *_: None
+  """baseline(decoder, batch, key, step): frozen nll of that step's tokens.
+
+  None where there is no decoder: one is trained from nothing.
+  """
   spec, k = configs.spec_of(config), config.optimizer.accumulation
 
   @partial(jax.jit, out_shardings=sharding.replicated(mesh))
   def baseline(decoder, batch, key, step):
     def part(batch):
+      if not configs.draws_points(config):
+        return _language_model(config, model, decoder, batch, frozen_head=True)
       return objective.frozen_loss(model, decoder, batch, batch["points"], spec)
 
     with sharding.placing(mesh):
       return summed(part, add_points(config, batch, key, step), k)
 
-  return baseline
+  def maybe(decoder, *arguments):
+    return None if decoder is None else baseline(decoder, *arguments)
+
+  return maybe
 
 
 def add_points(config, batch, key, step):
@@ -156,11 +176,12 @@ def add_points(config, batch, key, step):
 
   Drawn for the whole batch, so that micro-batches do not change them.
   """
-  if config.objective == "language_model":
+  if not configs.draws_points(config):
     return batch
   key = jax.random.fold_in(key, step)
   spec, documents = configs.spec_of(config), batch["documents"]
-  points = traces.sample_points(key, documents, spec)
+  answers = batch.get("answers")
+  points = traces.sample_points(key, documents, spec, answers)
   batch = batch | {"points": points}
   if spec.late_max:
     key = jax.random.fold_in(key, 1)

@@ -14,9 +14,11 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cacheaug import (
+  adaptation,
   chips,
   export,
   flops,
+  objectives,
   optim,
   profiling,
   sharding,
@@ -25,6 +27,7 @@ from cacheaug import (
 )
 from cacheaug import config as configs
 from cacheaug import workdir as workdirs
+from cacheaug.augment import coprocessor
 from cacheaug.checkpoint import Checkpoints
 from cacheaug.data import pipeline, tokenizers
 from cacheaug.errors import UserError
@@ -32,7 +35,7 @@ from cacheaug.evals import finish
 from cacheaug.heartbeat import Heartbeat
 from cacheaug.kernels import dispatch
 from cacheaug.metrics import MetricWriter, Progress, memory_peak
-from cacheaug.model import pretrained, transformer
+from cacheaug.model import lora, pretrained, transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.preemption import StopOnSignal
@@ -65,6 +68,9 @@ def train(config: ConfigDict, workdir: str) -> None:
 
   # --- decoder, state -------------------------------------------------------
   decoder, fingerprint = load_decoder(config, model, mesh)
+  begin = partial(load_initial, config, model, mesh, decoder, fingerprint)
+  # Before anything is written; a run that has begun needs it no more.
+  initial = None if workdirs.has_checkpoints(workdir) else begin()
   steps = config.optimizer.steps
   optimizer, _ = optim.make_optimizer(config.optimizer, steps)
   key = jax.random.key(config.seed)
@@ -82,7 +88,8 @@ def train(config: ConfigDict, workdir: str) -> None:
   restored = checkpoints.restore_latest(wanted)
   if restored is None:
     fresh = partial(stepping.init_state, config, model, optimizer, False)
-    state = jax.jit(fresh, out_shardings=shardings)(decoder, key)
+    initial = initial or begin()  # no checkpoint that is there was whole
+    state = jax.jit(fresh, out_shardings=shardings)(decoder, key, initial)
     start = 0
   else:
     state, meta, start = restored
@@ -92,6 +99,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         f"holds {fingerprint}: give that decoder, or another --workdir"
       )
     logging.info("resumed from step %d", start)
+  del initial
   meta = {"decoder": fingerprint, "seed": config.seed}
 
   # --- loop -------------------------------------------------------------------
@@ -148,6 +156,9 @@ def train(config: ConfigDict, workdir: str) -> None:
 
   # --- report -----------------------------------------------------------------
   params = state.params if state.average is None else state.average
+  params = adaptation.effective(
+    config, params, state.frozen, decoder, lora.merge
+  )
   report(config, workdir, model, decoder, params, tokenizer, fingerprint)
   heartbeat.say("finished")
 
@@ -209,9 +220,9 @@ def load_decoder(
 ) -> tuple[Params | None, str]:
   """The frozen decoder's sharded parameters and their fingerprint.
 
-  For the language_model objective there is no decoder yet: (None, '').
+  (None, '') where a decoder is to be trained from nothing.
   """
-  if config.objective == "language_model":
+  if not configs.has_decoder(config):
     return None, ""
   abstract = abstract_decoder(config, model, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -224,14 +235,39 @@ def load_decoder(
       shardings=shardings,
     )
   else:
-
-    def make(k):
-      params = nn.unbox(transformer.init(model, k))
-      return jax.tree.map(lambda x: x.astype(storage), params)
-
-    key = jax.random.key(config.seed)
-    decoder = jax.jit(make, out_shardings=shardings)(key)
+    make = partial(adaptation.random_decoder, config, model, storage)
+    decoder = jax.jit(make, out_shardings=shardings)()
   return decoder, pretrained.fingerprint(decoder)
+
+
+def load_initial(
+  config: ConfigDict,
+  model: Transformer,
+  mesh: jax.sharding.Mesh,
+  decoder: Params | None,
+  fingerprint: str,
+) -> Params | None:
+  """The trained coprocessor that the run begins as; None where it is none.
+
+  Raises:
+    UserError: none there, or one of another layout or decoder.
+  """
+  if not objectives.begins_as_trained(config):
+    return None
+  path = config.coprocessor.init
+  try:
+    found = export.open_coprocessor(path, model.config, decoder)
+  except UserError as e:
+    raise UserError(f"coprocessor.init={path!r}: {e}") from e
+  adaptation.check_initial(config, found.spec, found.fingerprint, fingerprint)
+  make = partial(coprocessor.init_boxed, model, configs.spec_of(config))
+  boxed = jax.eval_shape(make, jax.random.key(0))
+  host = jax.device_get(found.params)
+  return jax.tree.map(
+    lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]),
+    host,
+    sharding.tree_shardings(mesh, boxed),
+  )
 
 
 def abstract_decoder(config, model, mesh) -> Params:
@@ -288,6 +324,7 @@ def log_step(config, writer, floor, step, metrics, baseline, shape, times):
   if baseline is not None:
     line["baseline_loss"] = mean(baseline)  # frozen decoder, the same tokens
     shown["against_frozen"] = line["batch_loss"] - line["baseline_loss"]
+  if config.objective == "coprocessor":
     speed["traces_per_second"] = shape[0] * config.traces.count / seconds
   writer.write(step, line, speed)
   return shown
@@ -303,9 +340,18 @@ def report(config, workdir, model, decoder, params, tokenizer, fingerprint):
     return
   # On this process's own device: the others are not here to join a mesh.
   model = model.clone(attention=dispatch.Kernel(model.attention.name))
+  rank = configs.lora_rank(config)
+  meta = {
+    "decoder": f"{config.decoder.path or 'random'} ({fingerprint})",
+    "LoRA rank": rank or "none, all is trained",
+    "steps": config.optimizer.steps,
+    "sequences a step": config.data.batch,
+    "seed": config.seed,
+  }
   if config.objective == "language_model":
+    meta["loss over"] = config.language_model.loss
     figures, text = finish.language_model_report(
-      config, model, params, tokenizer
+      config, workdir, model, params, tokenizer, decoder, meta
     )
     path = epath.Path(workdir) / "report.json"
     storage.write_whole(path, json.dumps(figures, indent=2).encode())
@@ -314,17 +360,14 @@ def report(config, workdir, model, decoder, params, tokenizer, fingerprint):
     print(text)
     return
   spec = configs.spec_of(config)
-  meta = {
-    "decoder": f"{config.decoder.path or 'random'} ({fingerprint})",
+  meta |= {
     "kind": spec.kind,
     "latents N": spec.latents,
     "ahead tokens A": spec.ahead,
     "positions": spec.scheme,
     "start": spec.start,
-    "steps": config.optimizer.steps,
-    "sequences a step": config.data.batch,
+    "began as": config.coprocessor.init,
     "traces a sequence": spec.count,
-    "seed": config.seed,
   }
   text = finish.coprocessor_report(
     config, workdir, model, decoder, params, tokenizer, spec, meta
@@ -337,6 +380,7 @@ def report(config, workdir, model, decoder, params, tokenizer, fingerprint):
       params=params,
       decoder_fingerprint=fingerprint,
       source=config.decoder.path,
+      lora_rank=rank,
     )
   print(text)
 

@@ -86,6 +86,14 @@ def claim(config: ConfigDict, workdir: str) -> None:
     ) from e
 
 
+def has_checkpoints(workdir: str) -> bool:
+  """Whether any checkpoint is there, whole or not."""
+  checkpoints = storage.absolute(workdir) / "checkpoints"
+  return checkpoints.is_dir() and any(
+    p.name.isdigit() for p in checkpoints.iterdir()
+  )
+
+
 def _begun(root: epath.Path) -> bool:
   """Whether a run has left anything there that is worth keeping."""
   metrics, checkpoints = root / "metrics.jsonl", root / "checkpoints"

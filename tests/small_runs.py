@@ -69,7 +69,10 @@ class Steps:
     configs.validate(config, len(devices))
     self.mesh = sharding.make_mesh(config.mesh, devices)
     self.model, tokenizer = train.open_model(config)
-    self.decoder, _ = train.load_decoder(config, self.model, self.mesh)
+    self.decoder, found = train.load_decoder(config, self.model, self.mesh)
+    initial = train.load_initial(
+      config, self.model, self.mesh, self.decoder, found
+    )
     self.batches = pipeline.open_batches(
       config.data, tokenizer, split="train", seed=config.seed
     )
@@ -83,9 +86,8 @@ class Steps:
     fresh = partial(stepping.init_state, config, self.model, optimizer, False)
     self.key = jax.random.key(config.seed)
     fresh = jax.jit(fresh, out_shardings=shardings)
-    self.state = self._quick(fresh, self.decoder, self.key)(
-      self.decoder, self.key
-    )
+    arguments = self.decoder, self.key, initial
+    self.state = self._quick(fresh, *arguments)(*arguments)
     step = stepping.make_step(
       config, self.model, optimizer, self.mesh, shardings
     )

@@ -159,9 +159,24 @@ def test_the_small_config_is_valid(tmp_path):
     ({"decoder.how_to_get": "ask"}, ("decoder.path is empty", "ask")),
     ({"decoder.shape.heads": 3}, ("heads=3", "kv_heads=2")),
     (
-      {"objective": "language_model", "decoder.path": "x"},
-      ("decoder.path='x'", "language_model"),
+      {"objective": "language_model", "language_model.lora_rank": 2},
+      ("language_model.lora_rank=2", "decoder.path"),
     ),
+    (
+      {"coprocessor.lora_rank": 2, "coprocessor.init": "scratch"},
+      ("coprocessor.lora_rank=2", "scratch"),
+    ),
+    ({"coprocessor.lora_rank": -1}, ("coprocessor.lora_rank=-1", "0 ")),
+    ({"coprocessor.lora_rank": 17}, ("lora_rank=17", "16 of", "'q'")),
+    (
+      {"coprocessor.lora_rank": 2, "lora.kernels": ("q", "x")},
+      ("lora.kernels=('q', 'x')", "gate"),
+    ),
+    (
+      {"coprocessor.lora_rank": 2, "lora.alpha": 0.0},
+      ("lora.alpha=0.0",),
+    ),
+    ({"language_model.loss": "x"}, ("language_model.loss='x'", "traces")),
   ],
 )
 def test_impossible_combination_is_refused(tmp_path, changes, parts):

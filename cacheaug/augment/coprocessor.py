@@ -56,7 +56,7 @@ from cacheaug.model.transformer import Given, Params, Transformer
 
 INITS = ("decoder", "scratch")
 # The parts of a transformer that a kind trains.
-_NETWORK = {
+NETWORK = {
   "coprocessor": ("blocks", "final_norm"),
   "activations": ("blocks", "final_norm"),
   "handover": ("blocks",),
@@ -84,7 +84,7 @@ def init_boxed(model: Transformer, spec: TraceSpec, key: jax.Array) -> Params:
     init = zeros if harmless else normal
     keys = zip(("prefix_keys", "prefix_values"), (body, soft), strict=True)
     return {name: param(key, init, *axes) for name, key in keys}
-  tree, parts = {}, _NETWORK[spec.kind]
+  tree, parts = {}, NETWORK[spec.kind]
   if parts:
     whole = transformer.init(model, body)
     tree["transformer"] = {k: whole[k] for k in parts}

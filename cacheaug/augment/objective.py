@@ -160,9 +160,37 @@ def frozen_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """The frozen decoder's sums over the very tokens of `coprocessor_loss`."""
   tokens, documents = batch["tokens"], batch["documents"]
-  laid = traces.lay_out(tokens, documents, points, spec)
   hidden, _ = context_pass(model, decoder, tokens, documents, spec)
   nll = next_token_nll(model, decoder, hidden, tokens)
+  return _over_traces(nll, batch, points, spec)
+
+
+def plain_traces_loss(
+  model: Transformer,
+  params: Params,
+  batch: dict[str, jax.Array],
+  points: jax.Array,  # [B, M]
+  spec: TraceSpec,
+  *,
+  frozen_head: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+  """`frozen_loss` of a decoder that is trained on those tokens itself."""
+  tokens = batch["tokens"]
+  segments = traces.segments_of(batch["documents"], spec.mask_documents)
+  hidden = transformer.train_pass(model, params, tokens, segments)
+  nll = next_token_nll(model, params, hidden, tokens, frozen=frozen_head)
+  return _over_traces(nll, batch, points, spec)
+
+
+def _over_traces(
+  nll: jax.Array,  # [B, S - 1] of next_token_nll
+  batch: dict[str, jax.Array],
+  points: jax.Array,  # [B, M]
+  spec: TraceSpec,
+) -> tuple[jax.Array, jax.Array]:  # [A] each
+  """Sums over the tokens that traces predict, each as often as they do."""
+  tokens, documents = batch["tokens"], batch["documents"]
+  laid = traces.lay_out(tokens, documents, points, spec)
   index = jnp.maximum(points, 0)[..., None] + jnp.arange(spec.ahead)[None, None]
   index = jnp.minimum(index, tokens.shape[-1] - 2)
   nll = jax.vmap(lambda row, i: row[i])(nll, index)
@@ -187,12 +215,23 @@ def language_model_loss(
   params: Params,
   batch: dict[str, jax.Array],
   mask_documents: bool,
+  *,
+  frozen_head: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """Sums over this batch: nll [1] and tokens [1] (within documents)."""
+  """Sums over this batch: nll [1] and tokens [1] (within documents).
+
+  With `answers` in the batch, over their tokens alone.
+
+  `frozen_head` gives the head (where tied, the embedding too as far as it is
+  one) no gradient.
+  """
   tokens, documents = batch["tokens"], batch["documents"]
   segments = traces.segments_of(documents, mask_documents)
   hidden = transformer.train_pass(model, params, tokens, segments)
-  nll = next_token_nll(model, params, hidden, tokens, frozen=False)
+  nll = next_token_nll(model, params, hidden, tokens, frozen=frozen_head)
   same = documents[:, 1:] == documents[:, :-1]
-  weights = (same & (documents[:, 1:] >= 0)).astype(jnp.float32)
+  same &= documents[:, 1:] >= 0
+  if "answers" in batch:
+    same &= batch["answers"][:, 1:]
+  weights = same.astype(jnp.float32)
   return (nll * weights).sum()[None], weights.sum()[None]

@@ -186,11 +186,15 @@ def valid_points(
   documents: jax.Array,  # [B, S]
   spec: TraceSpec,
   context: int = 0,
+  *,
+  answers: jax.Array | None = None,  # [B, S] bool
 ) -> jax.Array:
   """[B, S] bool: points whose trace stays within its document.
 
   `min_ahead` tokens follow within the document; `context` or, where it is 0,
-  `context_needed` precede and include the point.
+  `context_needed` precede and include the point. With `answers`, an answer's
+  token comes next (and so only they are predicted: answers reach to their
+  documents' ends).
   """
   s = documents.shape[-1]
   valid = documents >= 0
@@ -199,7 +203,14 @@ def valid_points(
     there = (index >= 0) & (index < s)
     other = jnp.take(documents, jnp.clip(index, 0, s - 1), axis=-1)
     valid &= there[None] & (other == documents)
+  if answers is not None:
+    valid &= before(answers)
   return valid
+
+
+def before(answers: jax.Array) -> jax.Array:
+  """[B, S] bool: whether the token after is of an answer."""
+  return jnp.pad(answers[:, 1:], ((0, 0), (0, 1)))
 
 
 def near_end(documents: jax.Array, tail: int) -> jax.Array:
@@ -215,19 +226,24 @@ def sample_points(
   key: jax.Array,
   documents: jax.Array,  # [B, S]
   spec: TraceSpec,
+  answers: jax.Array | None = None,  # [B, S] bool, as of valid_points
 ) -> jax.Array:  # [B, M], ascending; -1 where there is no valid point left
   """Draws M different points a sequence.
 
   uniform: the paper's law. stratified: one from each of M equal buckets of S.
   With either, points whose
   document ends within `tail` tokens come before all others: where a document
-  is a question and its answer, the latents that matter stand there.
+  is a question and its answer, the latents that matter stand there. With
+  `answers`, those after which an answer begins come first.
   """
   b, s = documents.shape
   noise = jax.random.uniform(key, (b, s))
   if spec.tail:
     noise += near_end(documents, spec.tail)
-  noise = jnp.where(valid_points(documents, spec), noise, -1.0)
+  if answers is not None:
+    noise += before(answers) & ~answers
+  valid = valid_points(documents, spec, answers=answers)
+  noise = jnp.where(valid, noise, -1.0)
   if spec.law == "uniform":
     value, points = jax.lax.top_k(noise, spec.count)
     points = jnp.where(value >= 0, points, -1)

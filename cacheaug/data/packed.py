@@ -7,7 +7,8 @@ exist.
 
 A row is the bytes of tokens uint16[S] (int32[S] for a vocabulary over 65536)
 followed by documents int32[S]: the number of the document each token belongs
-to, counted over the whole source, and -1 on padding.
+to, counted over the whole source, and -1 on padding. `ANSWER` is added to it on
+tokens of an answer.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import numpy as np
 from cacheaug import errors
 
 SPLITS = ("train", "validation")
+ANSWER = 1 << 30  # above every number of a document
 
 # Rows of a split up to this size are kept in memory: reading one at random
 # from disk takes 30 us, from memory less than 1.
@@ -103,7 +105,7 @@ class PackedRows:
       rows: int [n], each in 0..len(self)-1.
 
     Returns:
-      tokens and documents, both int32 [n, S].
+      tokens and documents, both int32 [n, S], with ANSWER where it is one.
 
     Raises:
       UnreadableError: the disk fails, or the cache has been damaged since it

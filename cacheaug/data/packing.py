@@ -4,7 +4,8 @@ The cache's directory is named by a hash of everything that its content depends
 on. Documents are cut into contiguous shards; each shard is packed on its own,
 so shards are made in parallel and an interrupted run goes on with those that
 are missing. Documents follow one another without a gap and go on into the next
-row; only the last row of a shard is padded. See packed.py for the files.
+row; only the last row of a shard is padded. Prompts with their answers stay in
+one row, and rows are padded. See packed.py for the files.
 """
 
 import collections.abc
@@ -240,20 +241,27 @@ def _in_workers(
 
 def _pack_shard(job: _Job, shard: int) -> None:
   """Tokenises, packs and writes one shard, its JSON file last."""
-  numbers: dict[bool, list[int]] = {False: [], True: []}
+  marks: dict[bool, list[np.ndarray]] = {False: [], True: []}
   tokens: dict[bool, list[np.ndarray]] = {False: [], True: []}
   dtype = _dtype(job.tokenizer)
   bos = [] if job.tokenizer.bos_id is None else [job.tokenizer.bos_id]
   for number in range(job.edges[shard], job.edges[shard + 1]):
     held_out = bool(job.held_out[number])
-    ids = job.tokenizer.encode(job.documents[number])
-    numbers[held_out].append(number)
-    tokens[held_out].append(np.array(bos + ids, dtype))
+    # Apart, as a prompt is encoded when there is no answer yet.
+    prompt, text = job.documents.parts(number)
+    before = bos + (job.tokenizer.encode(prompt) if prompt else [])
+    ids = before + job.tokenizer.encode(text)
+    mark = np.full(len(ids), number, np.int32)
+    if job.documents.answered:
+      mark[len(before) :] += packed.ANSWER
+    marks[held_out].append(mark)
+    tokens[held_out].append(np.array(ids, dtype))
   entry = {}
   for held_out, split in enumerate(packed.SPLITS):
     parts = tokens[bool(held_out)]
-    records = _rows(
-      parts, numbers[bool(held_out)], job.sequence, job.tokenizer.pad_id
+    rows = _whole if job.documents.answered else _rows
+    records = rows(
+      parts, marks[bool(held_out)], job.sequence, job.tokenizer.pad_id
     )
     entry[split] = {
       "rows": len(records),
@@ -266,14 +274,38 @@ def _pack_shard(job: _Job, shard: int) -> None:
   packed.write_json(packed.json_path(job.directory, shard), entry)
 
 
+def _whole(
+  tokens: list[np.ndarray],
+  marks: list[np.ndarray],
+  sequence: int,
+  pad_id: int,
+) -> list[bytes]:
+  """Records of rows that no document crosses the end of.
+
+  What is longer than a row is cut off at its end.
+  """
+  rows: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
+  room = 0
+  for ids, mark in zip(tokens, marks, strict=True):
+    if len(ids) > room:
+      rows.append(([], []))
+      room = sequence
+    for part, here in zip((ids, mark), rows[-1], strict=True):
+      here.append(part[:room])
+    room -= min(room, len(ids))
+  return [record for row in rows for record in _rows(*row, sequence, pad_id)]
+
+
 def _rows(
-  tokens: list[np.ndarray], numbers: list[int], sequence: int, pad_id: int
+  tokens: list[np.ndarray],
+  marks: list[np.ndarray],  # the document of each token
+  sequence: int,
+  pad_id: int,
 ) -> list[bytes]:
   """Concatenates documents and cuts them into records of one row each."""
   if not tokens:
     return []
-  flat = np.concatenate(tokens)
-  documents = np.repeat(np.array(numbers, np.int32), [len(t) for t in tokens])
+  flat, documents = np.concatenate(tokens), np.concatenate(marks)
   padding = (0, -len(flat) % sequence)
   flat = np.pad(flat, padding, constant_values=pad_id)
   documents = np.pad(documents, padding, constant_values=-1)

@@ -56,6 +56,7 @@ class ProblemRows:
     split: str,
     seed: int,
     label: str,
+    answers: bool = False,
   ):
     """Checks the options and makes the validation rows.
 
@@ -67,6 +68,7 @@ class ProblemRows:
       seed: of the training rows. Validation rows are the same for every seed,
         so that runs with different seeds can be compared.
       label: config key of the source; part of the seed.
+      answers: mark the tokens of answers.
 
     Raises:
       UserError: for impossible options, or S shorter than a problem.
@@ -77,6 +79,7 @@ class ProblemRows:
     self._tokenizer = tokenizer
     self._bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     self._sequence = sequence
+    self._answers = answers
     self._split = split
     self._label = label
     self._seed = _seed(0 if split == "validation" else seed, label)
@@ -121,7 +124,7 @@ class ProblemRows:
       problem = problems.generate(
         self._seed, index, self._kinds, self._steps, split=self._split
       )
-      ids = self._bos + self._tokenizer.encode(problem.text)
+      before, ids = self._encode(problem)
       end = used + len(ids)
       if end > self._sequence:
         if not used:
@@ -132,7 +135,17 @@ class ProblemRows:
         return
       tokens[used:end] = ids
       documents[used:end] = index % self.num_source_documents
+      if self._answers:
+        documents[used + before : end] += packed.ANSWER
       used = end
+
+  def _encode(self, problem: problems.Problem) -> tuple[int, list[int]]:
+    """Tokens of a problem, and how many come before its answer's."""
+    if not self._answers:
+      return 0, self._bos + self._tokenizer.encode(problem.text)
+    question = self._bos + self._tokenizer.encode(problem.question)
+    answer = self._tokenizer.encode(f"{problem.answer}\n")
+    return len(question), question + answer
 
 
 Rows = packed.PackedRows | ProblemRows
@@ -177,6 +190,7 @@ class Batches:
     pad_id: int,
     process_index: int,
     process_count: int,
+    answers: bool = False,
   ):
     """See `open_batches`, which makes the parts.
 
@@ -190,7 +204,9 @@ class Batches:
       pad_id: token of the rows that fill up the last batch of `epoch`.
       process_index: p.
       process_count: P, a divisor of B.
+      answers: batches say which tokens are of answers.
     """
+    self._answers = answers
     self._parts = parts
     self._labels = labels
     self._starts = np.cumsum([0] + [len(part) for part in parts[:-1]])
@@ -220,8 +236,9 @@ class Batches:
       step: 0 or more.
 
     Returns:
-      {'tokens': int32 [B/P, S], 'documents': int32 [B/P, S]}. Documents are
-      unique over all sources, and -1 on padding, whose token is pad_id.
+      {'tokens': int32 [B/P, S], 'documents': int32 [B/P, S]}, and with
+      data.answers_only 'answers': bool [B/P, S]. Documents are unique over all
+      sources, and -1 on padding, whose token is pad_id.
     """
     start = step * self._batch + self._process_index * self.rows
     return self.take(
@@ -275,13 +292,7 @@ class Batches:
     for start in range(first, len(examples) + first, self._batch):
       rows = np.arange(start, min(start + self.rows, len(examples)))
       batch = self.take(rows)
-      missing = ((0, self.rows - len(rows)), (0, 0))
-      yield {
-        "tokens": np.pad(
-          batch["tokens"], missing, constant_values=self._pad_id
-        ),
-        "documents": np.pad(batch["documents"], missing, constant_values=-1),
-      }
+      yield pad_rows(batch, self.rows, self._pad_id)
 
   @property
   def examples(self) -> Examples:
@@ -296,6 +307,7 @@ class Batches:
     shape = (len(examples), self.sequence)
     tokens = np.empty(shape, np.int32)
     documents = np.empty(shape, np.int32)
+    answers = np.empty(shape, bool)
     for k in np.unique(parts):
       here = parts == k
       try:
@@ -305,8 +317,21 @@ class Batches:
       except packed.UnreadableError as error:
         raise packed.UnreadableError(f"{self._labels[k]}: {error}") from error
       offset = np.int32(self._offsets[k])
+      answers[here] = found >= packed.ANSWER
+      found = np.where(answers[here], found - packed.ANSWER, found)
       documents[here] = np.where(found < 0, found, found + offset)
-    return {"tokens": tokens, "documents": documents}
+    batch = {"tokens": tokens, "documents": documents}
+    return batch | {"answers": answers} if self._answers else batch
+
+
+def pad_rows(batch: Batch, rows: int, pad_id: int = 0) -> Batch:
+  """The batch filled up with rows of padding to so many."""
+  fill = {"tokens": pad_id, "documents": -1, "answers": False}
+  missing = ((0, rows - len(batch["tokens"])), (0, 0))
+  return {
+    name: np.pad(array, missing, constant_values=fill[name])
+    for name, array in batch.items()
+  }
 
 
 class _Steps:
@@ -360,7 +385,7 @@ def open_batches(
     data_config: sources (name -> the keys of `sources.source_defaults`),
       sequence (S), batch (B, global), cache_dir ('' for
       $XDG_CACHE_HOME/cacheaug or ~/.cache/cacheaug), validation_fraction,
-      workers.
+      workers, answers_only.
     tokenizer: makes the tokens.
     split: 'train' or 'validation'.
     seed: any integer; decides order and training problems, not the split.
@@ -406,6 +431,7 @@ def open_batches(
     pad_id=tokenizer.pad_id,
     process_index=process_index,
     process_count=process_count,
+    answers=data_config.answers_only,
   )
 
 
@@ -427,8 +453,14 @@ def _open_rows(
       split=split,
       seed=seed,
       label=label,
+      answers=data_config.answers_only,
     )
   documents = sources.open_documents(source, label=label)
+  if data_config.answers_only and not documents.answered:
+    raise errors.UserError(
+      f"{label} has no answers, and data.answers_only=True learns from nothing "
+      f"else: give {label}.answer_field, or {label}.weight=0"
+    )
   for _ in range(2):  # A damaged cache is dropped and packed again, once.
     directory = packing.pack(
       documents,

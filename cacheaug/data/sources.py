@@ -2,7 +2,8 @@
 
   stdlib        the source of Python's own standard library, one file each
   text          files, plain or .gz; one file each, or split at `separator`
-  jsonl         lines, plain or .gz; the text is `field`
+  jsonl         lines, plain or .gz; the text is `field`, or a question there
+                and its answer in `answer_field`
   array_record  records of ArrayRecord files; each is UTF-8 text
   tfds          a TensorFlow Datasets name or directory; `split`, `field`
 
@@ -11,23 +12,20 @@ The sixth kind, `problems`, is endless: see problems.py and pipeline.py.
 
 import abc
 import bisect
-import functools
-import glob
-import gzip
+import dataclasses
 import hashlib
 import itertools
 import json
-import mmap
 import os
 import pathlib
 import platform
 import sysconfig
 import typing
-import zlib
 
 import numpy as np
 
 from cacheaug import errors
+from cacheaug.data import files
 
 if typing.TYPE_CHECKING:
   import ml_collections
@@ -35,10 +33,6 @@ if typing.TYPE_CHECKING:
 FILE_KINDS = ("stdlib", "text", "jsonl", "array_record", "tfds")
 KINDS = (*FILE_KINDS, "problems")
 
-_SUFFIXES = {
-  "text": (".txt", ".txt.gz"),
-  "jsonl": (".jsonl", ".jsonl.gz"),
-}
 # lib2to3 holds Python 2 and is gone in 3.13.
 _STDLIB_SKIPPED = frozenset(
   "site-packages dist-packages test tests idle_test lib2to3 __pycache__".split()
@@ -58,6 +52,10 @@ def source_defaults() -> "ml_collections.ConfigDict":
   source.split = "train"
   # Key of the text in a jsonl object or a tfds example.
   source.field = "text"
+  # Key of an answer, likewise: a document is then `prompt`, whose {} is the
+  # text of `field`, and the answer. Such documents stay within a row.
+  source.answer_field = ""
+  source.prompt = "{}\n"
   # Cuts a text file into documents; '' makes each file one document.
   source.separator = ""
   # Share of the training sequences, relative to the other sources'; 0 drops
@@ -78,9 +76,11 @@ class Documents(abc.ABC):
 
   Attributes:
     total_bytes: size of the text in bytes, or an estimate of it.
+    answered: whether each is a prompt and its answer.
   """
 
   total_bytes: int
+  answered: bool = False
 
   @abc.abstractmethod
   def __len__(self) -> int:
@@ -89,6 +89,10 @@ class Documents(abc.ABC):
   @abc.abstractmethod
   def __getitem__(self, index: int) -> str:
     """Text of a document; UserError if it is not UTF-8."""
+
+  def parts(self, index: int) -> tuple[str, str]:
+    """What comes before the answer, and the answer (all, if not answered)."""
+    return "", self[index]
 
   @abc.abstractmethod
   def key(self, index: int) -> str:
@@ -112,7 +116,7 @@ class _FileDocuments(Documents):
     *,
     label: str,
     separator: str = "",
-    field: str = "",
+    field: "_Fields | None" = None,
   ):
     """Finds where each document starts and ends.
 
@@ -121,7 +125,7 @@ class _FileDocuments(Documents):
       root: directory that document keys are relative to.
       label: config key of the source, for errors.
       separator: cuts files into documents; '' makes each file one document.
-      field: when given, documents are JSON objects and the text is this key.
+      field: when given, documents are JSON objects and the text is in these.
 
     Raises:
       UserError: when there is no document at all.
@@ -131,11 +135,13 @@ class _FileDocuments(Documents):
     self._label = label
     self._separator = separator
     self._field = field
-    found = [_spans(path, separator.encode()) for path in paths]
+    self.answered = field is not None and bool(field.answer)
+    found = [files.spans(path, separator.encode()) for path in paths]
     spans = list(itertools.chain.from_iterable(found))
     if not spans:
       raise errors.UserError(
-        f"{label}: no text in {_and_more(paths)}; give a file that is not empty"
+        f"{label}: no text in {files.and_more(paths)}; give a file that is "
+        "not empty"
       )
     self._file = np.repeat(np.arange(len(paths)), [len(f) for f in found])
     self._spans = np.array(spans, np.int64)  # [documents, (start, end)]
@@ -146,10 +152,13 @@ class _FileDocuments(Documents):
     return len(self._spans)
 
   def __getitem__(self, index: int) -> str:
+    return "".join(self.parts(index))
+
+  def parts(self, index: int) -> tuple[str, str]:
     path = self._paths[self._file[index]]
     start, end = map(int, self._spans[index])
     try:
-      text = _read(path, start, end).decode("utf-8")
+      text = files.read(path, start, end).decode("utf-8")
     except UnicodeDecodeError as error:
       raise errors.UserError(
         f"{self._label}: {path} is not UTF-8 at byte {start + error.start}; "
@@ -158,24 +167,28 @@ class _FileDocuments(Documents):
     if self._field:
       return self._parse(text, path, index)
     # A separator usually stands on a line of its own.
-    return text.strip("\n") if self._separator else text
+    return "", text.strip("\n") if self._separator else text
 
-  def _parse(self, line: str, path: pathlib.Path, index: int) -> str:
+  def _parse(
+    self, line: str, path: pathlib.Path, index: int
+  ) -> tuple[str, str]:
     number = index - int(self._first[self._file[index]]) + 1
     where = f"{self._label}: {path}, object {number}"
     try:
       record = json.loads(line)
     except ValueError as error:
       raise errors.UserError(f"{where}: not JSON ({error})") from error
-    return _field(record, self._field, where)
+    return self._field.read(record, where)
 
   def key(self, index: int) -> str:
     file = int(self._file[index])
     return f"{self._names[file]}#{index - int(self._first[file])}"
 
   def fingerprint(self) -> str:
-    cut = (self._separator, self._field)
-    return repr((_stats(self._paths, self._names), cut))
+    cut = (self._separator, self._field.name if self._field else "")
+    if self.answered:
+      cut += (self._field.answer, self._field.prompt)
+    return repr((files.stats(self._paths, self._names), cut))
 
 
 class _StandardLibrary(_FileDocuments):
@@ -185,7 +198,7 @@ class _StandardLibrary(_FileDocuments):
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     digest = hashlib.blake2b(digest_size=16)
     paths = []
-    for path in _walk(root, (".py",), _STDLIB_SKIPPED):
+    for path in files.walk(root, (".py",), _STDLIB_SKIPPED):
       data = path.read_bytes()
       try:
         data.decode("utf-8")
@@ -214,7 +227,7 @@ class _ArrayRecordDocuments(Documents):
     self._ends = np.cumsum(counts).tolist()
     if not self._ends[-1]:
       raise errors.UserError(
-        f"{label}: no record in {_and_more(paths)}: empty, or cut short"
+        f"{label}: no record in {files.and_more(paths)}: empty, or cut short"
       )
     self.total_bytes = sum(path.stat().st_size for path in paths)
     self._readers: dict[int, typing.Any] = {}
@@ -253,13 +266,13 @@ class _ArrayRecordDocuments(Documents):
     return f"{self._names[file]}#{row}"
 
   def fingerprint(self) -> str:
-    return repr(_stats(self._paths, self._names))
+    return repr(files.stats(self._paths, self._names))
 
 
 class _TfdsDocuments(Documents):
   """One text field of a TensorFlow Datasets split."""
 
-  def __init__(self, path: str, split: str, field: str, *, label: str):
+  def __init__(self, path: str, split: str, field: "_Fields", *, label: str):
     self._path = path
     self._split = split
     self._field = field
@@ -271,12 +284,15 @@ class _TfdsDocuments(Documents):
       raise errors.UserError(f"{label}: split {split!r} of {path} is empty")
     self._name = info.full_name
     fields = list(info.features or ())
-    if field not in fields:
-      raise errors.UserError(f"{label}.field={field!r}: {path} has {fields}")
+    for key, name in (("field", field.name), ("answer_field", field.answer)):
+      if name not in ("", *fields) or not field.name:
+        raise errors.UserError(f"{label}.{key}={name!r}: {path} has {fields}")
+    self.answered = bool(field.answer)
     sizes = [
       (s.name, s.shard_lengths, s.num_bytes) for s in info.splits.values()
     ]
-    self._fingerprint = repr((self._name, split, field, self._length, sizes))
+    cut = field if self.answered else field.name
+    self._fingerprint = repr((self._name, split, cut, self._length, sizes))
     self.total_bytes = info.dataset_size
 
   def _open(self) -> typing.Any:
@@ -306,10 +322,13 @@ class _TfdsDocuments(Documents):
     return self._length
 
   def __getitem__(self, index: int) -> str:
+    return "".join(self.parts(index))
+
+  def parts(self, index: int) -> tuple[str, str]:
     if self._data is None:
       self._open()
     where = f"{self._label}: {self._path}, example {index}"
-    return _field(self._data[index], self._field, where)
+    return self._field.read(self._data[index], where)
 
   def key(self, index: int) -> str:
     return f"{self._name}/{self._split}#{index}"
@@ -342,132 +361,50 @@ def open_documents(
     )
   if not source.path:
     raise errors.UserError(f"{label}.path is empty; {source.kind} needs it")
+  field = _fields(source, label)
   if source.kind == "tfds":
-    return _TfdsDocuments(source.path, source.split, source.field, label=label)
-  paths, root = _expand(source.path, source.kind, label)
+    return _TfdsDocuments(source.path, source.split, field, label=label)
+  paths, root = files.expand(source.path, source.kind, label)
   if source.kind == "text":
     return _FileDocuments(paths, root, label=label, separator=source.separator)
   if source.kind == "array_record":
     return _ArrayRecordDocuments(paths, root, label=label)
   if not source.field:
     raise errors.UserError(f"{label}.field is empty; jsonl needs it")
-  return _FileDocuments(
-    paths, root, label=label, separator="\n", field=source.field
-  )
+  return _FileDocuments(paths, root, label=label, separator="\n", field=field)
 
 
-def _expand(
-  path: str, kind: str, label: str
-) -> tuple[list[pathlib.Path], pathlib.Path]:
-  """Files that a path names, sorted, and the directory that contains all."""
-  path = os.path.expanduser(path)
-  if os.path.isfile(path):
-    return [pathlib.Path(path)], pathlib.Path(path).parent
-  if os.path.isdir(path):
-    root = pathlib.Path(path)
-    if kind == "array_record":
-      paths = [p for p in _walk(root, ("",)) if ".array_record" in p.name]
-      wanted = ".array_record"
-    else:
-      paths = _walk(root, _SUFFIXES[kind])
-      wanted = " or ".join(_SUFFIXES[kind])
-    if not paths:
-      raise errors.UserError(
-        f"{label}.path={path!r}: no {wanted} file in this directory; give a "
-        "glob such as 'DIR/**/*.md' for other names"
-      )
-    return paths, root
-  paths = sorted(
-    pathlib.Path(p)
-    for p in glob.glob(path, recursive=True)
-    if os.path.isfile(p)
-  )
-  if not paths:
-    raise errors.UserError(f"{label}.path={path!r}: no such file or directory")
-  return paths, pathlib.Path(os.path.commonpath([p.parent for p in paths]))
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+  """Where a record's text is."""
+
+  name: str
+  answer: str = ""  # '' where it is not a question
+  prompt: str = ""
+
+  def read(self, record: typing.Any, where: str) -> tuple[str, str]:
+    """(prompt, answer), or ('', text)."""
+    text = _field(record, self.name, where)
+    if not self.answer:
+      return "", text
+    return self.prompt.replace("{}", text), _field(record, self.answer, where)
 
 
-def _walk(
-  root: pathlib.Path,
-  suffixes: tuple[str, ...],
-  skipped: frozenset[str] = frozenset(),
-) -> list[pathlib.Path]:
-  """Files below root, sorted by relative path.
-
-  Hidden ones are left out, and directories whose name is in `skipped`.
-  """
-  found = []
-  for directory, names, files in os.walk(root):
-    names[:] = [n for n in names if not n.startswith(".") and n not in skipped]
-    found.extend(
-      pathlib.Path(directory, f)
-      for f in files
-      if f.endswith(suffixes) and not f.startswith(".")
-    )
-  return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _spans(path: pathlib.Path, separator: bytes) -> list[tuple[int, int]]:
-  """Start and end byte of each document that is not blank."""
-  if path.suffix == ".gz":
-    return _split(_gunzip(path), separator)
-  with _open(path) as file:
-    size = os.fstat(file.fileno()).st_size
-    if not separator or not size:  # An empty file cannot be mapped.
-      return [(0, size)] if size else []
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-      return _split(data, separator)
-
-
-def _split(data: bytes | mmap.mmap, separator: bytes) -> list[tuple[int, int]]:
-  if not separator:
-    return [(0, len(data))] if len(data) else []
-  spans = []
-  start = 0
-  while start < len(data):
-    end = data.find(separator, start)
-    end = len(data) if end < 0 else end
-    if data[start:end].strip():
-      spans.append((start, end))
-    start = end + len(separator)
-  return spans
-
-
-def _open(path: pathlib.Path) -> typing.BinaryIO:
-  try:
-    return path.open("rb")
-  except OSError as error:
-    raise errors.UserError(f"{path}: cannot read ({error.strerror})") from error
-
-
-def _read(path: pathlib.Path, start: int, end: int) -> bytes:
-  if path.suffix == ".gz":
-    return _gunzip(path)[start:end]
-  with _open(path) as file:
-    file.seek(start)
-    return file.read(end - start)
-
-
-@functools.lru_cache(maxsize=1)  # Documents are read file by file, in order.
-def _gunzip(path: pathlib.Path) -> bytes:
-  try:
-    with _open(path) as file:
-      return gzip.decompress(file.read())
-  except (OSError, EOFError, zlib.error) as error:
+def _fields(source: "ml_collections.ConfigDict", label: str) -> _Fields:
+  """Refuses an answer where there are no fields, or a prompt without {}."""
+  if not source.answer_field:
+    return _Fields(source.field)
+  if source.kind not in ("jsonl", "tfds"):
     raise errors.UserError(
-      f"{path}: not a whole gzip file ({error}); fetch it again"
-    ) from error
-
-
-def _stats(
-  paths: list[pathlib.Path], names: list[str]
-) -> list[tuple[str, int, int]]:
-  """Name, size and time of change of each file."""
-  stats = [path.stat() for path in paths]
-  return [
-    (name, stat.st_size, stat.st_mtime_ns)
-    for name, stat in zip(names, stats, strict=True)
-  ]
+      f"{label}.answer_field={source.answer_field!r}: {source.kind} has no "
+      "fields; use jsonl or tfds"
+    )
+  if source.prompt.count("{}") != 1:
+    raise errors.UserError(
+      f"{label}.prompt={source.prompt!r} must have {{}} once, where the "
+      "question goes"
+    )
+  return _Fields(source.field, source.answer_field, source.prompt)
 
 
 def _field(record: typing.Any, field: str, where: str) -> str:
@@ -493,8 +430,3 @@ def _decode(data: bytes, where: str) -> str:
     raise errors.UserError(
       f"{where}: not UTF-8 at byte {error.start}; convert it first"
     ) from error
-
-
-def _and_more(paths: list[pathlib.Path]) -> str:
-  more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-  return f"{paths[0]}{more}"

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from cacheaug import config as configs
 from cacheaug.augment import objective
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import pipeline
@@ -20,6 +21,7 @@ from cacheaug.evals.paired import DocumentSums
 from cacheaug.model.transformer import Params, Transformer
 
 PROBLEMS = "problems"
+CONTINUED = "continued"  # a decoder trained on from the frozen one
 
 
 def held_out(
@@ -51,12 +53,7 @@ def held_out(
   runs = -(-count // size)
   for i in range(runs):
     here = chosen[i::runs] if mixed else chosen[i * size : (i + 1) * size]
-    some = batches.take(here)
-    missing = ((0, size - len(some["tokens"])), (0, 0))
-    yield {
-      "tokens": np.pad(some["tokens"], missing),
-      "documents": np.pad(some["documents"], missing, constant_values=-1),
-    }
+    yield pipeline.pad_rows(batches.take(here), size)
 
 
 def source_names(config: ConfigDict) -> list[str]:
@@ -139,50 +136,83 @@ def coprocessor_report(
   """Writes report/; returns what the terminal shows."""
   args = config, model, decoder, coproc, tokenizer, spec
   sums = sums_by_source(*args)
-  by_source = {
-    name: report.make_rows(some, seed=config.seed)
-    for name, some in sums.items()
-  }
   frozen = answers(config, model, decoder, None, tokenizer, None)
   augmented = answers(*args)
+  return _write(config, workdir, sums, frozen, augmented, meta)
+
+
+def _write(
+  config: ConfigDict,
+  workdir: str,
+  sums: dict[str, DocumentSums],
+  frozen: dict[str, tuple[int, int]],
+  augmented: dict[str, tuple[int, int]],
+  meta: dict[str, Any],
+  *,
+  name: str = report.AUGMENTED_NAME,
+  title: str = report.TITLE,
+) -> str:
+  """Writes report/; returns what the terminal shows.
+
+  `name` is what is compared with the frozen decoder.
+  """
+  by_source = {
+    source: report.make_rows(some, seed=config.seed)
+    for source, some in sums.items()
+  }
   if frozen:
     columns = {paired.FROZEN: frozen, paired.AUGMENTED: augmented}
     exact_match.save(epath.Path(workdir) / "report", columns)
   match = {
-    k: f"frozen {percent(frozen[k])}, with latents {percent(augmented[k])}"
+    k: f"frozen {percent(frozen[k])}, {name} {percent(augmented[k])}"
     for k in frozen
   }
   first, *others = by_source
   extras = {
-    f"Perplexity change on {name}": {
+    f"Perplexity change on {source}": {
       f"token {r.position}": (
         f"{r.change_percent:+.2f} % ({r.low:+.2f} to {r.high:+.2f}; "
         f"{r.tokens} tokens)"
       )
-      for r in by_source[name]
+      for r in by_source[source]
     }
-    for name in others
+    for source in others
   }
   if match:
     extras["Exact match on held-out problems"] = match
   meta = {**meta, "evaluated on": f"{first}, held-out documents"}
   path = report.write_report(
-    workdir, rows=by_source[first], meta=meta, documents=sums, extras=extras
+    workdir,
+    rows=by_source[first],
+    meta=meta,
+    documents=sums,
+    extras=extras,
+    title=title,
+    name=name,
   )
   lines = []
-  for name, rows in by_source.items():
-    lines += [f"{name}: held-out perplexity", report.format_table(rows), ""]
+  for source, rows in by_source.items():
+    table = report.format_table(rows, name)
+    lines += [f"{source}: held-out perplexity", table, ""]
   lines += [f"problems {k}: {v}" for k, v in match.items()]
   return "\n".join([*lines, f"report: {path}"])
 
 
 def language_model_report(
   config: ConfigDict,
+  workdir: str,
   model: Transformer,
   params: Params,
   tokenizer: Tokenizer,
+  decoder: Params | None,
+  meta: dict[str, Any],
 ) -> tuple[dict[str, Any], str]:
-  """Held-out loss by source and exact match; figures, and as text."""
+  """Held-out loss by source and exact match; figures, and as text.
+
+  Of a decoder trained on from another, `decoder`, writes report/ too:
+  perplexity by position, over the very tokens that a coprocessor's table of
+  this config is over.
+  """
   mask = config.traces.mask_documents
   loss = jax.jit(
     partial(objective.language_model_loss, model, mask_documents=mask)
@@ -199,4 +229,23 @@ def language_model_report(
   found = answers(config, model, params, None, tokenizer, None)
   figures |= {f"problems {k}": percent(v) for k, v in found.items()}
   text = "\n".join(f"{k}: {v}" for k, v in figures.items())
-  return figures, text
+  if decoder is None:
+    return figures, text
+  spec = configs.spec_of(config)
+  spec = dataclasses.replace(spec, ahead=config.eval.ahead, min_ahead=1)
+  models = {paired.FROZEN: (model, decoder), paired.AUGMENTED: (model, params)}
+  sums = {
+    name: perplexity.plain_sums(
+      models,
+      held_out(config, tokenizer, name),
+      spec,
+      context=config.eval.context,
+    )
+    for name in source_names(config)
+  }
+  frozen = answers(config, model, decoder, None, tokenizer, None)
+  title = "Perplexity change by position, continued training"
+  table = _write(
+    config, workdir, sums, frozen, found, meta, name=CONTINUED, title=title
+  )
+  return figures, f"{text}\n\n{table}"

@@ -58,6 +58,13 @@ def point_weights(
   return (valid[..., None] & same).astype(jnp.float32)
 
 
+def of_answers(weights: jax.Array, batch: Batch) -> jax.Array:  # [B, S, A]
+  """0 also where no answer's token comes next, in batches that say which do."""
+  if "answers" not in batch:
+    return weights
+  return weights * traces.before(batch["answers"])[..., None]
+
+
 def points_of(
   documents: jax.Array,  # [B, S]
   spec: TraceSpec,
@@ -221,7 +228,8 @@ def coprocessor_sums(
     frozen, augmented, weights = both_nll(
       model, decoder, coproc, *text, spec=spec, context=context, **delay
     )
-    return {paired.FROZEN: frozen, paired.AUGMENTED: augmented}, weights
+    nll = {paired.FROZEN: frozen, paired.AUGMENTED: augmented}
+    return nll, of_answers(weights, batch)
 
   positions = tuple(j for j in positions if j <= spec.ahead)
   return document_sums(measure, batches, positions)
@@ -256,7 +264,7 @@ def plain_sums(
       name: plain_nll(model, params, *text, spec=spec)
       for name, (model, params) in models.items()
     }
-    return nll, point_weights(text[1], spec, context)
+    return nll, of_answers(point_weights(text[1], spec, context), batch)
 
   positions = tuple(j for j in positions if j <= spec.ahead)
   return document_sums(measure, batches, positions)

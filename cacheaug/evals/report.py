@@ -89,15 +89,20 @@ def make_rows(
   return rows
 
 
-_HEADER = (
-  "token after latents",
-  "frozen nll",
-  "with latents",
-  "perplexity change",
-  "95% interval",
-  "tokens",
-  "documents",
-)
+AUGMENTED_NAME = "with latents"  # what is compared with the frozen decoder
+TITLE = "Perplexity change by position after the latents"
+
+
+def _header(name: str) -> tuple[str, ...]:
+  return (
+    "token after latents",
+    "frozen nll",
+    name,
+    "perplexity change",
+    "95% interval",
+    "tokens",
+    "documents",
+  )
 
 
 def _cells(row: PositionRow) -> tuple[str, ...]:
@@ -112,9 +117,11 @@ def _cells(row: PositionRow) -> tuple[str, ...]:
   )
 
 
-def format_table(rows: Sequence[PositionRow]) -> str:
+def format_table(
+  rows: Sequence[PositionRow], name: str = AUGMENTED_NAME
+) -> str:
   """The table as aligned plain text, for a terminal."""
-  lines = [_HEADER, *(_cells(r) for r in rows)]
+  lines = [_header(name), *(_cells(r) for r in rows)]
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return "\n".join(
     "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True))
@@ -140,7 +147,7 @@ def _csv(rows: Sequence[PositionRow]) -> bytes:
   return out.getvalue().encode()
 
 
-def _plot(rows: Sequence[PositionRow], title: str) -> bytes:
+def _plot(rows: Sequence[PositionRow], title: str, name: str) -> bytes:
   """PNG: change against position, its interval as a band."""
   figure = make_figure(7, 4)
   axes = figure.add_subplot()
@@ -155,9 +162,7 @@ def _plot(rows: Sequence[PositionRow], title: str) -> bytes:
     linewidth=0,
     label="95% interval over documents",
   )
-  axes.plot(
-    x, [r.change_percent for r in rows], "o-", color="C0", label="with latents"
-  )
+  axes.plot(x, [r.change_percent for r in rows], "o-", color="C0", label=name)
   label_positions(axes, x, title)
   return to_png(figure)
 
@@ -199,14 +204,15 @@ def _page(
   title: str,
   meta: Mapping[str, Any],
   extras: Mapping[str, Mapping[str, Any]],
+  name: str,
 ) -> bytes:
   parts = [f"# {title}", "## What was run"]
   parts.append(markdown_table(("", "value"), list(meta.items())))
   parts.append("## Perplexity by position")
-  parts.append(markdown_table(_HEADER, [_cells(r) for r in rows]))
+  parts.append(markdown_table(_header(name), [_cells(r) for r in rows]))
   parts.append(
-    "nll in nats a token, on the same held-out tokens. Below zero the latents "
-    "help; intervals are from resampling documents."
+    f"nll in nats a token, on the same held-out tokens. Below zero '{name}' is "
+    "better than the frozen decoder; intervals are from resampling documents."
   )
   parts.append("![Perplexity by position](perplexity_by_position.png)")
   for heading, values in extras.items():
@@ -227,7 +233,8 @@ def write_report(
   meta: Mapping[str, Any],
   documents: Mapping[str, DocumentSums],
   extras: Mapping[str, Mapping[str, Any]] | None = None,
-  title: str = "Perplexity change by position after the latents",
+  title: str = TITLE,
+  name: str = AUGMENTED_NAME,
 ) -> epath.Path:
   """Writes report/perplexity_by_position.{csv,png}, documents.csv, report.md.
 
@@ -240,6 +247,7 @@ def write_report(
     documents: source -> sums by document, for `paired.compare`.
     extras: further tables, heading -> name -> value, such as exact match.
     title: of the page and the plot.
+    name: of what is compared with the frozen decoder.
 
   Returns:
     Path of report.md.
@@ -253,10 +261,10 @@ def write_report(
   directory = epath.Path(workdir) / "report"
   contents = {
     "perplexity_by_position.csv": _csv(rows),
-    "perplexity_by_position.png": _plot(rows, title),
+    "perplexity_by_position.png": _plot(rows, title, name),
     "documents.csv": paired.to_csv(documents),
     # Last, because it refers to the others.
-    "report.md": _page(rows, title, meta, extras or {}),
+    "report.md": _page(rows, title, meta, extras or {}, name),
   }
   try:
     directory.mkdir(parents=True, exist_ok=True)

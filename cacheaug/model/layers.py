@@ -74,11 +74,27 @@ class Linear(nn.Module):
     flat = x.reshape(-1, math.prod(ins)).astype(self.dtype)
     kernel = placement.for_use(kernel.astype(self.dtype), letters)
     y = flat @ kernel.reshape(math.prod(ins), -1)
+    if self.has_variable("params", "lora_a"):
+      y += self._low_rank(flat, letters, len(ins))
     if self.use_bias:
       zeros, rest = nn.initializers.zeros, (None,) * len(outs)
       bias = _param(self, "bias", zeros, outs, rest)
       y += bias.astype(self.dtype).reshape(1, -1)
     return y.reshape(*lead, *outs)
+
+  def _low_rank(self, flat, letters, inputs):
+    """(x a) b of lora.attach, [T, inputs] -> [T, outputs]."""
+    a, b = (
+      self.get_variable("params", name).astype(self.dtype)
+      for name in ("lora_a", "lora_b")
+    )
+    a = placement.for_use(a, (*letters[:inputs], None))
+    b = placement.for_use(b, (None, *letters[inputs:]))
+    narrow = flat @ a.reshape(-1, a.shape[-1])
+    # A batch axis of one: remat's lean policy keeps plain products, and this
+    # one, as large as the layer's own, costs little to make again.
+    b = b.reshape(1, b.shape[0], -1)
+    return jax.lax.batch_matmul(narrow[None], b)[0]
 
 
 class Attention(nn.Module):

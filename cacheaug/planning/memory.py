@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
+from cacheaug import adaptation, optim, sharding, stepping, train
 from cacheaug import config as configs
-from cacheaug import optim, sharding, stepping, train
-from cacheaug.augment import coprocessor, objective
+from cacheaug.augment import objective
 from cacheaug.kernels import cross_entropy
 from cacheaug.model import transformer
 from cacheaug.model.config import LAYER_PATTERNS, ModelConfig
@@ -83,7 +83,7 @@ def abstract_arguments(
   """
   model = _model(config, model_config)
   decoder = None
-  if config.objective == "coprocessor":
+  if configs.has_decoder(config):
     decoder = train.abstract_decoder(config, model, mesh)
   optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
   state = stepping.abstract_state(config, model, optimizer, decoder, mesh)
@@ -135,7 +135,8 @@ def arithmetic(
   accumulates = config.optimizer.accumulation > 1
   return Memory(
     {
-      "frozen decoder": on_device(decoder),
+      # And what else a LoRA adapts.
+      "frozen decoder": on_device((decoder, state.frozen)),
       "trained parameters": params,
       "optimizer state": on_device(state.opt_state),
       "averaged weights": on_device(state.average),
@@ -211,6 +212,8 @@ def kept_per_sequence(config: ConfigDict, model_config: ModelConfig) -> float:
     "attention",
     "traces",
     "coprocessor",
+    "language_model",
+    "lora",
     "precision",
   )
   chosen = {key: config[key] for key in keys}
@@ -252,23 +255,22 @@ def _residuals(key: _Hashable, model_config: ModelConfig) -> float:
   mask = config.traces.mask_documents
   random = jax.random.key(0)
   decoder = jax.eval_shape(partial(transformer.init, model), random)
-  trained = decoder
-  if config.objective == "coprocessor":
-    trained = jax.eval_shape(
-      partial(coprocessor.init_boxed, model, spec), random
-    )
+  trained, frozen = jax.eval_shape(
+    lambda key: adaptation.init(config, model, key, None, boxed=True), random
+  )
   storage = jnp.dtype(config.precision.decoder)
   decoder = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, storage), nn.unbox(decoder)
   )
 
-  def residuals(trained, decoder, batch, points):
+  def residuals(trained, frozen, decoder, batch, points):
     def loss(trained):
+      whole = adaptation.effective(config, trained, frozen, decoder)
       if config.objective == "language_model":
-        sums = objective.language_model_loss(model, trained, batch, mask)
+        sums = objective.language_model_loss(model, whole, batch, mask)
       else:
         sums = objective.coprocessor_loss(
-          model, decoder, trained, batch, points, spec
+          model, decoder, whole, batch, points, spec
         )
       return sums[0].sum()
 
@@ -281,7 +283,12 @@ def _residuals(key: _Hashable, model_config: ModelConfig) -> float:
     s = config.data.sequence
     batch = {"tokens": rows(s), "documents": rows(s)}
     found = jax.eval_shape(
-      residuals, nn.unbox(trained), decoder, batch, rows(spec.count)
+      residuals,
+      nn.unbox(trained),
+      nn.unbox(frozen),
+      decoder,
+      batch,
+      rows(spec.count),
     )
     leaves = jax.tree.leaves(found)
     return float(sum(x.size * x.dtype.itemsize for x in leaves))

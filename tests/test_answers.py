@@ -1,0 +1,169 @@
+"""Answers apart from questions: data, points, losses."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tolerances
+from ml_collections import ConfigDict
+from tolerances import jit
+
+from cacheaug.augment import objective, traces
+from cacheaug.data import pipeline, sources, tokenizers
+from cacheaug.errors import UserError
+
+BYTES = tokenizers.ByteTokenizer()
+
+
+def _config(tmp_path, **changes):
+  source = sources.source_defaults()
+  source.update(kind="jsonl", path=str(tmp_path / "qa.jsonl"))
+  source.update(field="q", answer_field="a", prompt="Q: {}\nA: ")
+  source.update(changes)
+  lines = [
+    {"q": "x" * (3 + i % 5), "a": f"{i} " * (1 + i % 3)} for i in range(40)
+  ]
+  lines.append({"q": "long", "a": "z" * 60})
+  text = "\n".join(json.dumps(line) for line in lines)
+  (tmp_path / "qa.jsonl").write_text(text)
+  return ConfigDict(
+    {
+      "sources": {"qa": source},
+      "sequence": 32,
+      "batch": 4,
+      "cache_dir": str(tmp_path / "cache"),
+      "validation_fraction": 0.2,
+      "workers": 1,
+      "answers_only": True,
+    }
+  )
+
+
+def _open(config, split="train"):
+  return pipeline.open_batches(config, BYTES, split=split, seed=0)
+
+
+def _documents(batch):
+  """(question, answer) texts of every document of a batch."""
+  found = []
+  for tokens, documents, answers in zip(
+    batch["tokens"], batch["documents"], batch["answers"], strict=True
+  ):
+    assert not answers[documents < 0].any()
+    for number in np.unique(documents[documents >= 0]):
+      here = documents == number
+      parts = (tokens[here & ~answers], tokens[here & answers])
+      found.append(tuple(BYTES.decode(part.tolist()) for part in parts))
+  return found
+
+
+def test_every_document_is_whole_and_its_answer_marked(tmp_path):
+  found = []
+  for split in ("train", "validation"):
+    rows = _open(_config(tmp_path), split)
+    found += _documents(rows.take(np.arange(rows.num_examples)))
+  assert len(found) == 41
+  long = [pair for pair in found if "long" in pair[0]]
+  # Cut off at the row's end; nothing of it is in another row. A BOS is first.
+  assert long == [("Q: long\nA: ", "z" * (32 - 1 - 11))]
+  for question, answer in set(found) - set(long):
+    first = int(answer.split()[0])
+    assert question == f"Q: {'x' * (3 + first % 5)}\nA: "
+    assert answer == f"{first} " * (1 + first % 3)
+
+
+def test_problems_are_marked_and_otherwise_the_same(tmp_path):
+  config = _config(tmp_path, kind="problems", answer_field="")
+  config.sequence = 96
+  batch = _open(config).at(0)
+  for question, answer in _documents(batch):
+    assert answer.strip().isdigit() and answer.endswith("\n")
+    assert not question[-1].isdigit()
+  config.answers_only = False
+  plain = _open(config).at(0)
+  assert set(plain) == {"tokens", "documents"}
+  np.testing.assert_array_equal(plain["tokens"], batch["tokens"])
+  np.testing.assert_array_equal(plain["documents"], batch["documents"])
+
+
+def test_without_answers_only_the_text_is_the_same(tmp_path):
+  config = _config(tmp_path)
+  marked = _open(config).at(0)
+  config.answers_only = False
+  plain = _open(config).at(0)
+  assert set(plain) == {"tokens", "documents"}
+  np.testing.assert_array_equal(plain["tokens"], marked["tokens"])
+  np.testing.assert_array_equal(plain["documents"], marked["documents"])
+
+
+def test_padding_rows_have_no_answers(tmp_path):
+  rows = _open(_config(tmp_path), "validation")
+  batches = list(rows.epoch())
+  assert all(b["answers"].shape == (4, 32) for b in batches)
+  documents = np.concatenate([b["documents"] for b in batches])
+  answers = np.concatenate([b["answers"] for b in batches])
+  assert answers.any() and not answers[documents < 0].any()
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"answer_field": ""}, ("sources.qa", "no answers", "answer_field")),
+    ({"answer_field": "b"}, ("no field 'b'",)),
+    ({"prompt": "Q: "}, ("sources.qa.prompt='Q: '", "{}")),
+    ({"kind": "text"}, ("sources.qa.answer_field='a'", "jsonl")),
+  ],
+)
+def test_bad_sources_are_refused(tmp_path, changes, words):
+  with pytest.raises(UserError) as caught:
+    _open(_config(tmp_path, **changes))
+  assert [w for w in words if w not in str(caught.value)] == []
+
+
+# --- points and losses --------------------------------------------------------
+
+DOCUMENTS = np.array([[0] * 6 + [1] * 5 + [-1]], np.int32)
+ANSWERS = np.array([[0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0]], bool)
+
+
+def test_points_stand_before_answers_their_beginnings_first():
+  spec = traces.TraceSpec(latents=2, ahead=3, count=2)
+  valid = jit(lambda: traces.valid_points(DOCUMENTS, spec, answers=ANSWERS))()
+  assert np.flatnonzero(valid).tolist() == [3, 4, 7, 8, 9]
+  draw = jit(lambda key: traces.sample_points(key, DOCUMENTS, spec, ANSWERS))
+  plain = jit(lambda key: traces.sample_points(key, DOCUMENTS, spec))
+  keys = [jax.random.key(i) for i in range(8)]
+  assert all(draw(key).tolist() == [[3, 7]] for key in keys)
+  # Control: without answers they are anywhere.
+  assert len({str(plain(key).tolist()) for key in keys}) > 3
+
+
+def test_losses_are_over_answers_alone():
+  model = tolerances.make_model()
+  params = tolerances.make_params(model)
+  spec = traces.TraceSpec(latents=2, ahead=3, count=5)
+  tokens = tolerances.tokens_of(model, 1, 12)
+  batch = {"tokens": tokens, "documents": DOCUMENTS, "answers": ANSWERS}
+
+  @jit
+  def run():
+    points = traces.sample_points(jax.random.key(0), DOCUMENTS, spec, ANSWERS)
+    hidden, _ = objective.context_pass(model, params, tokens, DOCUMENTS, spec)
+    return (
+      objective.next_token_nll(model, params, hidden, tokens)[0],
+      objective.language_model_loss(model, params, batch, True),
+      objective.frozen_loss(model, params, batch, points, spec),
+    )
+
+  plain, (nll, count), frozen = jax.device_get(run())
+  answered = np.flatnonzero(ANSWERS[0])
+  assert count == len(answered) == 5
+  tolerances.close(nll, plain[answered - 1].sum()[None], 5 * tolerances.LOSS)
+  # Position j of five traces: the tokens j after 3, 4, 7, 8 and 9.
+  for j in range(3):
+    reached = [t + j for t in answered if t + j in answered]
+    reached = [t for t in reached if ANSWERS[0][t - j : t + 1].all()]
+    assert frozen[1][j] == len(reached)
+    expected = plain[np.array(reached) - 1].sum()
+    tolerances.close(frozen[0][j], expected, 5 * tolerances.LOSS)
