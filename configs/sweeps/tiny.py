@@ -2,11 +2,11 @@
 
   python -m cacheaug.sweep --config=configs/sweeps/tiny.py --workers=2
 
-configs/tiny_coprocessor.py with all rows trained for the same number of steps,
-fewer than its own, so that the whole takes about 100 minutes of a laptop's
-core. Rows of several seeds are the main ones. `base_flop` is the decoder
-trained on for the FLOP that N8's training takes; `base_steps` for as many
-steps. Figures: RESULTS.md.
+configs/tiny_coprocessor.py on its problems alone (4 to 6 steps, the decoder was
+trained on 1 to 4), all rows for the same number of steps, fewer than its own,
+so that the whole takes about 100 minutes of a laptop's core. Rows of several
+seeds are the main ones. `base_flop` is the decoder trained on for the FLOP that
+N8's training takes; `base_steps` for as many steps. Figures: RESULTS.md.
 """
 
 from ml_collections import ConfigDict
@@ -21,8 +21,9 @@ _MODEL = {"objective": "language_model", "language_model.loss": "traces"}
 def get_config() -> ConfigDict:
   """What all rows have in common."""
   c = base_of(__file__, "../tiny_coprocessor.py")
+  c.data.sources.code.weight = 0.0
   c.coprocessor.latents = 8
-  c.optimizer.steps = 1_500
+  c.optimizer.steps = 1_000
   c.optimizer.warmup = 100
   c.log_every = 100
   c.checkpoint.every = 500
