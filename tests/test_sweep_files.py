@@ -12,7 +12,8 @@ from cacheaug.sweeping import rows
 
 _SWEEPS = Path(__file__).resolve().parent.parent / "configs" / "sweeps"
 _LETTERS = ("latents", "ahead", "traces", "steps", "decoders", "decoder")
-_NAMES = ("tiny", "tinystories", "gemma2b", *(f"scaling:{k}" for k in _LETTERS))
+_FILES = ("tiny", "tinystories", "gpu", "gemma2b")
+_NAMES = (*_FILES, *(f"scaling:{k}" for k in _LETTERS))
 
 
 def _shape(directory: Path, config) -> None:
