@@ -50,7 +50,7 @@ def get_config(adapted: str = "coprocessor") -> ConfigDict:
   problems.steps_max = 8
   c.data.sources = ConfigDict({"problems": problems})
   c.data.answers_only = True
-  c.data.sequence = 160
+  c.data.sequence = 128  # as the decoder was trained
   c.data.batch = 16
   c.optimizer.steps = 2_000
   c.optimizer.learning_rate = 2e-3
@@ -66,5 +66,5 @@ def get_config(adapted: str = "coprocessor") -> ConfigDict:
   # A random decoder is no other's.
   c.local.coprocessor.init = "decoder"
   c.local.data.sources = ConfigDict({"problems": problems})
-  c.local.data.sequence = 160
+  c.local.data.sequence = 128
   return c
