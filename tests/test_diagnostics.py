@@ -206,6 +206,13 @@ def test_moments_are_of_all_pairs():
   assert found.overlap_of_slots() == pytest.approx(slots, abs=1e-5)
 
 
+def test_cosines_want_pairs():
+  x = np.ones((1, 1, 1, 5), np.float32)
+  found = jax.device_get(diagnostics.moments(x, np.ones((1, 1), bool)))
+  assert np.isnan(found.overlap_of_traces())
+  assert np.isnan(found.overlap_of_slots())
+
+
 # --- attention --------------------------------------------------------------
 
 
@@ -272,7 +279,8 @@ def test_mass_is_summed_over_traces():
 # --- nearest tokens ---------------------------------------------------------
 
 
-def test_nearest_tokens_are_found_in_both_senses():
+def test_nearest_tokens_are_found_in_both_senses(monkeypatch):
+  monkeypatch.setattr(diagnostics, "_VECTORS_AT_ONCE", 1)  # in two turns
   model, spec, decoder, *_ = latents()
   table = np.asarray(transformer.embed(model, decoder, np.arange(37)))
   z = 3.0 * table[np.array([5, 11])] + 1e-3

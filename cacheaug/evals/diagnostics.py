@@ -19,6 +19,7 @@ Nearest tokens: see `nearest`.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 
 import flax.struct
@@ -39,6 +40,8 @@ from cacheaug.model.transformer import Params, Transformer
 RIGHT, ZEROED, NOTHING = "right", "zeroed", "all zero"
 SHUFFLED, SWAPPED, MEAN = "shuffled", "swapped", "mean"
 _TABLE = ("model", "spec", "context")
+# Whose scores over the vocabulary are held, 1 MiB each for 256,000 tokens.
+_VECTORS_AT_ONCE = 256
 
 
 # --- latents, and traces with other latents ---------------------------------
@@ -200,8 +203,10 @@ class Moments:
     return effective_rank(np.linalg.eigvalsh(second))
 
   def overlap_of_traces(self) -> float:
-    """Mean cosine of two traces' vectors in the same slot."""
+    """Mean cosine of two traces' vectors in the same slot; NaN of one."""
     t = float(self.count)
+    if t < 2:
+      return math.nan
     squares = np.asarray(self.units, np.float64) ** 2
     return float(np.mean((squares.sum(-1) - t) / (t * (t - 1.0))))
 
@@ -209,7 +214,7 @@ class Moments:
     """Mean cosine of two of the N vectors of one trace; NaN where N = 1."""
     n = self.sums.shape[0]
     if n == 1:
-      return float("nan")
+      return math.nan
     return float((self.slots / self.count - n) / (n * (n - 1.0)))
 
 
@@ -376,11 +381,17 @@ def nearest(
   """
   c = model.config
   norm = RMSNorm(c.norm_eps, c.norm_offset, model.param_dtype)
-  hidden = norm.apply({"params": decoder["final_norm"]}, z)
-  logits = transformer.logits(model, decoder, hidden)
-  # Soft caps and rounding leave the order as it is.
   table = transformer.embed(model, decoder, jnp.arange(c.vocab_size))
   table = table.astype(jnp.float32)
   table /= jnp.linalg.norm(table, axis=-1, keepdims=True) + 1e-20
-  near = z.astype(jnp.float32) @ table.T
-  return jax.lax.top_k(logits, count)[1], jax.lax.top_k(near, count)[1]
+
+  def tokens(z):  # [D]
+    hidden = norm.apply({"params": decoder["final_norm"]}, z[None])
+    logits = transformer.logits(model, decoder, hidden)[0]
+    near = table @ z.astype(jnp.float32)
+    return jax.lax.top_k(logits, count)[1], jax.lax.top_k(near, count)[1]
+
+  flat = z.reshape(-1, z.shape[-1])
+  # Each is compared with the whole vocabulary, so few of them at once.
+  found = jax.lax.map(tokens, flat, batch_size=_VECTORS_AT_ONCE)
+  return jax.tree.map(lambda x: x.reshape(*z.shape[:-1], count), found)
