@@ -270,7 +270,7 @@ def test_attention_mass_is_what_the_decoders_own_attention_gives(
 def test_mass_is_summed_over_traces():
   model, spec, decoder, _, text, place, out, valid = latents()
   args = model, decoder, *text.values(), place + out
-  sums, counts = diagnostics.mass_sums(*args, spec=spec)
+  sums, counts = diagnostics.mass_sums(*args, valid, spec=spec)
   weights = np.asarray(perplexity.point_weights(DOCUMENTS, spec))
   np.testing.assert_array_equal(counts, weights[..., :-1].sum((0, 1)))
   close(sums.sum(-1) / counts[None], np.ones((2, spec.ahead - 1)), 1e-5)
@@ -297,9 +297,11 @@ def test_nearest_tokens_are_found_in_both_senses(monkeypatch):
 # --- the whole --------------------------------------------------------------
 
 
-def _diagnose(documents=DOCUMENTS, **kw):
+def _diagnose(documents=DOCUMENTS, answers=None, **kw):
   model, spec, decoder, coproc, text, *_ = latents()
   batches = [text | {"documents": documents}]
+  if answers is not None:
+    batches[0]["answers"] = answers
   return diagnosis.diagnose(
     model, decoder, coproc, lambda: batches, spec, positions=(1, 4, 8), **kw
   )
@@ -378,8 +380,17 @@ def test_right_latents_of_other_kinds_are_the_tables(kind):
   close(np.asarray(nll)[keep], np.asarray(augmented)[keep], NLL)
 
 
-def test_context_leaves_out_early_points():
-  later = _diagnose(context=N + 2)
+def test_context_and_answers_leave_out_points():
+  answers = np.zeros_like(DOCUMENTS, bool)
+  answers[:, ::2] = True  # every second token
+  later = _diagnose(context=N + 2, answers=answers)
+  model, spec, decoder, coproc, text, *_ = latents()
+  text = text | {"answers": answers}
+  same = perplexity.coprocessor_sums(
+    model, decoder, coproc, [text], spec, positions=(1, 4), context=N + 2
+  )
+  np.testing.assert_array_equal(later.sums.checksum, same.checksum)
+  assert later.z.count == same.tokens[:, 0].sum()
   assert (later.sums.tokens < whole().sums.tokens).all()
   assert dataclasses.replace(TraceSpec(N, 4)).context_needed == N
   assert S > N + 2

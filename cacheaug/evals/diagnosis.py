@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from cacheaug.augment import traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.evals import diagnostics, paired, perplexity
@@ -108,7 +107,8 @@ def diagnose(
   layout = dict(spec=spec, context=context)
   total, alone = None, False
   for batch in text():
-    place, out, valid = _latents(model, decoder, coproc, batch, layout)
+    place, out, weights = _latents(model, decoder, coproc, batch, layout)
+    valid = weights[..., 0] > 0
     here = [diagnostics.moments(x, valid) for x in (place + out, out, place)]
     if not harmless:
       here[0], here[2] = here[1], None
@@ -131,7 +131,8 @@ def diagnose(
 
   def measure(batch):
     args = model, decoder, batch["tokens"], batch["documents"]
-    place, out, valid = _latents(model, decoder, coproc, batch, layout)
+    place, out, weights = _latents(model, decoder, coproc, batch, layout)
+    valid = weights[..., 0] > 0
     sources = {
       diagnostics.SHUFFLED: diagnostics.shuffled(
         batch["documents"], valid, rng
@@ -149,12 +150,12 @@ def diagnose(
     ):
       nll[name] = diagnostics.latents_nll(*args, some, **layout)
       if name in (diagnostics.RIGHT, diagnostics.ZEROED) and spec.ahead > 1:
-        found = jax.device_get(diagnostics.mass_sums(*args, some, **layout))
+        found = diagnostics.mass_sums(*args, some, valid, spec=spec)
         before = mass.get(name, (0.0, 0.0))
-        mass[name] = jax.tree.map(np.add, before, found)
+        mass[name] = jax.tree.map(np.add, before, jax.device_get(found))
       if name == diagnostics.RIGHT:
         looking.look(batch, valid, some, place if harmless else None)
-    return nll, perplexity.point_weights(batch["documents"], spec, context)
+    return nll, weights
 
   positions = tuple(j for j in positions if j <= spec.ahead)
   sums = perplexity.document_sums(measure, text(), positions)
@@ -183,13 +184,16 @@ def check_kind(spec: TraceSpec) -> None:
 
 
 def _latents(model, decoder, coproc, batch, layout):
-  """Copied, contributed [B, S, N, D], and which points bear a trace [B, S]."""
+  """Copied and contributed [B, S, N, D], and the table's weights [B, S, A].
+
+  The first token of every trace counts, so that its weight says where one is.
+  """
   text = batch["tokens"], batch["documents"]
   place, out = diagnostics.contributions(
     model, decoder, coproc, *text, **layout
   )
-  valid = traces.valid_points(text[1], layout["spec"], layout["context"])
-  return place, out, np.asarray(valid)
+  weights = perplexity.point_weights(text[1], layout["spec"], layout["context"])
+  return place, out, np.asarray(perplexity.of_answers(weights, batch))
 
 
 class _Looking:

@@ -336,18 +336,18 @@ def _softmax(query, keys, own, seen, config):
   return jax.nn.softmax(scores, -1).mean((2, 3))
 
 
-@functools.partial(jax.jit, static_argnames=_TABLE)
+@functools.partial(jax.jit, static_argnames=("model", "spec"))
 def mass_sums(
   model: Transformer,
   decoder: Params,
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S]
   z: jax.Array,  # [B, S, N, D]
+  valid: jax.Array,  # [B, S] bool, the traces to sum over
   *,
   spec: TraceSpec,
-  context: int = 0,
 ) -> tuple[jax.Array, jax.Array]:  # [L, A - 1, N + 2], [A - 1]
-  """`attention_mass` summed over all traces of a batch, and rows it is of."""
+  """`attention_mass` summed over a batch's traces, and rows it is of."""
   _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
 
   def some(points):  # [B, m]
@@ -358,7 +358,7 @@ def mass_sums(
     mass = jnp.where(there[None, ..., None] > 0, mass, 0.0)
     return mass.sum((1, 2)), there.sum((0, 1))
 
-  points = perplexity.points_of(documents, spec, context)
+  points = jnp.where(valid, jnp.arange(valid.shape[1])[None], -1)
   sums = jax.lax.map(some, perplexity.turns(points))
   return jax.tree.map(lambda x: x.sum(0), sums)
 
