@@ -161,3 +161,37 @@ def test_exact_match_late_in_two_ways(monkeypatch):
     0, 0, kinds=("sum",), steps=(4, 4), split="validation"
   )
   assert late == len(tokenizer.encode(first.question)) + 1 - 2  # and a BOS
+
+
+def test_questions_too_short_for_latents_are_answered_without(monkeypatch):
+  """Each coprocessor is asked the same questions, whatever its N."""
+  tokenizer = tokenizers.load("byte")
+  asked = dict(count=40, kinds=("sum", "word"), steps=(4, 4))
+  lengths = [
+    len(tokenizer.encode(p.question)) + 1  # and a BOS
+    for p in (
+      exact_match.problems.generate(
+        0, i, kinds=asked["kinds"], steps=(4, 4), split="validation"
+      )
+      for i in range(asked["count"])
+    )
+  ]
+  spec = TraceSpec(int(np.median(lengths)), 4)
+  said = []
+
+  def greedy(model, decoder, coproc, tokens, documents, **kw):
+    (digit,) = tokenizer.encode("0" if coproc is None else "1")
+    return np.full((len(tokens), kw["max_new_tokens"]), digit)
+
+  monkeypatch.setattr(generate, "greedy", greedy)
+  monkeypatch.setattr(
+    exact_match.problems, "check", lambda _, text: said.append(text) or True
+  )
+  for late in (0, 3):
+    said.clear()
+    exact_match.exact_match(
+      None, None, "coprocessor", tokenizer, spec, **asked, late=late, early=True
+    )
+    short = [text == "000000" for text in said]
+    assert short == [n < spec.context_needed for n in lengths]
+    assert any(short) and not all(short)

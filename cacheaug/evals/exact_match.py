@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from cacheaug import storage
@@ -38,7 +39,8 @@ def _greedy(
   delay = None
   if coproc is not None and late:
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    delay = np.minimum(late, lengths - spec.context_needed)
+    # Of questions too short for latents the answer is not used.
+    delay = np.clip(lengths - spec.context_needed, 0, late)
   tokens, documents = generate.pad_left(prompts, pad_id, length)
   out = generate.greedy(
     model,
@@ -70,6 +72,9 @@ def exact_match(
 ) -> dict[str, tuple[int, int]]:  # kind and steps -> (right, asked)
   """Greedy answers to `count` held-out problems; 'all' sums the others.
 
+  A question with fewer tokens than the latents stand on is answered without
+  them, so that every coprocessor is asked the same; a log line says how many.
+
   Args:
     model: of decoder and coprocessor.
     decoder: frozen parameters.
@@ -88,8 +93,7 @@ def exact_match(
       without in a short one.
 
   Raises:
-    UserError: a question too short for latents, or a tokenizer without a
-      line's end.
+    UserError: a tokenizer without a line's end.
   """
   stop = tokenizer.encode("\n")
   if len(stop) != 1:
@@ -104,8 +108,18 @@ def exact_match(
   bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   prompts = [bos + tokenizer.encode(p.question) for p in asked]
   said = 0 if early or coproc is None else min(late, ANSWER_TOKENS)
+  short = np.zeros(count, bool)
   if coproc is not None:
-    generate.check_prompts(prompts, spec)
+    short = np.array([len(p) < spec.context_needed for p in prompts])
+  if short.any():
+    logging.warning(
+      "%d of %d questions are shorter than the %d tokens that latents=%d stand "
+      "on and are answered without latents",
+      short.sum(),
+      count,
+      spec.context_needed,
+      spec.latents,
+    )
   length = max(map(len, prompts)) + said
   right: dict[str, list[bool]] = {}
   for start in range(0, count, BATCH):
@@ -120,9 +134,11 @@ def exact_match(
       some = [p + ids for p, ids in zip(some, begun.tolist(), strict=True)]
     out = begun
     if said < ANSWER_TOKENS:
-      rest = answer(
-        some, ANSWER_TOKENS - said, coproc=coproc, spec=spec, late=late
-      )
+      new = ANSWER_TOKENS - said
+      rest = answer(some, new, coproc=coproc, spec=spec, late=late)
+      bare = np.resize(short[start : start + BATCH], BATCH)
+      if bare.any():
+        rest = np.where(bare[:, None], answer(some, new), rest)
       # What a sequence says after its answer's end is not read.
       out = np.concatenate([begun, rest], 1)
     batch = asked[start : start + BATCH]
