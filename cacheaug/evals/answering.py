@@ -338,8 +338,9 @@ class Answerer:
       if self._spec:
         nll[AUGMENTED] = nll[FROZEN].copy()
         for p, block in zip(points[b], augmented[b], strict=True):
-          there = nll[AUGMENTED][p : p + spec.ahead] if p >= 0 else block[:0]
-          there[:] = block[: len(there)]
+          if p >= 0:
+            there = nll[AUGMENTED][p : p + spec.ahead]
+            there[:] = block[: len(there)]
       first = len(before) - 1
       self._known[keys[b]] = {
         column: -float(nll[column][first:].sum(dtype=np.float64))

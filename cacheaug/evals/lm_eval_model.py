@@ -164,6 +164,9 @@ class AugmentedLM(TemplateLM):
       raise UserError(f"generation_kwargs: {sorted(wanted)[0]!r} is not known")
     sampling = Sampling(**law) if draw else Sampling()
     ids = self.tok_encode(prompt) or [self.prefix_token_id]
+    # Spelled out, too: a small model may write it letter by letter.
+    eos = self._tokenizer.eos_id
+    stop += [] if eos is None else [self._tokenizer.spell(eos)]
     return Asked(tuple(ids), new, tuple(stop), sampling)
 
   def _hand_out(
