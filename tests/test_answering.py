@@ -30,11 +30,11 @@ def quick():
   patch = pytest.MonkeyPatch()
   said = ("model", "sampling", "stop_ids", "pause_ids", "scored")
   for module, name, static in (
-    (answering, "_read", ("model",)),
+    (answering, "_read", ("model", "keep_states")),
     (answering, "_augment", ("model", "spec")),
     (answering, "_loglikelihood", ("model",)),
     (answering, "_running", ("model", "spec")),
-    (lm_module, "_read", ("model",)),
+    (lm_module, "_read", ("model", "keep_states")),
     (lm_module, "_nll", ("model", "spec")),
     (engine, "start", ("model", "max_new_tokens", "latents")),
     (engine, "insert", ("model", "spec")),
@@ -54,9 +54,9 @@ def tiny():
   return LM(model, tolerances.make_params(model), ByteTokenizer(), "tiny")
 
 
-def augmented(tiny, scheme, latents=3):
+def augmented(tiny, scheme, latents=3, kind="coprocessor"):
   start = "as_is" if scheme == "insert" else "harmless"
-  spec = TraceSpec(latents, 4, scheme, start)
+  spec = TraceSpec(latents, 4, scheme, start, kind=kind)
   params = tolerances.make_coprocessor(tiny.model, spec)
   return dataclasses.replace(tiny, coprocessor=Coprocessor(params, spec))
 
@@ -82,9 +82,17 @@ def alone(lm, pairs, latents):
   ]
 
 
-@pytest.mark.parametrize("scheme", ["insert", "overlay", "replace"])
-def test_continuations_of_shared_contexts(tiny, scheme):
-  lm = augmented(tiny, scheme)
+@pytest.mark.parametrize(
+  ("scheme", "kind"),
+  [
+    ("insert", "coprocessor"),
+    ("overlay", "coprocessor"),
+    ("replace", "handover"),
+    ("replace", "activations"),
+  ],
+)
+def test_continuations_of_shared_contexts(tiny, scheme, kind):
+  lm = augmented(tiny, scheme, kind=kind)
   pairs = pairs_of(lm)
   found = Answerer(lm, latents=True, batch=4).loglikelihoods(pairs)
   for column, latents in ((FROZEN, False), (AUGMENTED, True)):
@@ -161,9 +169,11 @@ def test_answers_do_not_depend_on_the_batch(tiny):
     assert [x[column][1] for x in one] == [x[column][1] for x in many]
 
 
-@pytest.mark.parametrize("scheme", ["insert", "replace"])
-def test_running_text_renews_latents_every_ahead_tokens(tiny, scheme):
-  lm = augmented(tiny, scheme)
+@pytest.mark.parametrize(
+  ("scheme", "kind"), [("insert", "coprocessor"), ("replace", "activations")]
+)
+def test_running_text_renews_latents_every_ahead_tokens(tiny, scheme, kind):
+  lm = augmented(tiny, scheme, kind=kind)
   spec = lm.coprocessor.spec
   before, scored = (2,), tuple(lm.tokenizer.encode("def f(a, b):\n"))
   tokens = [[*before, *scored, 5, 5, 5, 5]]

@@ -31,6 +31,7 @@ import numpy as np
 import tqdm
 
 from cacheaug.augment import objective, traces
+from cacheaug.augment.coprocessor import reading
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.inference import generate
@@ -48,7 +49,7 @@ _WIDEST = 8
 # New tokens between two looks for a stop string.
 _CHUNK = 16
 
-_read = jax.jit(generate.read, static_argnames="model")
+_read = jax.jit(generate.read, static_argnames=("model", "keep_states"))
 _augment = jax.jit(generate.augment_context, static_argnames=("model", "spec"))
 
 Ids = tuple[int, ...]
@@ -217,8 +218,9 @@ class Answerer:
     tokens, documents = generate.pad_left(
       rows, self.lm.tokenizer.pad_id, bucket(max(map(len, rows)))
     )
-    model = self.lm.model
-    context = _read(model, self._layers, tokens, documents)
+    model, spec = self.lm.model, self._spec
+    keep = {"keep_states": True} if spec and spec.reads_states else {}
+    context = _read(model, self._layers, tokens, documents, **keep)
     if self._spec is None:
       return {FROZEN: context}, [False] * len(rows)
     return {FROZEN: context}, [
@@ -424,4 +426,6 @@ def _running(
   if coproc is None:
     return frozen, jnp.zeros((*points.shape, spec.ahead))
   laid = traces.lay_out(tokens, documents, points, spec)
-  return frozen, objective.traces_nll(model, decoder, coproc, cache, laid)
+  read = reading(model, coproc, cache, hidden, spec)
+  nll = objective.traces_nll(model, decoder, coproc, cache, laid, read)
+  return frozen, nll
