@@ -57,7 +57,11 @@ Ids = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """A prompt to be continued; equal ones are answered once."""
+  """A prompt to be continued; equal ones are answered once.
+
+  Where it is drawn, its draws are those of its place in a batch, the same in
+  both columns.
+  """
 
   prompt: Ids
   max_new_tokens: int
