@@ -166,7 +166,7 @@ def positions() -> str:
   """One trace's rows on the axis of positions, by scheme."""
   words, documents = drawing.parse_text(TEXT)
   points = drawing.parse_points("4", len(words))
-  p, wide = int(points[0]), 62
+  p, wide = int(points[0]), 50
   last = p + LATENTS + AHEAD
   svg = _Svg(90 + wide * last, 330, "Positions of one trace's rows, by scheme")
   for i, scheme in enumerate(traces.SCHEMES):
@@ -179,7 +179,7 @@ def positions() -> str:
     y = 20 + 105 * i
     svg.text(74, y + 32, scheme, "end")
     for position in range(last):
-      svg.text(90 + wide * position + 29, y + 80, str(position), "middle")
+      svg.text(90 + wide * position + 23, y + 80, str(position), "middle")
     for t in range(p + 1):
       if t <= limit:  # else hidden from the block
         _named(svg, 90 + wide * t, y, words[t], "context")
@@ -191,8 +191,8 @@ def positions() -> str:
 
 
 def _named(svg: _Svg, x: int, y: int, name: str, kind: str) -> None:
-  svg.box(x + 2, y + 22, 54, 6, kind)
-  svg.text(x + 29, y + 17, name, "middle")
+  svg.box(x + 2, y + 22, 42, 6, kind)
+  svg.text(x + 23, y + 17, name, "middle")
 
 
 def staircase() -> str:
