@@ -41,15 +41,16 @@ _STYLE = """
 class _Svg:
   """A drawing of so many pixels, written as one element a line."""
 
-  def __init__(self, width: int, height: int, title: str):
-    # As wide as it is drawn, narrower where the page is.
+  def __init__(self, width: int, height: int, title: str, least: int = 0):
+    # As wide as it is drawn, narrower where the page is; below `least` the
+    # page scrolls it (docs/site.css), so that its words can be read.
     self._root = ET.Element(
       "svg",
       xmlns="http://www.w3.org/2000/svg",
       viewBox=f"0 0 {width} {height}",
       width=str(width),
       role="img",
-      style="max-width: 100%; height: auto",
+      style=f"max-width: 100%; min-width: {least}px; height: auto",
     )
     ET.SubElement(self._root, "title").text = title
     ET.SubElement(self._root, "style").text = _STYLE
@@ -168,7 +169,8 @@ def positions() -> str:
   points = drawing.parse_points("4", len(words))
   p, wide = int(points[0]), 50
   last = p + LATENTS + AHEAD
-  svg = _Svg(90 + wide * last, 330, "Positions of one trace's rows, by scheme")
+  title = "Positions of one trace's rows, by scheme"
+  svg = _Svg(90 + wide * last, 330, title, least=480)
   for i, scheme in enumerate(traces.SCHEMES):
     spec = TraceSpec(LATENTS, AHEAD, scheme)
     laid = _lay_out(documents, points, spec)
