@@ -153,7 +153,7 @@ def _run(command: list[str]) -> str:
     env=os.environ | {"XLA_FLAGS": _QUICK},
     capture_output=True,
     text=True,
-    timeout=280,
+    timeout=800,  # only a hang should reach it
   )
   assert done.returncode == 0, done.stderr
   return done.stdout
