@@ -179,6 +179,7 @@ _CHEAP = {
 }
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("config", _CHEAP)
 def test_training_commands(config, tmp_path):
   """The table's form is the one that the README shows."""
@@ -200,6 +201,7 @@ def test_training_commands(config, tmp_path):
     assert _form(table) in _form(printed)
 
 
+@pytest.mark.timeout(900)
 def test_gating_command(tmp_path):
   words = _matching("python -m cacheaug.evals.gating")[0]
   words = [w for w in words if not w.startswith("--out")]

@@ -67,8 +67,9 @@ def test_notebook_is_committed_with_its_outputs():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_notebook_runs():
-  """On one core in about 70 seconds, in a kernel of this Python."""
+  """68 seconds of processor time, in a kernel of this Python."""
   _needs("nbclient", "test")
   _needs("ipykernel", "test")
   # In a process of its own: its event loop and ours do not share warnings.
@@ -80,7 +81,7 @@ notebook = nbformat.read({str(_NOTEBOOK)!r}, 4)
 manager = KernelManager()
 manager.kernel_spec.argv[0] = sys.executable
 where = {{"metadata": {{"path": {str(_NOTEBOOK.parent)!r}}}}}
-client = NotebookClient(notebook, km=manager, timeout=280, resources=where)
+client = NotebookClient(notebook, km=manager, timeout=800, resources=where)
 client.execute()
 print("".join(
   o.get("text", "") for c in notebook.cells for o in c.get("outputs", [])
@@ -92,7 +93,7 @@ print("".join(
     [sys.executable, "-c", code],
     capture_output=True,
     text=True,
-    timeout=290,
+    timeout=850,
     env=env,
   )
   assert done.returncode == 0, done.stderr[-3000:]
