@@ -28,6 +28,13 @@ _REQUIRED = [
   "etils[epath]>=1.9",
 ]
 
+# The site (mkdocs.yml) and its links.
+_DOCS = [
+  "mkdocs>=1.6,<2",
+  "mkdocs-material>=9.5,<10",
+  "mkdocs-jupyter>=0.25",
+]
+
 _EXTRAS = {
   # libtpu comes with it; its licence is Google's own.
   "tpu": ["jax[tpu]>=0.10,<0.13"],
@@ -39,8 +46,13 @@ _EXTRAS = {
   "eval": ["lm_eval[math]>=0.4.13,<0.4.14"],
   # Workdirs on gs://; etils finds it through fsspec.
   "gcs": ["gcsfs>=2025.3"],
+  "docs": _DOCS,
   "test": [
+    *_DOCS,
     "gcsfs>=2025.3",
+    # The notebook is executed as a test.
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
     "pytest>=8",
     "pytest-xdist>=3.5",
     "pytest-timeout>=2.3",
@@ -64,7 +76,13 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["cacheaug", "cacheaug.*"]),
-  package_data={"cacheaug": ["assets/**/*.safetensors", "assets/**/*.json"]},
+  package_data={
+    "cacheaug": [
+      "assets/**/*.safetensors",
+      "assets/**/*.json",
+      "assets/**/*.md",
+    ]
+  },
   install_requires=_REQUIRED,
   extras_require=_EXTRAS,
 )

@@ -40,19 +40,15 @@ class Kernel:
     return math.prod(self.mesh.shape[axis] for axis in self.batch)
 
   def forward(
-    self, q, keys, values, start, stop, *, softcap
+    self, *args: jax.Array, softcap: float
   ) -> tuple[jax.Array, jax.Array]:
     """See context_attention.forward."""
     run = functools.partial(self._module().forward, softcap=softcap)
-    args = q, keys, values, start, stop
     return self._split(run, args, outputs=(4, 3))
 
-  def backward_dq(
-    self, q, keys, values, start, stop, lse, delta, dout, *, softcap
-  ) -> jax.Array:
+  def backward_dq(self, *args: jax.Array, softcap: float) -> jax.Array:
     """See context_attention.backward_dq."""
     run = functools.partial(self._module().backward_dq, softcap=softcap)
-    args = q, keys, values, start, stop, lse, delta, dout
     return self._split(run, args, outputs=4)
 
   def _module(self):

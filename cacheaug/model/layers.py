@@ -228,7 +228,7 @@ class Embedder(nn.Module):
   dtype: Any
   param_dtype: Any
 
-  def setup(self):
+  def setup(self) -> None:
     """One parameter."""
     c = self.config
     self.embedding = _param(
@@ -246,7 +246,7 @@ class Embedder(nn.Module):
     # The multiplier is rounded to the activations' type first, as Gemma does.
     return x * jnp.asarray(self.config.embedding_scale, self.dtype)
 
-  def attend(self, hidden):
+  def attend(self, hidden: jax.Array) -> jax.Array:
     """Hidden [..., D] -> tied logits [..., V], before any soft cap."""
     flat = jnp.einsum(
       "td,vd->tv",

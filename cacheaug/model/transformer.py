@@ -50,7 +50,7 @@ class Transformer(nn.Module):
   attention: Kernel = Kernel()  # of rows over a context
   keep_hidden: bool = False  # give every layer's output too (tests)
 
-  def setup(self):
+  def setup(self) -> None:
     """Blocks stacked over L, final norm, embedder, head where untied."""
     c = self.config
     self.blocks = nn.scan(
@@ -81,11 +81,11 @@ class Transformer(nn.Module):
     x, _ = self.blocks(x, (sliding, None), rows, None, ropes)
     return self.logits(self.final_norm(x))
 
-  def embed(self, tokens):
+  def embed(self, tokens: jax.Array) -> jax.Array:
     """Token embeddings in the residual stream's scale, [..., D]."""
     return self.embedder(tokens)
 
-  def logits(self, hidden):
+  def logits(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> [..., V] float32, soft-capped where the family does."""
     c = self.config
     if c.tied_head:

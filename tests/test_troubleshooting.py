@@ -1,0 +1,218 @@
+"""docs/troubleshooting.md quotes what the code says: every error is provoked.
+
+Each message stands in the page word for word, with DIR for the test's own
+directory.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small_runs
+from ml_collections import ConfigDict
+
+from cacheaug import checkpoint, command, decoders, sharding, train
+from cacheaug import config as configs
+from cacheaug import workdir as workdirs
+from cacheaug.data import pipeline, tokenizers
+from cacheaug.errors import UserError
+from cacheaug.model import pretrained
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PAGE = (_ROOT / "docs" / "troubleshooting.md").read_text()
+
+
+def _batches(config: ConfigDict) -> None:
+  tokenizer = tokenizers.load("byte")
+  pipeline.open_batches(config.data, tokenizer, split="train", seed=0)
+
+
+def no_weights(config, directory):
+  configs.validate(configs.resolve(decoders.experiment("gemma2_2b")), 1)
+
+
+def no_such_directory(config, directory):
+  config.decoder.path = "/models/gemma-2-2b"
+  config.decoder.how_to_get = decoders.how_to_get("gemma2_2b")
+  train.open_model(config)
+
+
+def no_config_json(config, directory):
+  (directory / "weights").mkdir()
+  pretrained.read_config(directory / "weights")
+
+
+def another_family(config, directory):
+  _weights(directory, model_type="mistral")
+  pretrained.read_config(directory / "weights")
+
+
+def another_shape(config, directory):
+  config.decoder.path = "shipped:nano"
+  config.decoder.shape.width = 64
+  train.open_model(config)
+
+
+def names_that_do_not_match(config, directory):
+  found = _weights(directory, num_hidden_layers=2)
+  _load(found)
+
+
+def shapes_that_do_not_match(config, directory):
+  found = _weights(directory, hidden_size=96)
+  _load(found)
+
+
+def pickled(config, directory):
+  found = _weights(directory)
+  (found / "model.safetensors").rename(found / "pytorch_model.bin")
+  _load(found)
+
+
+def truncated(config, directory):
+  found = _weights(directory)
+  whole = (found / "model.safetensors").read_bytes()
+  (found / "model.safetensors").write_bytes(whole[:1000])
+  _load(found)
+
+
+def _load(found: Path) -> None:
+  pretrained.load(found, pretrained.read_config(found), dtype="float32")
+
+
+def _weights(directory: Path, **changes) -> Path:
+  """The nano decoder's files, with entries of config.json changed."""
+  source, found = pretrained.resolve("shipped:nano"), directory / "weights"
+  found.mkdir()
+  for path in source.iterdir():
+    (found / path.name).write_bytes(path.read_bytes())
+  entries = json.loads((found / "config.json").read_text()) | changes
+  entries.pop("layer_types", None)
+  (found / "config.json").write_text(json.dumps(entries))
+  return found
+
+
+def wrong_tokenizer(config, directory):
+  config.decoder.shape.vocab_size = 100
+  train.open_model(config)
+
+
+def empty_data(config, directory):
+  (directory / "text.txt").write_text("\n")
+  _batches(config)
+
+
+def not_utf8(config, directory):
+  (directory / "text.txt").write_bytes(b"fine\n---\nbad \xff\n---\nfine\n")
+  _batches(config)
+
+
+def too_short(config, directory):
+  (directory / "text.txt").write_text("a\n---\nb\n---\nc\n")
+  config.data.validation_fraction = 0.4
+  _batches(config)
+
+
+def one_document(config, directory):
+  (directory / "text.txt").write_text("a long story " * 50)
+  config.data.sources.text.separator = ""
+  _batches(config)
+
+
+def no_permission(config, directory, monkeypatch):
+  monkeypatch.setattr(workdirs.os, "access", lambda *_: False)
+  workdirs.check(config, str(directory / "run"))
+
+
+def no_space(config, directory, monkeypatch):
+  def full(_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(checkpoint, "_measure", full)
+  with checkpoint.Checkpoints(directory / "run", keep=1, save_every=1) as saves:
+    saves.save(1, {"x": jnp.zeros(2)}, {})
+    saves.wait()
+
+
+def another_experiment(config, directory):
+  workdirs.claim(config, str(directory / "run"))
+  (directory / "run" / "metrics.jsonl").write_text('{"step": 2}\n')
+  config.seed = 5
+  workdirs.check(config, str(directory / "run"))
+
+
+def too_few_devices(config, directory):
+  config.mesh.fsdp = 16
+  configs.validate(config, 8)
+
+
+def batch_that_does_not_divide(config, directory):
+  config.mesh.data, config.data.batch = 8, 12
+  configs.validate(config, 8)
+
+
+def shape_that_does_not_divide(config, directory):
+  mesh = ConfigDict(dict(data=1, fsdp=1, tensor=8, slices=1))
+  mesh = sharding.make_mesh(mesh)
+  shapes = {"mlp": jax.ShapeDtypeStruct((16, 12), jnp.float32)}
+  sharding.logical_to_sharding(mesh, {"mlp": ("D", "F")}, shapes)
+
+
+def no_traces(config, directory):
+  config.traces.count = 40
+  configs.validate(config, 1)
+
+
+def too_long_for_the_decoder(config, directory):
+  config.data.sequence = 128
+  configs.validate_model(config, configs.model_of(config))
+
+
+def unknown_key(config, directory):
+  config.unlock()
+  config.optimizer.stepz = 3
+  configs.check_keys(config)
+
+
+def not_finite(config, directory):
+  numbers = dict(loss=float("nan"), gradient_norm=1.0, parameter_norm=1.0)
+  train.check_finite(7, numbers)
+
+
+ERRORS = [
+  value
+  for name, value in list(globals().items())
+  if callable(value)
+  and getattr(value, "__module__", "") == __name__
+  and not name.startswith("_")
+]
+
+
+def _quoted(line: str) -> bool:
+  """Whether the page has the line, however it is wrapped there."""
+  return " ".join(line.split()) in " ".join(_PAGE.split())
+
+
+@pytest.mark.parametrize("provoke", ERRORS, ids=lambda f: f.__name__)
+def test_message_is_quoted(provoke, tmp_path, monkeypatch):
+  more = {}
+  if "monkeypatch" in provoke.__code__.co_varnames:
+    more["monkeypatch"] = monkeypatch
+  config = small_runs.get_config(str(tmp_path))
+  with pytest.raises(UserError) as caught:
+    provoke(config, tmp_path, **more)
+  line = str(caught.value)
+  assert "\n" not in line
+  line = line.replace(str(tmp_path), "DIR")
+  # The library's own words differ by version.
+  line = re.sub(r"damaged \(.*\)", "damaged (...)", line)
+  assert _quoted(line), line
+
+
+def test_full_device_is_quoted():
+  assert _quoted(command._LESS_MEMORY)
+  assert _quoted(command._RESTART)
+  assert not _quoted("out of device memory: buy another")
