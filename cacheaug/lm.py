@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacheaug import export
-from cacheaug.augment import objective, traces
+from cacheaug.augment import objective, rounds
 from cacheaug.augment.coprocessor import reading
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import tokenizers
@@ -330,8 +330,9 @@ class LM:
     if latents:
       coproc, spec = self._coprocessor().params, self.coprocessor.spec
     points = self._points(points, tokens.shape, ahead, spec if latents else 0)
-    changes = dict(ahead=ahead, count=points.shape[1], min_ahead=1, tail=0)
-    spec = dataclasses.replace(spec, **changes, law="uniform")
+    spec = dataclasses.replace(
+      spec.reaching(ahead), count=points.shape[1], law="uniform", tail=0
+    )
     nll = _nll(self.model, self.decoder, coproc, tokens, points, spec)
     return np.asarray(nll)
 
@@ -424,11 +425,11 @@ def _nll(
     model, decoder, tokens, documents, spec
   )
   if coproc is not None:
-    laid = traces.lay_out(tokens, documents, points, spec)
+    laid = rounds.lay_out(tokens, documents, points, spec)
     read = reading(model, coproc, cache, hidden, spec)
     return objective.traces_nll(model, decoder, coproc, cache, laid, read)
   nll = objective.next_token_nll(model, decoder, hidden, tokens)
-  index = points[..., None] + jnp.arange(spec.ahead)[None, None]
+  index = points[..., None] + jnp.arange(spec.reach)[None, None]
   return jax.vmap(lambda row, i: row[i])(nll, index)
 
 

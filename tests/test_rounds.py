@@ -1,0 +1,309 @@
+"""Traces of several rounds: in parallel = by the passes one by one = decoding.
+
+Sequences are those of test_objective.py: packed documents, grouped heads, a
+sliding layer with a window of 5, soft caps.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_objective import DOCUMENTS, STARTS_AT, S, note
+from tolerances import (
+  GRADIENT,
+  LOSS,
+  NLL,
+  close,
+  close_trees,
+  far,
+  jit,
+  make_coprocessor,
+  make_model,
+  make_params,
+  tokens_of,
+)
+
+from cacheaug.augment import drawing, objective, rounds, traces
+from cacheaug.augment.traces import TraceSpec
+from cacheaug.inference import engine, generate
+from cacheaug.model import transformer
+
+N, A = 3, 3
+# Of the trace after 8 three tokens are left in its document, the first round's
+# alone where k >= 3; the others have all. Prefixes of 9, 4, 6 and 5 tokens.
+POINTS = np.array([[-1, 8, 15], [5, 19, -1]], np.int32)
+CASES = [  # scheme, start, rounds, stride
+  ("insert", "harmless", 3, 2),
+  ("overlay", "harmless", 3, 2),
+  ("replace", "harmless", 3, 2),  # later latents replace earlier ones
+  ("replace", "harmless", 2, 5),  # and only tokens
+  ("replace", "as_is", 3, 0),
+  ("insert", "as_is", 2, 0),
+]
+cases = pytest.mark.parametrize("scheme, start, count, stride", CASES)
+
+
+@functools.cache
+def setup(scheme, start, count, stride):
+  spec = TraceSpec(N, A, scheme, start, rounds=count, stride=stride)
+  model = make_model()
+  coproc = make_coprocessor(model, TraceSpec(N, A, "insert", start))
+  return model, spec, make_params(model), coproc, tokens_of(model, 2, S)
+
+
+def loss_of(nll, weights):
+  return (nll * weights).sum() / weights.sum()
+
+
+@functools.cache
+def parallel(*case):
+  """(nll [B, M, T], weights), loss and gradients, the way training goes."""
+  model, spec, decoder, coproc, tokens = setup(*case)
+
+  @jit
+  def run(coproc):
+    laid = rounds.lay_out(tokens, DOCUMENTS, POINTS, spec)
+
+    def loss(coproc):
+      _, cache = objective.context_pass(model, decoder, tokens, DOCUMENTS, spec)
+      nll = objective.traces_nll(model, decoder, coproc, cache, laid)
+      return loss_of(nll, laid.weights), (nll, laid.weights)
+
+    return jax.value_and_grad(loss, has_aux=True)(coproc)
+
+  (loss, found), grads = run(coproc)
+  return jax.device_get((found, loss, grads))
+
+
+@functools.cache
+def prompts(reach):
+  """Every trace as a prompt of its own [b m], and what comes after it."""
+  tokens, found, after = tokens_of(make_model(), 2, S), [], []
+  for b, m in np.argwhere(POINTS >= 0):
+    p = POINTS[b, m]
+    found.append(tokens[b, STARTS_AT[DOCUMENTS[b, p]] : p + 1].tolist())
+    after.append(np.resize(tokens[b, p + 1 : p + 1 + reach], reach))
+  return (*generate.pad_left(found, 0), np.stack(after))
+
+
+def in_order(x):
+  """[B, M, T] -> [b m, T], as `prompts`."""
+  return np.asarray(x)[POINTS >= 0]
+
+
+@functools.cache
+def one_by_one(*case):
+  """nll, loss and gradients by plain passes, each over a cache of its own."""
+  model, spec, decoder, _, _ = setup(*case)
+  tokens, documents, after = prompts(spec.reach)
+  weights = in_order(parallel(*case)[0][1])
+  b, s = tokens.shape
+
+  def hide(cache, alive):
+    seen = jnp.asarray(alive, jnp.int32)[None]
+    return cache.replace(segments=cache.segments * seen)
+
+  def loss(coproc):
+    positions = np.broadcast_to(np.arange(s, dtype=np.int32)[None], (b, s))
+    segments = (documents >= 0).astype(np.int32)
+    _, cache = transformer.prefill(model, decoder, tokens, positions, segments)
+    alive, text, nll = [True] * s, tokens, []
+    at = list(range(s))  # the position of each slot
+    for i in range(spec.rounds):
+      first = len(text[0]) - N
+      if case[0] == "insert":
+        first += N * (i + 1)
+      here = np.arange(first, first + N, dtype=np.int32)
+      places = np.broadcast_to(here[None], (b, N))
+      copied = transformer.embed(model, decoder, text[:, -N:])
+      soft = coproc["soft_tokens"][None]
+      harmless = case[1] == "harmless"
+      x = soft + copied if harmless else jnp.broadcast_to(soft, copied.shape)
+      z, _ = transformer.extend(
+        model, coproc["transformer"], hide(cache, alive), x, places
+      )
+      if harmless:
+        z = copied + z @ coproc["latent_projection"]
+      if case[0] == "replace":
+        alive = [y and p < first for y, p in zip(alive, at, strict=True)]
+      last = i == spec.rounds - 1
+      told = spec.stride * i
+      new = after[:, told : told + (spec.ahead if last else spec.stride)]
+      fed = transformer.embed(model, decoder, new[:, : -1 if last else None])
+      x = jnp.concatenate([z, fed], 1)
+      here = np.arange(first, first + x.shape[1], dtype=np.int32)
+      hidden, own = transformer.extend(
+        model,
+        decoder,
+        hide(cache, alive),
+        x,
+        np.broadcast_to(here[None], (b, len(here))),
+      )
+      cache, alive = cache.concat(own), alive + [True] * len(here)
+      at += here.tolist()
+      hidden = hidden[:, N - 1 : N - 1 + new.shape[1]]
+      logp = jax.nn.log_softmax(transformer.logits(model, decoder, hidden))
+      nll.append(-jnp.take_along_axis(logp, new[..., None], -1)[..., 0])
+      text = np.concatenate([text, new], 1)
+    nll = jnp.concatenate(nll, 1)
+    return loss_of(nll, weights), nll
+
+  (value, nll), grads = jit(jax.value_and_grad(loss, has_aux=True))(
+    setup(*case)[3]
+  )
+  return jax.device_get((nll, value, grads))
+
+
+def decoded(*case, every=None):
+  """nll [b m, T], told what to say, latents as Plan(every=k) puts them."""
+  model, spec, decoder, coproc, _ = setup(*case)
+  tokens, documents, after = prompts(spec.reach)
+  b, count = len(tokens), 0
+  context = jit(lambda: generate.read(model, decoder, tokens, documents))()
+  state = engine.start(
+    model,
+    context,
+    jax.random.split(jax.random.key(0), b),
+    max_new_tokens=spec.reach,
+    latents=N * spec.rounds,
+  )
+  stride = spec.stride if every is None else every
+  for i in range(spec.rounds):
+    state = engine.advance(
+      model, decoder, state, stride * i, scored=True, forced=after
+    )
+    on = np.ones(b, bool)
+    state = engine.insert(model, decoder, coproc, state, count, on, spec)
+    count += 1
+  state = engine.advance(
+    model, decoder, state, spec.reach, scored=True, forced=after
+  )
+  np.testing.assert_array_equal(state.said, after)
+  return np.asarray(state.nll)
+
+
+@cases
+def test_training_is_one_round_after_another(scheme, start, count, stride):
+  case = scheme, start, count, stride
+  (nll, weights), loss, grads = parallel(*case)
+  expected, whole, expected_grads = one_by_one(*case)
+  spec = setup(*case)[1]
+  assert nll.shape == (2, 3, spec.reach)
+  assert (in_order(weights)[0] == (np.arange(spec.reach) < 3)).all()
+  assert (in_order(weights)[1:] == 1).all()
+  there = in_order(weights) > 0
+  note("nll", close(in_order(nll)[there], expected[there], NLL))
+  note("loss", close(loss, whole, LOSS))
+  note("gradients", close_trees(grads, expected_grads, GRADIENT))
+
+
+@cases
+def test_training_is_what_decoding_does(scheme, start, count, stride):
+  """Plan(every=stride): latents at p, p + k .. while the text is told."""
+  case = scheme, start, count, stride
+  (nll, weights), _, _ = parallel(*case)
+  there = in_order(weights) > 0
+  expected = decoded(*case)
+  note("nll", close(in_order(nll)[there], expected[there], NLL))
+  # One token later is something else: the equality shows something.
+  far(decoded(*case, every=stride + 1)[there], expected[there])
+
+
+def test_later_rounds_read_the_earlier_latents():
+  """Gradient into z of round 1 by way of round 2 alone."""
+  case = ("replace", "harmless", 2, 0)
+  model, spec, decoder, coproc, tokens = setup(*case)
+
+  @jit
+  def gradient(coproc):
+    laid = rounds.lay_out(tokens, DOCUMENTS, POINTS, spec)
+    # Of the first round's rows the decoder's second pass sees none.
+    assert not rounds.masks(spec, 1)[1][N:, :N].any()
+    assert rounds.masks(spec, 1)[0][N:, :N].all()
+    _, cache = objective.context_pass(model, decoder, tokens, DOCUMENTS, spec)
+
+    def nll(extra):
+      first = laid.rounds[0]
+      moved = laid.replace(rounds=(first.replace(copied=extra), laid.rounds[1]))
+      return objective.traces_nll(model, decoder, coproc, cache, moved)
+
+    other = (laid.rounds[0].copied + 1) % model.config.vocab_size
+    return nll(laid.rounds[0].copied), nll(other)
+
+  same, other = gradient(coproc)
+  far(same, other)
+
+
+# --- the layout -------------------------------------------------------------
+
+
+def picture(spec, i, reading):
+  """A mask of round i over a context `a b c d`, the point being b."""
+  labels = []
+  for j in range(i + 1):
+    word = "bcd"[spec.stride * j]
+    labels += [f"{word}'", *"cdef"[spec.stride * j :][: rounds.fed_in(spec, j)]]
+  order = rounds.masks(spec, i)[not reading]
+  hides = spec.scheme == "replace" and (i or not reading)
+  context = np.tile(np.arange(4) < (1 if hides else 2), (len(order), 1))
+  q = order.shape[0] - 1 if reading else 0
+  labels = [*labels[: len(order) - 1], str(i + 1)] if reading else labels
+  mask = np.concatenate([context, order], 1)[q:]
+  cells = [["#" if seen else "" for seen in row] for row in mask]
+  rows = [[a, *row] for a, row in zip(labels[q:], cells, strict=True)]
+  return ["", *"abcd", *labels], rows
+
+
+def test_docstring_draws_the_masks():
+  """Marks of each picture, row by row, are those of the masks."""
+  drawn = [
+    part.splitlines()
+    for part in rounds.__doc__.split("\n\n")
+    if part.strip().startswith("a b c d |")
+  ]
+  assert len(drawn) == 3
+
+  def marks(line):
+    name, rest = line.split()[0], line[line.index(line.split()[0]) + 2 :]
+    return name, rest.count("#")
+
+  for part, scheme in zip(drawn[:2], ("insert", "replace"), strict=True):
+    spec = TraceSpec(1, 2, scheme, rounds=2, stride=1)
+    _, rows = picture(spec, 1, False)
+    # Each round's own: the first one's rows are in its own pass.
+    _, first = picture(spec, 0, False)
+    expected = [(r[0], r.count("#")) for r in first[:2] + rows[2:]]
+    assert [marks(line) for line in part[1:]] == expected
+    assert part[0].split() == [
+      "a",
+      "b",
+      "c",
+      "d",
+      "|",
+      "b'",
+      "c",
+      "|",
+      "c'",
+      "d",
+    ]
+  spec = TraceSpec(1, 2, "insert", rounds=2, stride=1)
+  rows = [picture(spec, i, True)[1][-1] for i in range(2)]
+  assert rows  # of 'insert'; 'replace' differs in the context below
+  spec = TraceSpec(1, 2, "replace", rounds=2, stride=1)
+  rows = [picture(spec, i, True)[1][-1] for i in range(2)]
+  assert [marks(x) for x in drawn[2][1:]] == [
+    (r[0], r.count("#")) for r in rows
+  ]
+
+
+def test_reaching_is_as_far_as_asked():
+  spec = TraceSpec(N, A, rounds=3, stride=4, min_ahead=2)
+  assert spec.reach == 11
+  for tokens in (1, 4, 5, 8, 9, 32):
+    some = spec.reaching(tokens)
+    assert some.reach == tokens and some.ahead >= 1 and some.rounds <= 3
+    assert some.rounds == 1 + sum(4 * i < tokens for i in (1, 2))
+  once = TraceSpec(N, A, rounds=3).reaching(5)
+  assert (once.rounds, once.reach) == (3, 5)
