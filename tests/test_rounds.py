@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_runs
 from test_objective import DOCUMENTS, STARTS_AT, S, note
 from tolerances import (
   GRADIENT,
@@ -25,9 +26,14 @@ from tolerances import (
   tokens_of,
 )
 
-from cacheaug.augment import drawing, objective, rounds, traces
+from cacheaug import config as configs
+from cacheaug import flops, stepping
+from cacheaug.augment import objective, peers, rounds
 from cacheaug.augment.traces import TraceSpec
+from cacheaug.errors import UserError
 from cacheaug.inference import engine, generate
+from cacheaug.inference.session import Plan, Session
+from cacheaug.inference.worker import Worker
 from cacheaug.model import transformer
 
 N, A = 3, 3
@@ -156,10 +162,11 @@ def one_by_one(*case):
   return jax.device_get((nll, value, grads))
 
 
-def decoded(*case, every=None):
+def decoded(*case, every=None, told=None):
   """nll [b m, T], told what to say, latents as Plan(every=k) puts them."""
   model, spec, decoder, coproc, _ = setup(*case)
   tokens, documents, after = prompts(spec.reach)
+  after = after if told is None else told
   b, count = len(tokens), 0
   context = jit(lambda: generate.read(model, decoder, tokens, documents))()
   state = engine.start(
@@ -288,9 +295,6 @@ def test_docstring_draws_the_masks():
       "c'",
       "d",
     ]
-  spec = TraceSpec(1, 2, "insert", rounds=2, stride=1)
-  rows = [picture(spec, i, True)[1][-1] for i in range(2)]
-  assert rows  # of 'insert'; 'replace' differs in the context below
   spec = TraceSpec(1, 2, "replace", rounds=2, stride=1)
   rows = [picture(spec, i, True)[1][-1] for i in range(2)]
   assert [marks(x) for x in drawn[2][1:]] == [
@@ -307,3 +311,146 @@ def test_reaching_is_as_far_as_asked():
     assert some.rounds == 1 + sum(4 * i < tokens for i in (1, 2))
   once = TraceSpec(N, A, rounds=3).reaching(5)
   assert (once.rounds, once.reach) == (3, 5)
+
+
+# --- in training ------------------------------------------------------------
+
+
+def steps_of(tmp_path, **changes):
+  config = small_runs.get_config(str(tmp_path))
+  config.traces.update(changes)
+  return small_runs.Steps(config)
+
+
+def test_training_takes_rounds(tmp_path):
+  """At the harmless start none changes what the frozen decoder says."""
+  again = steps_of(tmp_path, rounds=2, stride=3)
+  batch = again.batches.at(0)
+  batch = stepping.add_points(again.config, batch, again.key, 0)
+  spec = configs.spec_of(again.config)
+
+  @jit
+  def frozen(batch):
+    args = again.model, again.decoder, batch, batch["points"], spec
+    return objective.frozen_loss(*args)
+
+  nll, tokens = frozen(batch)
+  assert tokens.shape == (7,) and tokens[0] > tokens[-1] > 0
+  losses = again.take(3)
+  assert abs(losses[0] - nll.sum() / tokens.sum()) < 1e-3
+  assert losses[2] < losses[0] and again.state.nll.shape == (7,)
+  halves = steps_of(tmp_path, rounds=2, stride=3)
+  halves.config.optimizer.accumulation = 2
+  np.testing.assert_allclose(
+    small_runs.Steps(halves.config).take(2), losses[:2], rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  "changes, said",
+  [
+    (dict(rounds=0), "traces.rounds=0 must be at least 1"),
+    (dict(rounds=2, stride=-1), "traces.stride=-1"),
+    (dict(stride=3), "traces.stride=3 is between rounds"),
+    (dict(rounds=2, late_max=1), "cannot come late"),
+    (dict(rounds=4, stride=9), "traces.rounds=4.*needs sequences of 33"),
+    (dict(rounds=2, min_ahead=5), "traces.min_ahead=5 exceeds the 4 tokens"),
+  ],
+)
+def test_impossible_rounds_are_refused(tmp_path, changes, said):
+  config = small_runs.get_config(str(tmp_path))
+  config.traces.update(changes)
+  with pytest.raises(UserError, match=said):
+    configs.validate(config, 1)
+
+
+def test_inserted_rounds_need_positions(tmp_path):
+  config = small_runs.get_config(str(tmp_path))
+  config.coprocessor.positions, config.traces.rounds = "insert", 17
+  with pytest.raises(
+    UserError, match="34 of coprocessor.latents.*64 positions"
+  ):
+    configs.validate_model(config, configs.model_of(config))
+
+
+def test_other_ways_refuse_rounds():
+  _, spec, _, _, tokens = setup(*CASES[0])
+  with pytest.raises(UserError, match="cannot come late"):
+    rounds.lay_out(tokens, DOCUMENTS, POINTS, spec, 0 * POINTS)
+  batch = {"tokens": tokens, "documents": DOCUMENTS}
+  with pytest.raises(UserError, match="no dense way"):
+    peers.naive_loss(None, None, None, batch, POINTS, spec)
+  with pytest.raises(UserError, match="computes one round"):
+    Worker(None, {}, TraceSpec(N, A, rounds=2))
+
+
+@pytest.mark.parametrize("stride", [0, 2, 5])
+def test_flop_are_of_every_round(stride):
+  """By enumeration of who sees whom of a trace's own rows."""
+  spec = TraceSpec(N, A, "insert", rounds=3, stride=stride)
+  model = make_model().config
+  common = dict(batch=1, sequence=S, traces=2, latents=N, ahead=A)
+  sizes = flops.Sizes(**common, rounds=3, stride=stride)
+  one = flops.Sizes(**common)
+  assert sizes.reach == spec.reach
+  # A block counts as N + A rows: the last one is predicted only.
+  assert sizes.decoder_rows == 2 * (len(rounds.offsets(spec, 2)) + 1)
+  own = 0
+  for i in range(3):
+    reading, decoding = rounds.masks(spec, i)
+    own += reading[-N:].sum() + decoding[-N - rounds.fed_in(spec, i) :].sum()
+  own += len(decoding) + 1  # of the row that is only predicted
+  per_row = sum(flops._context_attention(model, S)) / S  # noqa: SLF001
+  pair = flops.attention_per_pair(model)
+  rows = sizes.latent_rows + sizes.decoder_rows
+  context = flops.context_pass(model, sizes).attention
+  assert flops.useful(model, sizes).attention == pytest.approx(
+    context + 3 * (rows * per_row + 2 * own * pair)
+  )
+  ratio = flops.useful(model, sizes).logits / flops.useful(model, one).logits
+  assert ratio == pytest.approx(spec.reach / A)
+
+
+# --- in decoding ------------------------------------------------------------
+
+
+def test_sessions_insert_as_trained():
+  """Plan(before=...) ends a chain at the prompt's end; rounds at one point."""
+  for case in (CASES[2], CASES[4]):
+    model, spec, decoder, coproc, _ = setup(*case)
+    tokens, documents, after = prompts(spec.reach)
+    told = spec.reach - spec.ahead
+    read = jit(functools.partial(generate.read, model))
+    context = read(decoder, tokens, documents)
+    before = tuple({told - spec.stride * i for i in range(spec.rounds)} - {0})
+    session = Session(
+      model,
+      decoder,
+      context,
+      max_new_tokens=spec.ahead,
+      coproc=coproc,
+      spec=spec,
+      plan=Plan(before=before, rounds=spec.at_once),
+      told=after[:, :told],
+      scored=True,
+    )
+    said = session.run(1)
+    assert session.nll().shape == (len(tokens), 1) == said.shape
+    steps = [x.step for x in session.insertions if x.sequence == 0]
+    assert steps == [spec.stride * i - told for i in range(spec.rounds)]
+    own = after.copy()
+    own[:, told] = said[:, 0]
+    same = decoded(*case, told=own)
+    close(session.nll()[:, 0], same[:, told], NLL)
+
+
+def test_a_trained_coprocessor_says_how_often():
+  spec = TraceSpec(N, A, rounds=2, stride=4)
+  assert Plan.trained(spec) == Plan(every=4)
+  assert Plan.trained(TraceSpec(N, A, rounds=3)) == Plan(rounds=3)
+  assert Plan.trained(TraceSpec(N, A)) == Plan()
+  plan = Plan(at=(0,), before=(8, 4), rounds=2)
+  assert plan.room(5) == 6 and plan.told == 8 and plan.first(5) == -8
+  for wrong in (dict(before=(0,)), dict(rounds=0)):
+    with pytest.raises(UserError, match="1 or more|at least 1"):
+      Plan(**wrong)

@@ -155,6 +155,26 @@ def coprocessor_loss(
   return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
 
 
+def points_nll(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params | None,  # None: the frozen decoder's
+  tokens: jax.Array,  # [B, S], each row one document
+  points: jax.Array,  # [B, M]
+  spec: TraceSpec,
+) -> jax.Array:  # [B, M, reach] nats
+  """Nll of the tokens after each point, with latents there or without."""
+  documents = jnp.zeros_like(tokens)
+  hidden, cache = context_pass(model, decoder, tokens, documents, spec)
+  if coproc is not None:
+    laid = rounds.lay_out(tokens, documents, points, spec)
+    reading = coprocessor.reading(model, coproc, cache, hidden, spec)
+    return traces_nll(model, decoder, coproc, cache, laid, reading)
+  nll = next_token_nll(model, decoder, hidden, tokens)
+  index = points[..., None] + jnp.arange(spec.reach)[None, None]
+  return jax.vmap(lambda row, i: row[i])(nll, index)
+
+
 def frozen_loss(
   model: Transformer,
   decoder: Params,

@@ -49,6 +49,7 @@ import numpy as np
 
 from cacheaug.augment import coprocessor, traces
 from cacheaug.augment.traces import Traces, TraceSpec
+from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
 from cacheaug.model.cache import KVCache
@@ -80,7 +81,10 @@ def lay_out(
   """
   if spec.rounds == 1:
     return traces.lay_out(tokens, documents, points, spec, late)
-  assert late is None, "latents of several rounds cannot come late"
+  if late is not None:
+    raise UserError(
+      f"traces.rounds={spec.rounds}: latents of several rounds cannot come late"
+    )
   whole = dataclasses.replace(
     spec, rounds=1, stride=0, ahead=spec.reach, min_ahead=1
   )

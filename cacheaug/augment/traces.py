@@ -172,6 +172,11 @@ class TraceSpec:
     """Tokens that one trace predicts, in all its rounds."""
     return self.stride * (self.rounds - 1) + self.ahead
 
+  @property
+  def at_once(self) -> int:
+    """Rounds at one point, one upon another."""
+    return 1 if self.stride else self.rounds
+
   def reaching(self, tokens: int) -> "TraceSpec":
     """The same for so many tokens after a point, no round beyond them."""
     rounds = self.rounds

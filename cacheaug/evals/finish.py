@@ -1,6 +1,5 @@
 """What a run reports at its end: tables, plot, exact match."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from functools import partial
