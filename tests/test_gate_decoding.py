@@ -36,9 +36,8 @@ def same(one, other):
 
 def test_thresholds_beyond_all_are_always_and_never(lm):
   always, frozen = complete(lm), complete(lm, latents=False)
-  for kind in ("entropy:-inf", lambda h: np.ones(len(h), bool)):
-    for a, b in zip(complete(lm, gate=kind), always, strict=True):
-      assert same(a, b) and a.insertions == b.insertions and not a.declined
+  for a, b in zip(complete(lm, gate="entropy:-inf"), always, strict=True):
+    assert same(a, b) and a.insertions == b.insertions and not a.declined
   for a, b in zip(complete(lm, gate="entropy:inf"), frozen, strict=True):
     assert same(a, b) and not a.insertions
     assert [x.step for x in a.declined] == [0, 4, 8]
@@ -46,31 +45,35 @@ def test_thresholds_beyond_all_are_always_and_never(lm):
 
 
 def test_each_sequence_is_decided_alone(lm):
-  """At the prompts' ends, and by the hidden state that is there."""
+  """At every point, by the hidden state there, whatever its neighbours get."""
   seen = []
-  entropy = jax.jit(gates.entropy, static_argnums=0)
 
-  def watch(hidden):
-    seen.append(np.asarray(entropy(lm.model, lm.decoder, hidden)))
-    return np.ones(len(hidden), bool)
+  def watch(hidden, threshold=np.inf):
+    seen.append(np.asarray(gates.entropy(lm.model, lm.decoder, hidden)))
+    return seen[-1] > threshold
 
-  options = dict(plan=Plan())
-  always = complete(lm, **options, gate=watch)
-  frozen = complete(lm, **options, latents=[False] * 3)
-  (found,) = seen
-  high, low = np.argmax(found), np.argmin(found)
-  threshold = f"entropy:{np.median(found) + 1e-3:.6f}"
-  mixed = complete(lm, **options, gate=threshold)
+  frozen = complete(lm, latents=[False] * 3, gate=watch)
+  assert not seen, "a gate was asked where no latents are wanted"
+  complete(lm, gate=watch)
+  at_ends = seen[0]
+  high, threshold = int(np.argmax(at_ends)), float(np.median(at_ends)) + 1e-3
+  seen.clear()
+  mixed = complete(lm, gate=lambda h: watch(h, threshold))
+  steps = [0, 4, 8]
+  assert len(seen) == 3
   for i, done in enumerate(mixed):
-    yes = i == high
-    assert same(done, (always if yes else frozen)[i])
-    assert (len(done.insertions), len(done.declined)) == (yes, not yes)
-    (alone,) = complete(lm, [PROMPTS[i]], **options, gate=threshold)
-    assert alone.ids == done.ids and len(alone.insertions) == yes
-  assert high != low
-  # Where no latents are asked for, the gate is not.
-  off = complete(lm, **options, gate="entropy:inf", latents=[True, False, True])
-  assert [len(x.declined) for x in off] == [1, 0, 1]
+    yes = [s for s, e in zip(steps, seen, strict=True) if e[i] > threshold]
+    assert [x.step for x in done.insertions] == yes
+    assert [x.step for x in done.declined] == [s for s in steps if s not in yes]
+    assert same(done, frozen[i]) == (not yes)
+    on = [i == j for j in range(3)]
+    alone = complete(lm, latents=on, gate=f"entropy:{threshold}")
+    assert same(alone[i], done)
+    assert not any(
+      alone[j].insertions or alone[j].declined for j in range(3) if j != i
+    )
+  assert 0 in [x.step for x in mixed[high].insertions]
+  assert 0 < sum(len(x.insertions) for x in mixed) < 9
 
 
 def test_gates_by_name(lm, tmp_path):

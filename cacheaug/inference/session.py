@@ -150,6 +150,11 @@ class Session:
     self._told = plan.told
     forced = None
     if self._told:
+      if told is None:
+        raise UserError(
+          f"before={plan.before}: latents before a prompt's end need the "
+          "prompt's end told; LM.generate does, a server does not"
+        )
       free = np.full((b, max_new_tokens), -1, np.int32)
       forced = np.concatenate([np.array(told, np.int32), free], 1)
     # Of the first token; stored contexts need not count from the padding.

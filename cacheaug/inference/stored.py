@@ -230,7 +230,8 @@ class StoredLM(LM):
       spec = self._coprocessor().spec
       generate.check_prompts([tokens], spec)
       if spec.scheme == "insert":
-        self._check_positions(len(tokens) + spec.latents, 0)
+        pushed = spec.latents * spec.at_once
+        self._check_positions(len(tokens) + pushed, 0)
 
   def has(self, tokens: list[int], latents: bool) -> bool:
     """Whether `fill` has stored these tokens."""
