@@ -119,8 +119,8 @@ class TraceSpec:
       )
     if self.rounds > 1 and self.kind != "coprocessor":
       raise UserError(
-        f"traces.rounds={self.rounds}: coprocessor.kind={self.kind!r} knows one "
-        "round only; set it to 'coprocessor', or the rounds to 1"
+        f"traces.rounds={self.rounds}: coprocessor.kind={self.kind!r} knows "
+        "one round only; set it to 'coprocessor', or the rounds to 1"
       )
     if self.late_max and self.rounds > 1:
       raise UserError(
