@@ -112,6 +112,18 @@ def start(
   )
 
 
+def widen(state: State, latents: int) -> State:
+  """The same with slots for so many latents, if it has fewer; then a copy."""
+  slots = state.latent_slot(0, 0) + latents
+  more = slots + -slots % SLOTS - state.cache.positions.shape[1]
+  return _widen(state, more) if more > 0 else state
+
+
+@functools.partial(jax.jit, static_argnames="more")
+def _widen(state, more):
+  return state.replace(cache=state.cache.pad(more))
+
+
 def lay_point(
   model: Transformer,
   decoder: Params,

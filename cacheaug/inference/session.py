@@ -104,6 +104,8 @@ class Session:
     state: what `engine` works on.
   """
 
+  _at_once = True  # slots for latents are there from the start
+
   def __init__(
     self,
     model: Transformer,
@@ -182,7 +184,7 @@ class Session:
       context,
       fold(jax.random.key(seed), jnp.arange(b)),
       max_new_tokens=self._told + max_new_tokens,
-      latents=latents,
+      latents=latents if self._at_once else 0,
     )
     self.insertions: list[Insertion] = []
     self.declined: list[Declined] = []
