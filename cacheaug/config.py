@@ -35,6 +35,7 @@ _POSITIVE = (
   "traces.count",
   "traces.ahead",
   "traces.min_ahead",
+  "traces.rounds",
   "data.sequence",
   "data.batch",
   "optimizer.steps",
@@ -109,6 +110,10 @@ def base() -> ConfigDict:
   # Latents come 0 to so many tokens after what the coprocessor has read, drawn
   # uniformly for each trace (see augment/traces.py); 0: never late.
   c.traces.late_max = 0
+  # Rounds of latents a trace, each on top of those before, and the tokens from
+  # one to the next; stride 0: all at one point. See augment/rounds.py.
+  c.traces.rounds = 1
+  c.traces.stride = 0
 
   c.data = ConfigDict()
   c.data.sources = ConfigDict()  # name -> see data/sources.py source_defaults
@@ -320,6 +325,8 @@ def spec_of(config: ConfigDict) -> TraceSpec:
     mask_documents=config.traces.mask_documents,
     late_max=config.traces.late_max,
     kind=config.coprocessor.kind,
+    rounds=config.traces.rounds,
+    stride=config.traces.stride,
   )
 
 
@@ -374,18 +381,13 @@ def validate(config: ConfigDict, devices: int) -> None:
 
 
 def _validate_traces(config: ConfigDict) -> None:
-  ahead, s = config.traces.ahead, config.data.sequence
   kind, init = config.coprocessor.kind, config.coprocessor.init
   if kind in ("pause", "prefix") and init == "scratch":
     raise UserError(
       f"coprocessor.init={init!r}: coprocessor.kind={kind!r} has no network "
       "that could begin so; leave it 'decoder'"
     )
-  if config.traces.min_ahead > ahead:
-    raise UserError(
-      f"traces.min_ahead={config.traces.min_ahead} exceeds traces.ahead={ahead}"
-    )
-  spec = spec_of(config)
+  s, spec = config.data.sequence, spec_of(config)
   points = s - spec.min_ahead - spec.context_needed + 1
   if spec.count > points:
     raise UserError(
@@ -405,11 +407,13 @@ def _validate_traces(config: ConfigDict) -> None:
       f"traces.law='stratified' wants data.sequence={s} to be a multiple of "
       f"traces.count={spec.count}"
     )
-  needed = spec.context_needed + ahead
+  needed, more = spec.context_needed + spec.reach, ""
+  if spec.stride:
+    more = f", traces.rounds={spec.rounds} and traces.stride={spec.stride}"
   if needed > s:
     raise UserError(
-      f"traces.ahead={ahead} with coprocessor.latents={spec.latents} needs "
-      f"sequences of {needed} tokens, data.sequence={s}"
+      f"traces.ahead={spec.ahead} with coprocessor.latents={spec.latents}"
+      f"{more} needs sequences of {needed} tokens, data.sequence={s}"
     )
 
 
@@ -465,9 +469,9 @@ def validate_model(config: ConfigDict, model: ModelConfig) -> None:
   if config.objective == "coprocessor" and (
     config.coprocessor.positions == "insert"
   ):
-    n = config.coprocessor.latents
+    n = config.coprocessor.latents * config.traces.rounds
   if s + n > model.max_positions:
-    more = f" + coprocessor.latents={n} inserted" if n else ""
+    more = f" + {n} of coprocessor.latents inserted" if n else ""
     raise UserError(
       f"data.sequence={s}{more} exceeds the decoder's {model.max_positions} "
       "positions (max_positions): lower it"

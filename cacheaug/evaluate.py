@@ -139,11 +139,11 @@ def adapt(config: ConfigDict, found: LM) -> TraceSpec:
   config.coprocessor.latents = spec.latents
   config.coprocessor.positions = spec.scheme
   config.coprocessor.kind = spec.kind
+  config.traces.rounds, config.traces.stride = spec.rounds, spec.stride
   configs.validate_eval(config, spec)
   configs.validate_model(config, found.model.config)
-  return dataclasses.replace(
-    spec, ahead=config.eval.ahead, min_ahead=1, law="uniform", tail=0
-  )
+  spec = spec.reaching(config.eval.ahead)
+  return dataclasses.replace(spec, law="uniform", tail=0)
 
 
 def evaluate(

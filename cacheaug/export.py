@@ -47,7 +47,7 @@ VARIANTS = {False: "embeddings", True: "cache"}  # by TraceSpec.given
 # TraceSpec's field -> key of config.json, where the two differ.
 _SPEC_KEYS = {"scheme": "positions"}
 # Fields that exports made before there was such a thing do not have.
-_LATER = ("late_max", "kind")
+_LATER = ("late_max", "kind", "rounds", "stride")
 _META = ("family", "variant", "decoder_fingerprint", "source")
 
 

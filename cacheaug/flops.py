@@ -51,13 +51,15 @@ class Sizes:
   latents: int  # N
   ahead: int  # A
   kind: str = "coprocessor"  # of traces.KINDS
+  rounds: int = 1  # of latents a trace
+  stride: int = 0  # k, tokens between them
 
   @property
   def latent_rows(self) -> int:
     """Rows of one sequence in the coprocessor's pass."""
     if self.kind in ("pause", "prefix"):
       return 0
-    return self.traces * self.latents
+    return self.traces * self.rounds * self.latents
 
   @property
   def given(self) -> bool:
@@ -67,8 +69,13 @@ class Sizes:
   @property
   def decoder_rows(self) -> int:
     """Rows of one sequence in the decoder's second pass."""
-    latents = 0 if self.given else self.latents
-    return self.traces * (latents + self.ahead)
+    latents = 0 if self.given else self.rounds * self.latents
+    return self.traces * (latents + self.reach)
+
+  @property
+  def reach(self) -> int:
+    """Tokens that one trace predicts."""
+    return self.stride * (self.rounds - 1) + self.ahead
 
 
 class Cost(NamedTuple):
@@ -93,6 +100,8 @@ def sizes_of(config: ConfigDict) -> Sizes:
     latents=config.coprocessor.latents,
     ahead=config.traces.ahead,
     kind=config.coprocessor.kind,
+    rounds=config.traces.rounds,
+    stride=config.traces.stride,
   )
 
 
@@ -181,7 +190,7 @@ def structured(
   return _times(
     sizes.batch,
     first.body + body,
-    3 * sizes.traces * sizes.ahead * logits_per_row(model),
+    3 * sizes.traces * sizes.reach * logits_per_row(model),
     first.attention + attention,
   )
 
@@ -201,7 +210,7 @@ def least(model: ModelConfig, sizes: Sizes) -> Cost:
   if sizes.kind == "activations":  # the coprocessor's own context is trained
     context *= sizes.decoder_rows / (sizes.latent_rows + sizes.decoder_rows)
   cost = structured(model, sizes)
-  predicting = sizes.traces * sizes.ahead * logits_per_row(model)
+  predicting = sizes.traces * sizes.reach * logits_per_row(model)
   return cost._replace(
     logits=cost.logits - sizes.batch * predicting,
     attention=cost.attention - sizes.batch * context,
@@ -224,7 +233,12 @@ def _trace_attention(model: ModelConfig, sizes: Sizes) -> tuple[float, float]:
   if sizes.given:  # every row sees those given; x[p] again is not seen
     pairs = a * n + _causal_pairs(a - 1)
   else:
-    pairs = _causal_pairs(n + a)
+    # The rows of all rounds are one triangle; a round's latents attend to those
+    # of the rounds before it (all, though with 'replace' some are hidden).
+    pairs = _causal_pairs(sizes.rounds * n + sizes.reach)
+    first *= sizes.rounds
+    for i in range(sizes.rounds if sizes.latent_rows else 0):
+      first += n * i * (n + sizes.stride) * attention_per_pair(model)
   context = in_latents + sizes.decoder_rows * sum(layers)
   own = m * (first + pairs * attention_per_pair(model))
   return context / sizes.sequence, own

@@ -46,25 +46,47 @@ flags.DEFINE_multi_string("stop", [], "text that ends; may be repeated")
 flags.DEFINE_list(
   "insert_at", ["0"], "insert latents after so many new tokens; 0: at once"
 )
-flags.DEFINE_integer("insert_every", 0, "and after every so many new tokens")
+flags.DEFINE_integer(
+  "insert_every",
+  -1,
+  "and after every so many new tokens; 0: not, -1: as the coprocessor was "
+  "trained (traces.stride)",
+)
+flags.DEFINE_list(
+  "insert_before", [], "and so many tokens before the prompt's end"
+)
+flags.DEFINE_string(
+  "gate", "", "latents only where it says so: entropy:NATS, head:DIR[:NATS]"
+)
 flags.DEFINE_multi_string("insert_after", [], "and after this text, one token")
 flags.DEFINE_bool("compare", False, "the frozen decoder beside the augmented")
-flags.DEFINE_bool("trace", False, "say where the latents went")
+flags.DEFINE_bool("trace", False, "say where latents went, or a gate said no")
 flags.DEFINE_string("store", "", "of cacheaug.deliberate: where to read on")
 
 
-def plan_of(lm: LM, at: list[str], every: int, after: list[str]) -> Plan:
+def plan_of(
+  lm: LM,
+  at: list[str],
+  every: int,
+  after: list[str],
+  *,
+  before: list[str] | None = None,
+) -> Plan:
   """When latents are inserted, from the flags.
 
   Raises:
     UserError: a count that is none, or text that is not one token.
   """
-  try:
-    steps = tuple(int(step) for step in at)
-  except ValueError:
-    raise UserError(
-      f"--insert_at={','.join(at)}: give counts of new tokens, as 0,16"
-    ) from None
+  steps, earlier = _counts("insert_at", at), _counts("insert_before", before)
+  trained = Plan.trained(lm.coprocessor.spec) if lm.coprocessor else Plan()
+  if every < 0:
+    every = trained.every
+    if every:
+      print(
+        f"latents again after every {every} new tokens, as this coprocessor "
+        "was trained; --insert_every=0 inserts them once",
+        file=sys.stderr,
+      )
   ids = []
   for text in after:
     found = lm.tokenizer.encode(text) if lm.tokenizer else []
@@ -74,7 +96,16 @@ def plan_of(lm: LM, at: list[str], every: int, after: list[str]) -> Plan:
         "tokenizer: give the text of one"
       )
     ids += found
-  return Plan(steps, every, tuple(ids))
+  return Plan(steps, every, tuple(ids), before=earlier, rounds=trained.rounds)
+
+
+def _counts(flag: str, given: list[str] | None) -> tuple[int, ...]:
+  try:
+    return tuple(int(count) for count in given or ())
+  except ValueError:
+    raise UserError(
+      f"--{flag}={','.join(given)}: give counts of tokens, as 0,16"
+    ) from None
 
 
 def prompts_of(prompts: list[str], file: str) -> list[str]:
@@ -103,18 +134,32 @@ def prompts_of(prompts: list[str], file: str) -> list[str]:
 
 def describe(lm: LM, completion: Completion, insertion: Insertion) -> str:
   """One line: the point, the tokens around it, the latents' places."""
-  ids = completion.prompt + completion.ids
-  at = len(completion.prompt) + insertion.step
   first, n = insertion.position, insertion.latents
-  before = _tokens(lm, ids[max(0, at - _AROUND) : at])
-  after = _tokens(lm, ids[at : at + _AROUND])
   ends = {"replace": "in place of the cache there", "overlay": "beside it"}
   how = ends.get(lm.coprocessor.spec.scheme, "further text pushed back")
   return (
-    f"trace: after token {at - 1} ({insertion.step} new): {before} | {after}: "
-    f"{n} latents at positions {first}-{first + n - 1}, {how}, slots "
-    f"{insertion.slot}-{insertion.slot + n - 1}"
+    f"{_where(lm, completion, insertion.step)}: {n} latents at positions "
+    f"{first}-{first + n - 1}, {how}, slots {insertion.slot}-"
+    f"{insertion.slot + n - 1}"
   )
+
+
+def _where(lm: LM, completion: Completion, step: int) -> str:
+  """The point after so many new tokens, and the tokens around it."""
+  ids = completion.prompt + completion.ids
+  at = len(completion.prompt) + step
+  before = _tokens(lm, ids[max(0, at - _AROUND) : at])
+  after = _tokens(lm, ids[at : at + _AROUND])
+  return f"trace: after token {at - 1} ({step} new): {before} | {after}"
+
+
+def trace(lm: LM, completion: Completion) -> list[str]:
+  """A line for each point where latents went or were declined, in order."""
+  found = [(x.step, describe(lm, completion, x)) for x in completion.insertions]
+  for x in completion.declined:
+    line = f"{_where(lm, completion, x.step)}: the gate said no"
+    found.append((x.step, line))
+  return [line for _, line in sorted(found, key=lambda x: x[0])]
 
 
 def _tokens(lm: LM, ids: tuple[int, ...]) -> str:
@@ -140,7 +185,7 @@ def _compare(lm: LM, prompt: str, options: dict) -> tuple[list[str], list[str]]:
       rate = (count - 1) / seconds
       head += f"\n{rate:.0f} tokens/s, nll {done.nll.mean():.4f} a token"
     sides.append(_column(head) + ["-" * _COLUMN] + _column(done.text))
-    traces += [describe(lm, done, x) for x in done.insertions]
+    traces += trace(lm, done)
   lines = [
     f"{a:<{_COLUMN}} | {b}".rstrip()
     for a, b in itertools.zip_longest(*sides, fillvalue="")
@@ -175,8 +220,8 @@ def _answer(lm: LM, prompts: list[str], options: dict) -> None:
   for prompt, done in zip(prompts, writer.complete(), strict=True):
     if len(prompts) > 1:
       print(f"{prompt}{done.text}\n", flush=True)
-    for insertion in done.insertions if values.trace else ():
-      print(describe(lm, done, insertion), flush=True)
+    for line in trace(lm, done) if values.trace else ():
+      print(line, flush=True)
 
 
 def _converse(lm: LM, options: dict) -> None:
@@ -206,6 +251,10 @@ def main() -> None:
   latents = values.latents == "on"
   if values.compare and not latents:
     raise UserError("--compare shows both: leave out --latents=off")
+  if values.gate and not latents:
+    raise UserError("--gate decides on latents: leave out --latents=off")
+  if values.gate and values.store:
+    raise UserError("--gate and --store: latents of a store are there already")
   prompts = prompts_of(values.prompt, values.file)
   sampling = Sampling(values.temperature, values.top_k, values.top_p)
   lm = open_lm(values.workdir, values.decoder, values.coprocessor, latents)
@@ -214,11 +263,16 @@ def main() -> None:
   options = dict(
     max_new_tokens=values.max_new_tokens,
     plan=plan_of(
-      lm, values.insert_at, values.insert_every, values.insert_after
+      lm,
+      values.insert_at,
+      values.insert_every,
+      values.insert_after,
+      before=values.insert_before,
     ),
     sampling=sampling,
     seed=values.seed,
     stop=values.stop,
+    gate=values.gate,
   )
   if prompts:
     _answer(lm, prompts, options)

@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacheaug import export
-from cacheaug.augment import objective, traces
-from cacheaug.augment.coprocessor import reading
+from cacheaug.augment import objective
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import tokenizers
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
-from cacheaug.inference import generate
+from cacheaug.inference import gates, generate
+from cacheaug.inference.gates import Gate
 from cacheaug.inference.generate import Context
 from cacheaug.inference.sampling import GREEDY, Sampling
 from cacheaug.inference.session import Plan, Session
@@ -45,6 +45,7 @@ LENGTHS = 32
 
 _read = jax.jit(generate.read, static_argnames=("model", "keep_states"))
 _augment = jax.jit(generate.augment_context, static_argnames=("model", "spec"))
+_nll = jax.jit(objective.points_nll, static_argnames=("model", "spec"))
 _decode = jax.jit(
   generate.decode, static_argnames=("model", "max_new_tokens", "stop_ids")
 )
@@ -191,6 +192,7 @@ class LM:
     sampling: Sampling = GREEDY,
     seed: int = 0,
     stop: Sequence[str] = (),
+    gate: str | Gate = "",
   ) -> list[str]:
     """Continuations.
 
@@ -202,16 +204,20 @@ class LM:
       max_new_tokens: at least 1.
       latents: for all prompts, or for each; where False, what comes is the
         frozen decoder's, whatever the others have.
-      plan: when latents are inserted; once, at the prompt's end, by default.
+      plan: when latents are inserted; at the prompt's end, and again if the
+        coprocessor was trained for it (Plan.trained), by default.
       sampling: the law of a token; the most likely one by default.
       seed: of the draws. Prompt i's draws do not depend on the others.
       stop: strings that end a text and are left out of it.
+      gate: whether they are, for each prompt and time: 'entropy:NATS',
+        'head:DIR[:NATS]' (inference/gates.py) or a function; by default always.
 
     Raises:
       UserError: no tokenizer, no coprocessor with latents=True, or prompts
         that are too short or too long.
     """
     options = dict(latents=latents, plan=plan, sampling=sampling, seed=seed)
+    options["gate"] = gate
     done = self.complete(prompts, max_new_tokens, stop=stop, **options)
     return [completion.text for completion in done]
 
@@ -249,6 +255,7 @@ class LM:
     seed: int = 0,
     stop: Sequence[str] = (),
     scored: bool = False,
+    gate: str | Gate = "",
   ) -> Writer | None:
     """Prompts read and laid out, to be run; None where there are none.
 
@@ -263,16 +270,24 @@ class LM:
     if not prompts:
       return None
     rows = self._checked([self.encode(p) for p in prompts])
-    spec, plan = coproc and coproc.spec, plan or Plan()
+    spec = coproc and coproc.spec
+    plan = plan or (Plan.trained(spec) if coproc else Plan())
     if coproc:
-      said = min(plan.steps(max_new_tokens), default=0)
-      generate.check_prompts(rows, spec, on=on, said=0 if plan.after else said)
+      first = plan.first(max_new_tokens)
+      generate.check_prompts(rows, spec, on=on, said=first)
+    if isinstance(gate, str):
+      gate = gate and gates.parse(
+        gate, self.model, self.decoder, self.fingerprint
+      )
     longest = max(map(len, rows))
     pushed = 0
     if coproc and spec.scheme == "insert":
       pushed = plan.room(max_new_tokens) * spec.latents
     self._check_positions(longest + pushed, max_new_tokens)
-    context, plan = self._begin(rows, on, plan)
+    plan = plan if coproc else Plan()
+    told = [row[len(row) - plan.told :] for row in rows]
+    read = [row[: len(row) - plan.told] for row in rows]
+    context, plan = self._begin(read, on, plan)
     ends = dict(stop_ids=self.stop_ids, scored=scored)
     session = Session(
       self.model,
@@ -285,6 +300,8 @@ class LM:
       plan=plan,
       sampling=sampling,
       seed=seed,
+      gate=gate or None,
+      told=told,
       **ends,
     )
     return Writer(session, self.tokenizer, rows, stop=stop, **ends)
@@ -330,8 +347,9 @@ class LM:
     if latents:
       coproc, spec = self._coprocessor().params, self.coprocessor.spec
     points = self._points(points, tokens.shape, ahead, spec if latents else 0)
-    changes = dict(ahead=ahead, count=points.shape[1], min_ahead=1, tail=0)
-    spec = dataclasses.replace(spec, **changes, law="uniform")
+    spec = dataclasses.replace(
+      spec.reaching(ahead), count=points.shape[1], law="uniform", tail=0
+    )
     nll = _nll(self.model, self.decoder, coproc, tokens, points, spec)
     return np.asarray(nll)
 
@@ -408,28 +426,6 @@ class LM:
         f"for the latents and ahead={ahead} in {s} tokens"
       )
     return np.broadcast_to(points, (b, points.shape[1])).astype(np.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "spec"))
-def _nll(
-  model: Transformer,
-  decoder: Params,
-  coproc: Params | None,
-  tokens: jax.Array,  # [B, S]
-  points: jax.Array,  # [B, M]
-  spec: TraceSpec,
-) -> jax.Array:  # [B, M, A]
-  documents = jnp.zeros_like(tokens)
-  hidden, cache = objective.context_pass(
-    model, decoder, tokens, documents, spec
-  )
-  if coproc is not None:
-    laid = traces.lay_out(tokens, documents, points, spec)
-    read = reading(model, coproc, cache, hidden, spec)
-    return objective.traces_nll(model, decoder, coproc, cache, laid, read)
-  nll = objective.next_token_nll(model, decoder, hidden, tokens)
-  index = points[..., None] + jnp.arange(spec.ahead)[None, None]
-  return jax.vmap(lambda row, i: row[i])(nll, index)
 
 
 def load(path: str | Path, *, dtype: Any = "auto") -> LM:

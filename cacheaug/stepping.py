@@ -43,7 +43,7 @@ def init_state(
   `initial` is the trained coprocessor that coprocessor.init names, if any.
   """
   key = jax.random.fold_in(key, 2**31 - 1)  # no step's key
-  ahead = config.traces.ahead if configs.draws_points(config) else 1
+  ahead = configs.spec_of(config).reach if configs.draws_points(config) else 1
   params, frozen = adaptation.init(
     config, model, key, decoder, initial, boxed=boxed
   )

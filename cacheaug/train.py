@@ -364,6 +364,8 @@ def report(config, workdir, model, decoder, params, tokenizer, fingerprint):
     "kind": spec.kind,
     "latents N": spec.latents,
     "ahead tokens A": spec.ahead,
+    "rounds of latents": spec.rounds,
+    "tokens between rounds": spec.stride,
     "positions": spec.scheme,
     "start": spec.start,
     "began as": config.coprocessor.init,

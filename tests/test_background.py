@@ -305,6 +305,24 @@ def test_a_snapshot_shares_nothing_with_the_state():
     np.testing.assert_array_equal(x, there)
 
 
+def test_slots_for_latents_are_made_when_they_come():
+  """Decoding is as fast as without a worker, as long as nothing comes."""
+  plain = session().state.cache.positions.shape
+  with Gate() as gate:
+    # Room for more latents than the last of the plain slots would hold.
+    one = session(gate, plan=Plan(after=(36,), most=40))
+    one.run(3)
+    assert one.state.cache.positions.shape == plain
+    gate.gate.set()
+    one._jobs[0].wait(60)
+    before = np.array(one.state.cache.positions)
+    one.run(NEW - 3)
+  assert len(one.insertions) == 3
+  after = one.state.cache
+  assert after.positions.shape[1] > plain[1]
+  np.testing.assert_array_equal(after.positions[:, :9], before[:, :9])
+
+
 def test_a_full_queue_refuses(warnings):
   with Gate(limits=Limits(waiting=1)) as gate:
     one = session(gate, plan=Plan(every=1))

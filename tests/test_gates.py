@@ -94,9 +94,9 @@ def test_head_learns_the_gain_and_not_of_what_says_nothing():
 
 def test_head_comes_back_from_files(tmp_path):
   head, hidden, _ = fitted()
-  gates.save_head(tmp_path / "gate", head, {"half": 0.25})
+  gates.save_head(tmp_path / "gate", head, {"threshold": 0.25})
   again, meta = gates.load_head(tmp_path / "gate")
-  assert meta == {"half": 0.25}
+  assert meta == {"threshold": 0.25}
   np.testing.assert_array_equal(
     gates.predicted_gain(again, hidden), gates.predicted_gain(head, hidden)
   )

@@ -1,5 +1,6 @@
 """`python -m cacheaug.generate`."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from absl import flags
 
 import cacheaug
 from cacheaug.errors import UserError
+from cacheaug.inference.session import Plan
 from cacheaug.model import pretrained
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +48,8 @@ def test_compare_and_trace():
     "--trace",
     "--max_new_tokens=12",
     "--insert_every=8",
+    "--insert_before=2",
+    "--gate=entropy:-inf",
   )
   assert (status, err) == (0, "")
   lines = out.splitlines()
@@ -56,18 +60,31 @@ def test_compare_and_trace():
   ]
   assert lines[2].count("tokens/s, nll ") == 2
   traces = [line for line in lines if line.startswith("trace: ")]
-  assert len(traces) == 2
-  # 16 tokens with the BOS, padded to 32: slots 32-43 are the new tokens'.
-  assert traces[0].startswith(
+  assert len(traces) == 3
+  # 16 tokens with the BOS, of which 14 are padded to 32: slots 32-45 are those
+  # of the prompt's last two and of the new ones.
+  assert "after token 13 (-2 new): " in traces[0]
+  assert traces[0].endswith(
+    "positions 10-13, in place of the cache there, slots 46-49"
+  )
+  assert traces[1].startswith(
     "trace: after token 15 (0 new): 'a' 'r' 'g' 'v' ')' ':' | '\\n' "
   )
-  assert traces[0].endswith(
-    "4 latents at positions 12-15, in place of the cache there, slots 44-47"
-  )
-  assert "after token 23 (8 new): " in traces[1]
   assert traces[1].endswith(
-    "positions 20-23, in place of the cache there, slots 48-51"
+    "4 latents at positions 12-15, in place of the cache there, slots 50-53"
   )
+  assert "after token 23 (8 new): " in traces[2]
+  assert traces[2].endswith(
+    "positions 20-23, in place of the cache there, slots 54-57"
+  )
+
+
+def test_trace_tells_where_a_gate_said_no(command):
+  lm = command.open_lm("", "", "", True)
+  (done,) = lm.complete(["abcdef"], 3, gate="entropy:inf")
+  (line,) = command.trace(lm, done)
+  assert line.startswith("trace: after token 6 (0 new): ")
+  assert line.endswith(": the gate said no")
 
 
 def test_lines_of_a_pipe_are_prompts():
@@ -82,6 +99,9 @@ def test_bad_flags_are_one_line():
   for arguments, message in (
     (["--prompt=ab", "--temprature=1"], "did you mean temperature"),
     (["--prompt=ab"], "prompt 0 has 3 tokens"),
+    (["--prompt=ab", "--gate=never"], "is not entropy:NATS"),
+    (["--gate=entropy:1", "--latents=off"], "--gate decides on latents"),
+    (["--gate=entropy:1", "--store=x"], "--gate and --store"),
   ):
     status, out, err = run(*arguments)
     assert status == 1 and len(err.splitlines()) == 1
@@ -109,6 +129,7 @@ def test_which_decoder_and_coprocessor(command, tmp_path):
 
 def test_plans_and_prompts(command, tmp_path):
   lm = command.open_lm("", "", "", False)
+  assert command.plan_of(lm, ["0"], -1, []) == Plan()
   plan = command.plan_of(lm, ["0", "5"], 7, ["="])
   assert (plan.at, plan.every) == ((0, 5), 7)
   assert plan.after == (lm.tokenizer.encode("=")[0],)
@@ -134,6 +155,19 @@ def test_plans_and_prompts(command, tmp_path):
   ):
     with pytest.raises(UserError, match=message):
       command.prompts_of(prompts, file)
+
+
+def test_latents_come_as_often_as_trained(command, capsys):
+  lm = command.open_lm("", "", "", True)
+  spec = dataclasses.replace(lm.coprocessor.spec, rounds=2, stride=4)
+  params = dataclasses.replace(lm.coprocessor, spec=spec)
+  lm = dataclasses.replace(lm, coprocessor=params)
+  assert command.plan_of(lm, ["0"], -1, []) == Plan(every=4)
+  assert "latents again after every 4 new tokens" in capsys.readouterr().err
+  plan = command.plan_of(lm, ["0"], 0, [], before=["2"])
+  assert plan == Plan(before=(2,)) and not capsys.readouterr().err
+  with pytest.raises(UserError, match="--insert_before=x: give counts"):
+    command.plan_of(lm, ["0"], 0, [], before=["x"])
 
 
 def test_a_decoder_without_a_tokenizer(command, tmp_path):

@@ -175,9 +175,10 @@ def latents(
   traces: Traces,
   copied: jax.Array,  # [B, M, N, D], the decoder's embeddings of traces.copied
   repeated: jax.Array | None = None,  # the same of traces.repeated, if any
+  given: Given | None = None,  # rows of the block that were run before
 ) -> jax.Array:  # z [B, M, N, D]
   """Pass 2: all latents of all traces in one forward call."""
-  out = outputs(model, params, cache, traces, copied)
+  out = outputs(model, params, cache, traces, copied, given)
   place = copied if repeated is None else repeated
   return combine(place, out, traces.start == "harmless")
 
@@ -188,6 +189,7 @@ def outputs(
   cache: KVCache,
   traces: Traces,
   copied: jax.Array,  # as of `latents`, all of these
+  given: Given | None = None,
 ) -> jax.Array:  # [B, M, N, D]
   """What is trained contributes to z; `combine` makes z of it."""
   x = _inputs(params, traces, copied)
@@ -197,7 +199,13 @@ def outputs(
   if traces.kind == "activations":
     rows = rows.replace(starts=None)  # gradients of what is read are wanted
   hidden = transformer.run_blocks(
-    model, params["transformer"], x, rows, cache, trained=True
+    model,
+    params["transformer"],
+    x,
+    rows,
+    cache,
+    trained=True,
+    given=given,
   )
   if "latent_projection" not in params:
     return hidden

@@ -6,6 +6,7 @@
 
 What a coprocessor of another kind does in place of pass 2 is coprocessor.py's;
 where it hands over keys and values, pass 3 is `given_pass`.
+Traces of several rounds (rounds.py) do 2 and 3 again over what they left.
 
 The context rows never change, so their keys and values are constants of passes
 2 and 3: differentiating with respect to the coprocessor alone forms no gradient
@@ -15,7 +16,7 @@ of them, and none of the decoder's weights.
 import jax
 import jax.numpy as jnp
 
-from cacheaug.augment import coprocessor, traces
+from cacheaug.augment import coprocessor, rounds, traces
 from cacheaug.augment.traces import Traces, TraceSpec
 from cacheaug.kernels.cross_entropy import token_nll
 from cacheaug.model import transformer
@@ -111,6 +112,9 @@ def traces_nll(
   if reading is None:
     assert laid.kind != "activations", "give coprocessor.reading's"
     reading = cache
+  if laid.rounds:
+    hidden = rounds.predicting(model, decoder, coproc, cache, laid)
+    return rows_nll(model, decoder, hidden, laid.targets)
   copied, repeated = embedded(model, decoder, laid)
   if laid.given:
     given = coprocessor.given(model, coproc, reading, laid, copied)
@@ -144,11 +148,31 @@ def coprocessor_loss(
   is of traces.sample_late; without it no trace is.
   """
   tokens, documents = batch["tokens"], batch["documents"]
-  laid = traces.lay_out(tokens, documents, points, spec, batch.get("late"))
+  laid = rounds.lay_out(tokens, documents, points, spec, batch.get("late"))
   hidden, cache = context_pass(model, decoder, tokens, documents, spec)
   reading = coprocessor.reading(model, coproc, cache, hidden, spec)
   nll = traces_nll(model, decoder, coproc, cache, laid, reading)
   return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
+
+
+def points_nll(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params | None,  # None: the frozen decoder's
+  tokens: jax.Array,  # [B, S], each row one document
+  points: jax.Array,  # [B, M]
+  spec: TraceSpec,
+) -> jax.Array:  # [B, M, reach] nats
+  """Nll of the tokens after each point, with latents there or without."""
+  documents = jnp.zeros_like(tokens)
+  hidden, cache = context_pass(model, decoder, tokens, documents, spec)
+  if coproc is not None:
+    laid = rounds.lay_out(tokens, documents, points, spec)
+    reading = coprocessor.reading(model, coproc, cache, hidden, spec)
+    return traces_nll(model, decoder, coproc, cache, laid, reading)
+  nll = next_token_nll(model, decoder, hidden, tokens)
+  index = points[..., None] + jnp.arange(spec.reach)[None, None]
+  return jax.vmap(lambda row, i: row[i])(nll, index)
 
 
 def frozen_loss(
@@ -190,8 +214,8 @@ def _over_traces(
 ) -> tuple[jax.Array, jax.Array]:  # [A] each
   """Sums over the tokens that traces predict, each as often as they do."""
   tokens, documents = batch["tokens"], batch["documents"]
-  laid = traces.lay_out(tokens, documents, points, spec)
-  index = jnp.maximum(points, 0)[..., None] + jnp.arange(spec.ahead)[None, None]
+  laid = rounds.lay_out(tokens, documents, points, spec)
+  index = jnp.maximum(points, 0)[..., None] + jnp.arange(spec.reach)[None, None]
   index = jnp.minimum(index, tokens.shape[-1] - 2)
   nll = jax.vmap(lambda row, i: row[i])(nll, index)
   return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))

@@ -66,6 +66,11 @@ def _traces_rows(model, decoder, coproc, batch, points, spec):
       f"coprocessor.kind={spec.kind!r}: there is no dense way to compute it; "
       "compare kind 'coprocessor'"
     )
+  if spec.rounds > 1:
+    raise UserError(
+      f"traces.rounds={spec.rounds}: there is no dense way to compute it; "
+      "compare one round"
+    )
   tokens, documents = batch["tokens"], batch["documents"]
   laid = traces.lay_out(tokens, documents, points, spec, batch.get("late"))
   _, cache = objective.context_pass(model, decoder, tokens, documents, spec)

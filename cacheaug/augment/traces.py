@@ -57,6 +57,7 @@ entries its successor at the very same position.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -89,6 +90,8 @@ class TraceSpec:
   mask_documents: bool = True  # False: a sequence's documents see each other
   late_max: int = 0  # latents come 0 to so many tokens late, uniformly
   kind: str = "coprocessor"  # of KINDS, see coprocessor.py
+  rounds: int = 1  # of latents a trace, see rounds.py
+  stride: int = 0  # k, tokens between them; 0: all at one point
 
   def __post_init__(self):
     for key, known in (("scheme", SCHEMES), ("law", LAWS), ("start", STARTS)):
@@ -101,17 +104,34 @@ class TraceSpec:
       raise UserError(
         f"coprocessor.kind={self.kind!r} is not one of {', '.join(KINDS)}"
       )
-    for key in ("latents", "ahead", "count", "min_ahead"):
+    for key in ("latents", "ahead", "count", "min_ahead", "rounds"):
       if getattr(self, key) < 1:
         raise UserError(f"traces.{key}={getattr(self, key)} must be at least 1")
-    for key in ("tail", "late_max"):
+    for key in ("tail", "late_max", "stride"):
       if getattr(self, key) < 0:
         raise UserError(
           f"traces.{key}={getattr(self, key)} must be 0 (off) or more"
         )
-    if self.min_ahead > self.ahead:
+    if self.stride and self.rounds == 1:
       raise UserError(
-        f"traces.min_ahead={self.min_ahead} exceeds ahead={self.ahead}"
+        f"traces.stride={self.stride} is between rounds: set traces.rounds to "
+        "2 or more, or the stride to 0"
+      )
+    if self.rounds > 1 and self.kind != "coprocessor":
+      raise UserError(
+        f"traces.rounds={self.rounds}: coprocessor.kind={self.kind!r} knows "
+        "one round only; set it to 'coprocessor', or the rounds to 1"
+      )
+    if self.late_max and self.rounds > 1:
+      raise UserError(
+        f"traces.rounds={self.rounds} with traces.late_max={self.late_max}: "
+        "latents of several rounds cannot come late; set one of them to "
+        "rounds=1 or late_max=0"
+      )
+    if self.min_ahead > self.reach:
+      raise UserError(
+        f"traces.min_ahead={self.min_ahead} exceeds the {self.reach} tokens "
+        "that a trace predicts (traces.ahead)"
       )
     if self.late_max:
       self.check_late()
@@ -148,6 +168,30 @@ class TraceSpec:
     return self.latents + self.ahead - (0 if self.given else 1)
 
   @property
+  def reach(self) -> int:
+    """Tokens that one trace predicts, in all its rounds."""
+    return self.stride * (self.rounds - 1) + self.ahead
+
+  @property
+  def at_once(self) -> int:
+    """Rounds at one point, one upon another."""
+    return 1 if self.stride else self.rounds
+
+  def reaching(self, tokens: int) -> "TraceSpec":
+    """The same for so many tokens after a point, no round beyond them."""
+    rounds = self.rounds
+    if self.stride:
+      rounds = min(rounds, 1 + (tokens - 1) // self.stride)
+    stride = self.stride if rounds > 1 else 0
+    return dataclasses.replace(
+      self,
+      rounds=rounds,
+      stride=stride,
+      ahead=tokens - stride * (rounds - 1),
+      min_ahead=1,
+    )
+
+  @property
   def context_needed(self) -> int:
     """Context tokens that must precede and include a point."""
     literal = self.scheme == "insert" and self.start == "as_is"
@@ -174,6 +218,8 @@ class Traces:
   def given(self) -> bool:
     """As of TraceSpec."""
     return self.kind in GIVEN
+
+  rounds: tuple[Any, ...] = ()  # of rounds.Round, where there are several
 
 
 def segments_of(documents: jax.Array, mask_documents: bool) -> jax.Array:

@@ -101,6 +101,8 @@ def diagnose(
     UserError: no document has room for a trace, or the coprocessor's latents
       are keys and values.
   """
+  # Of the first round's latents, as far as a trace of all rounds reaches.
+  spec = dataclasses.replace(spec, ahead=spec.reach, rounds=1, stride=0)
   spec = perplexity.table_spec(spec)
   check_kind(spec)
   harmless = spec.start == "harmless"

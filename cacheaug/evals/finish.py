@@ -1,6 +1,5 @@
 """What a run reports at its end: tables, plot, exact match."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -71,7 +70,7 @@ def sums_by_source(
   spec: TraceSpec,
 ) -> dict[str, DocumentSums]:
   """What one perplexity table a source is made of."""
-  spec = dataclasses.replace(spec, ahead=config.eval.ahead, min_ahead=1)
+  spec = spec.reaching(config.eval.ahead)
   return {
     name: perplexity.coprocessor_sums(
       model,
@@ -232,7 +231,7 @@ def language_model_report(
   if decoder is None:
     return figures, text
   spec = configs.spec_of(config)
-  spec = dataclasses.replace(spec, ahead=config.eval.ahead, min_ahead=1)
+  spec = spec.reaching(config.eval.ahead)
   models = {paired.FROZEN: (model, decoder), paired.AUGMENTED: (model, params)}
   sums = {
     name: perplexity.plain_sums(

@@ -9,8 +9,10 @@ save on the next A tokens are measured. A gate ranks these contexts; the report
 says which part of the whole gain it reaches with the best 10, 20 .. 100 % of
 them. Besides: `random`, what chance reaches; `best possible`, which ranks by
 the gain itself, as no gate can. The learned head is fitted to the training
-text and written, with the threshold that lets half of that text through, to
---out (the run's own directory `gate` by default; see inference/gates.py).
+text and written, with the threshold that lets --share percent of that text
+through, to --out (the run's own directory `gate` by default; see
+inference/gates.py). At the end come the flags with which
+`python -m cacheaug.generate` decides so.
 """
 
 import dataclasses
@@ -183,7 +185,7 @@ class Row:
   gate: str
   percent: tuple[float, ...]  # of the whole gain, at SHARES
   at_half: tuple[float, float]  # interval at 50 %
-  # At the threshold that lets half of the training text through.
+  # At the threshold that lets the wanted share of the training text through.
   share: float | None = None
   gained: float | None = None
 
@@ -250,7 +252,7 @@ def format_table(contexts: Contexts, rows: list[Row]) -> str:
     line += f"({row.at_half[0]:.1f} to {row.at_half[1]:.1f})"
     if row.share is not None:
       line += (
-        f"; at the training text's median {row.share:.1f} % augmented, "
+        f"; at the training text's threshold {row.share:.1f} % augmented, "
         f"{row.gained:.1f} % of the gain"
       )
     lines.append(line)
@@ -289,6 +291,8 @@ def main() -> None:
     config = configs.resolve(values.config)
   if not config.decoder.path:
     raise UserError("decoder.path is empty: a random decoder gains nothing")
+  if not 0 < values.share < 100:
+    raise UserError(f"--share={values.share:g} must be between 0 and 100")
   out = values.out or (workdir and str(pathlib.Path(workdir) / "gate"))
   if not out:
     raise UserError("--out is missing: a directory for the gate's head")
@@ -296,7 +300,9 @@ def main() -> None:
   config.eval.sequences = values.sequences
   spec, coproc = found.coprocessor.spec, found.coprocessor.params
   ahead = values.ahead or spec.ahead
-  spec = dataclasses.replace(spec, ahead=ahead, min_ahead=1)
+  if spec.stride:  # A gate decides on latents at one point.
+    spec = dataclasses.replace(spec, rounds=1, stride=0)
+  spec = spec.reaching(ahead)
   names = finish.source_names(config)
 
   def contexts(text):
@@ -309,7 +315,7 @@ def main() -> None:
   train = join(contexts(training_text).values())
   head = gates.fit_head(jax.random.key(config.seed), train.hidden, train.gain)
   thresholds = {
-    name: float(np.median(score))
+    name: float(np.percentile(score, 100.0 - values.share))
     for name, score in scores(train, head).items()
     if name in (LEARNED, ENTROPY)
   }
@@ -317,7 +323,8 @@ def main() -> None:
     "decoder_fingerprint": found.fingerprint,
     "coprocessor": str(path),
     "ahead": ahead,
-    "half": thresholds[LEARNED],
+    "share": values.share,
+    "threshold": thresholds[LEARNED],
   }
   gates.save_head(out, head, meta)
   held = contexts(finish.held_out)
@@ -328,8 +335,14 @@ def main() -> None:
     print(format_table(some, rows) + "\n", flush=True)
   print(
     f"gate's head, fitted to {len(train)} training contexts: {out} "
-    f"(half of them are above {thresholds[LEARNED]:.4f} nats)"
+    f"({values.share:g} % of them are above {thresholds[LEARNED]:.4f} nats)"
   )
+  where = f"--workdir={workdir}"
+  if not workdir:
+    where = f"--decoder={config.decoder.path} --coprocessor={path}"
+  print(f"latents for {values.share:g} % of such contexts, by either:")
+  for gate in (f"entropy:{thresholds[ENTROPY]:.4f}", f"head:{out}"):
+    print(f"  python -m cacheaug.generate {where} --gate={gate}")
 
 
 if __name__ == "__main__":
@@ -339,6 +352,7 @@ if __name__ == "__main__":
   )
   flags.DEFINE_string("out", "", "directory for the learned head")
   flags.DEFINE_integer("sequences", 512, "of training and of held-out text")
+  flags.DEFINE_float("share", 50, "percent of contexts to let through")
   flags.DEFINE_integer("ahead", 0, "tokens the gain is over; 0: as trained")
   if any(a.lstrip("-").startswith("config") for a in sys.argv[1:]):
     # Only then: cacheaug.command insists on a flag of this name.

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheaug.augment import coprocessor, objective, traces
+from cacheaug.augment import coprocessor, objective, rounds, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.evals import paired
@@ -52,7 +52,7 @@ def point_weights(
   """
   s = documents.shape[-1]
   valid = traces.valid_points(documents, spec, context)
-  target = jnp.arange(s)[:, None] + jnp.arange(1, spec.ahead + 1)[None]
+  target = jnp.arange(s)[:, None] + jnp.arange(1, spec.reach + 1)[None]
   there = jnp.take(documents, jnp.minimum(target, s - 1), axis=-1)
   same = (there == documents[..., None]) & (target < s)[None]
   return (valid[..., None] & same).astype(jnp.float32)
@@ -97,7 +97,7 @@ def plain_nll(
   """A language model's nll of the A tokens after each point, no latents."""
   hidden, _ = objective.context_pass(model, params, tokens, documents, spec)
   plain = objective.next_token_nll(model, params, hidden, tokens)
-  return after_points(plain, spec.ahead)
+  return after_points(plain, spec.reach)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "spec", "context"))
@@ -126,7 +126,7 @@ def both_nll(
   )
   reading = coprocessor.reading(model, coproc, cache, hidden, spec)
   plain = objective.next_token_nll(model, decoder, hidden, tokens)
-  frozen = after_points(plain, spec.ahead)
+  frozen = after_points(plain, spec.reach)
   points = points_of(documents, spec, context)
   if late is not None:
     room = traces.late_room(documents, points, spec)
@@ -136,7 +136,7 @@ def both_nll(
     delay = late
     if late is not None:
       delay = jnp.where(points >= 0, late, 0)
-    laid = traces.lay_out(tokens, documents, points, spec, delay)
+    laid = rounds.lay_out(tokens, documents, points, spec, delay)
     nll = objective.traces_nll(model, decoder, coproc, cache, laid, reading)
     return nll, laid.weights
 
@@ -205,7 +205,7 @@ def coprocessor_sums(
     coproc: the coprocessor's.
     batches: held-out text.
     spec: the coprocessor's.
-    positions: ahead tokens to report, from 1; those beyond spec.ahead are left
+    positions: ahead tokens to report, from 1; those beyond spec.reach are left
       out.
     context: tokens that must precede and include a point, at least as many as
       the coprocessor needs; 0: as many. Tables of one `context` are over the
@@ -231,7 +231,7 @@ def coprocessor_sums(
     nll = {paired.FROZEN: frozen, paired.AUGMENTED: augmented}
     return nll, of_answers(weights, batch)
 
-  positions = tuple(j for j in positions if j <= spec.ahead)
+  positions = tuple(j for j in positions if j <= spec.reach)
   return document_sums(measure, batches, positions)
 
 
@@ -266,7 +266,7 @@ def plain_sums(
     }
     return nll, of_answers(point_weights(text[1], spec, context), batch)
 
-  positions = tuple(j for j in positions if j <= spec.ahead)
+  positions = tuple(j for j in positions if j <= spec.reach)
   return document_sums(measure, batches, positions)
 
 

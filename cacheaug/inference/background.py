@@ -95,7 +95,14 @@ class LateInsertion(Insertion):
 
 
 class BackgroundSession(Session):
-  """A session whose latents come from a worker, if and when they do."""
+  """A session whose latents come from a worker, if and when they do.
+
+  Slots for them are made when the first have come: until then decoding is that
+  of a session without a coprocessor, and as fast. A step attends to all slots,
+  empty or not.
+  """
+
+  _at_once = False
 
   def __init__(
     self,
@@ -226,6 +233,8 @@ class BackgroundSession(Session):
 
   def _write(self, job: Job) -> None:
     on = job.on & ~self._done
+    room = self._room * self._spec.latents
+    self.state = engine.widen(self.state, room)
     self.state = land(
       self._model,
       self._decoder,

@@ -112,6 +112,18 @@ def start(
   )
 
 
+def widen(state: State, latents: int) -> State:
+  """The same with slots for so many latents, if it has fewer; then a copy."""
+  slots = state.latent_slot(0, 0) + latents
+  more = slots + -slots % SLOTS - state.cache.positions.shape[1]
+  return _widen(state, more) if more > 0 else state
+
+
+@functools.partial(jax.jit, static_argnames="more")
+def _widen(state, more):
+  return state.replace(cache=state.cache.pad(more))
+
+
 def lay_point(
   model: Transformer,
   decoder: Params,
@@ -319,6 +331,7 @@ def advance(
   stop_ids: tuple[int, ...] = (-1,),
   pause_ids: tuple[int, ...] = (),
   scored: bool = False,
+  forced: jax.Array | None = None,  # [B, T] new tokens, -1 where free
 ) -> State:
   """Says tokens until there are `until`, or all sequences are done.
 
@@ -326,11 +339,14 @@ def advance(
   with stop_ids[0]; the -1 by default is no token and ends none. The loop also
   stops after a step in which a sequence says one of `pause_ids`. `scored`
   keeps each token's nll under the model (before temperature and cuts).
+  `forced` tokens are said whatever the model would; they end nothing.
   """
   state = state.replace(paused=jnp.zeros_like(state.paused))
   return jax.lax.while_loop(
     lambda s: (s.step < until) & ~s.done.all() & ~s.paused.any(),
-    lambda s: _say(model, decoder, s, sampling, stop_ids, pause_ids, scored),
+    lambda s: _say(
+      model, decoder, s, sampling, stop_ids, pause_ids, scored, forced
+    ),
     state,
   )
 
@@ -341,14 +357,20 @@ def end(state: State, ended: jax.Array) -> State:
   return state.replace(done=state.done | ended)
 
 
-def _say(model, decoder, state, sampling, stop_ids, pause_ids, scored):
+def _say(model, decoder, state, sampling, stop_ids, pause_ids, scored, forced):
   """One token of every sequence."""
   logits = transformer.logits(model, decoder, state.hidden)
   token = choose(logits, sampling, state.keys, state.step)
   token = jnp.where(state.done, stop_ids[0], token)
+  free = jnp.ones_like(state.done)
+  if forced is not None:
+    here = forced[:, state.step]
+    free = here < 0
+    token = jnp.where(free, token, here)
 
   def among(ids):
-    return (token[:, None] == jnp.array(ids, jnp.int32)[None]).any(-1)
+    found = (token[:, None] == jnp.array(ids, jnp.int32)[None]).any(-1)
+    return found & free
 
   done = state.done | among(stop_ids)
   tokens = jax.lax.dynamic_update_slice(

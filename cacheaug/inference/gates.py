@@ -10,10 +10,15 @@ computed anyway: the last row's hidden state `hidden` [..., D], as of
   worthwhile      the gain that a learned head predicts is above a threshold
 
 What each of them gains, and which threshold to take, is measured by
-`python -m cacheaug.evals.gating`. The answers fit `LM.generate(latents=...)`.
+`python -m cacheaug.evals.gating`, which also says how to use them:
+`LM.generate(gate="entropy:1.2")`, `python -m cacheaug.generate --gate=...`.
+Answers for whole prompts fit `LM.generate(latents=...)`.
 """
 
+import functools
+import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +31,9 @@ from cacheaug.errors import UserError
 from cacheaug.model import pretrained, transformer
 from cacheaug.model import safetensor_files as files
 from cacheaug.model.transformer import Params, Transformer
+
+# Hidden states [B, D] of rows that predict the next token -> [B] bool.
+Gate = Callable[[jax.Array], jax.Array]
 
 FORMAT = "cacheaug-gate-1"
 _CONFIG, _WEIGHTS = "gate.json", "gate.safetensors"
@@ -74,6 +82,58 @@ def worthwhile(
 ) -> jax.Array:  # [..., D], nats -> [...] bool
   """Where latents are expected to gain more than `threshold`."""
   return predicted_gain(head, hidden) > threshold
+
+
+# --- by name -----------------------------------------------------------------
+
+
+def parse(
+  text: str, model: Transformer, decoder: Params, fingerprint: str
+) -> Gate:
+  """The gate that 'entropy:NATS' or 'head:DIR[:NATS]' names.
+
+  Args:
+    text: NATS is the threshold; a head's own by default.
+    model: of the decoder.
+    decoder: its parameters.
+    fingerprint: the decoder's, for which a head must have been learned.
+
+  Raises:
+    UserError: another name, a threshold that is no number, or no such head.
+  """
+  kind, _, rest = text.partition(":")
+  if kind == "entropy" and rest:
+    uncertain_ = functools.partial(_uncertain, model, decoder)
+    return functools.partial(uncertain_, threshold=_threshold(text, rest))
+  if kind != "head" or not rest:
+    raise UserError(f"gate {text!r} is not entropy:NATS or head:DIR[:NATS]")
+  directory, _, last = rest.rpartition(":")
+  # A directory's own name may hold a colon.
+  if not directory or (pathlib.Path(rest).expanduser() / _CONFIG).exists():
+    directory, last = rest, ""
+  head, meta = load_head(directory)
+  if meta.get("decoder_fingerprint") != fingerprint:
+    raise UserError(
+      f"gate {text!r}: its head was learned for decoder "
+      f"{meta.get('decoder_fingerprint')}, the one loaded is {fingerprint}: "
+      "make one with cacheaug.evals.gating"
+    )
+  threshold = _threshold(text, last) if last else float(meta["threshold"])
+  return functools.partial(_worthwhile, head, threshold=threshold)
+
+
+def _threshold(text: str, number: str) -> float:
+  try:
+    value = float(number)
+  except ValueError:
+    value = math.nan
+  if math.isnan(value):
+    raise UserError(f"gate {text!r}: {number!r} is not a threshold in nats")
+  return value
+
+
+_uncertain = jax.jit(uncertain, static_argnames="model")
+_worthwhile = jax.jit(worthwhile)
 
 
 # --- scores -----------------------------------------------------------------

@@ -64,12 +64,18 @@ def check_prompts(
     prompts: tokens of each.
     spec: of the coprocessor.
     on: which of them get latents; all by default.
-    said: new tokens before the first latents.
+    said: new tokens before the first latents; -2: they stand two before the
+      prompt's end.
 
   Raises:
     UserError: a prompt with fewer tokens than the latents stand on.
   """
   for i, prompt in enumerate(prompts):
+    if said < 0 and len(prompt) + said < 1:
+      raise UserError(
+        f"prompt {i} has {len(prompt)} tokens: latents of its batch stand "
+        f"{-said} before its end; lengthen it, or give it apart"
+      )
     if (on is None or on[i]) and len(prompt) + said < spec.context_needed:
       raise UserError(
         f"prompt {i} has {len(prompt)} tokens: with latents={spec.latents} "
@@ -182,22 +188,28 @@ def augment_context(
   spec: TraceSpec,
   late: jax.Array | None = None,  # [B]
 ) -> Context:
-  """`augment`, of all that `decode` needs."""
-  hidden, cache, position = augment(
-    model,
-    decoder,
-    coproc,
-    context.cache,
-    context.tokens,
-    context.documents,
-    spec,
-    position=context.position,
-    late=late,
-    states=context.states,
-  )
-  return context.replace(
-    cache=cache, hidden=hidden, position=position, augmented=True
-  )
+  """`augment`, of all that `decode` needs; in as many rounds as trained."""
+  if late is not None and spec.at_once > 1:
+    raise UserError(
+      f"traces.rounds={spec.rounds}: latents of several rounds cannot come late"
+    )
+  for _ in range(spec.at_once):
+    hidden, cache, position = augment(
+      model,
+      decoder,
+      coproc,
+      context.cache,
+      context.tokens,
+      context.documents,
+      spec,
+      position=context.position,
+      late=late,
+      states=context.states,
+    )
+    context = context.replace(
+      cache=cache, hidden=hidden, position=position, augmented=True
+    )
+  return context
 
 
 def decode(

@@ -15,6 +15,7 @@ from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.inference import engine
 from cacheaug.inference.engine import Context
+from cacheaug.inference.gates import Gate
 from cacheaug.inference.sampling import GREEDY, Sampling
 from cacheaug.model.attention import NO_LIMIT
 from cacheaug.model.transformer import Params, Transformer
@@ -32,14 +33,36 @@ class Plan:
   every: int = 0  # and after every so many new tokens; 0: not
   after: tuple[int, ...] = ()  # and after each of these tokens
   most: int = 8  # of the insertions by `after`
+  # And so many tokens before the prompt's end, the same for a whole batch.
+  before: tuple[int, ...] = ()
+  rounds: int = 1  # of latents at each of these points, one upon another
 
   def __post_init__(self):
     if any(step < 0 for step in self.at):
       raise UserError(f"at={self.at}: counts of new tokens are 0 or more")
     if self.every < 0:
       raise UserError(f"every={self.every} must be 0 (never) or more")
-    if self.most < 1:
-      raise UserError(f"most={self.most} must be at least 1")
+    for key in ("most", "rounds"):
+      if getattr(self, key) < 1:
+        raise UserError(f"{key}={getattr(self, key)} must be at least 1")
+    if any(tokens < 1 for tokens in self.before):
+      raise UserError(f"before={self.before}: counts of tokens are 1 or more")
+
+  @classmethod
+  def trained(cls, spec: TraceSpec) -> "Plan":
+    """What a coprocessor was trained for, along the whole of the new text."""
+    return cls(every=spec.stride, rounds=spec.at_once)
+
+  def first(self, max_new_tokens: int) -> int:
+    """New tokens that there surely are before the first latents; may be < 0."""
+    if self.before:
+      return -self.told
+    return 0 if self.after else min(self.steps(max_new_tokens), default=0)
+
+  @property
+  def told(self) -> int:
+    """Tokens of a prompt's end that are read as if they were said."""
+    return max(self.before, default=0)
 
   def steps(self, max_new_tokens: int) -> list[int]:
     """Counts of new tokens after which latents are due, ascending."""
@@ -49,7 +72,8 @@ class Plan:
 
   def room(self, max_new_tokens: int) -> int:
     """The most insertions that there can be."""
-    return len(self.steps(max_new_tokens)) + (self.most if self.after else 0)
+    points = len(self.steps(max_new_tokens)) + len(set(self.before))
+    return self.rounds * (points + (self.most if self.after else 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +81,18 @@ class Insertion:
   """N latents that were inserted into one sequence."""
 
   sequence: int
-  step: int  # new tokens before them
+  step: int  # new tokens before them; -2: two before the prompt's end
   position: int  # of the first latent, the prompt's first token at 0
   slot: int  # of the first latent
   latents: int  # N
+
+
+@dataclasses.dataclass(frozen=True)
+class Declined:
+  """A point where a gate let no latents through."""
+
+  sequence: int
+  step: int  # as of Insertion
 
 
 class Session:
@@ -68,8 +100,11 @@ class Session:
 
   Attributes:
     insertions: so far, in order.
+    declined: so far, in order.
     state: what `engine` works on.
   """
+
+  _at_once = True  # slots for latents are there from the start
 
   def __init__(
     self,
@@ -86,8 +121,10 @@ class Session:
     seed: int = 0,
     stop_ids: tuple[int, ...] = (),
     scored: bool = False,
+    gate: Gate | None = None,
+    told: Sequence[Sequence[int]] | None = None,
   ):
-    """Lays out the cache; no token is said yet.
+    """Lays out the cache; no token is said yet, but for those told.
 
     Args:
       model: of decoder and coprocessor.
@@ -102,40 +139,59 @@ class Session:
       seed: sequence i draws from key(seed) folded with i, whatever its batch.
       stop_ids: end a sequence.
       scored: keep each token's nll.
+      gate: asked wherever latents are due, by the hidden state of the row that
+        predicts the next token; where it says no there are none.
+      told: [B, plan.told] tokens, the ends of the prompts where latents are due
+        before these: the context is then of what comes before.
     """
     b = len(context.tokens)
     self._model, self._decoder = model, decoder
     self._coproc, self._spec = coproc, spec
     self._on = np.ones(b, bool) if on is None else np.array(on, bool)
-    plan = plan or Plan()
+    plan, self._gate = plan or Plan(), gate
+    self._told = plan.told
+    forced = None
+    if self._told:
+      if told is None:
+        raise UserError(
+          f"before={plan.before}: latents before a prompt's end need the "
+          "prompt's end told; LM.generate does, a server does not"
+        )
+      free = np.full((b, max_new_tokens), -1, np.int32)
+      forced = np.concatenate([np.array(told, np.int32), free], 1)
     # Of the first token; stored contexts need not count from the padding.
     self._skipped = np.asarray(context.cache.positions).min(
       1, where=np.asarray(context.cache.segments) > 0, initial=NO_LIMIT
     )
     self._due: list[int] = []
-    self._room = latents = 0
+    self._rounds, self._room, latents = 1, 0, 0
     pause_ids: tuple[int, ...] = ()
     if coproc is not None:
-      self._due = plan.steps(max_new_tokens)
-      self._room = plan.room(max_new_tokens)
+      self._due = sorted({self._told - n for n in plan.before})
+      self._due += [self._told + n for n in plan.steps(max_new_tokens)]
+      self._rounds, self._room = plan.rounds, plan.room(max_new_tokens)
       latents, pause_ids = self._room * spec.latents, plan.after
     self._options = dict(
       sampling=sampling,
       stop_ids=stop_ids or (-1,),
       pause_ids=pause_ids,
       scored=scored,
+      forced=forced,
     )
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     self.state = engine.start(
       model,
       context,
       fold(jax.random.key(seed), jnp.arange(b)),
-      max_new_tokens=max_new_tokens,
-      latents=latents,
+      max_new_tokens=self._told + max_new_tokens,
+      latents=latents if self._at_once else 0,
     )
     self.insertions: list[Insertion] = []
+    self.declined: list[Declined] = []
     self._count = self._step = 0
     self._done = np.zeros(b, bool)
+    if self._told:
+      self.run(self._told)
 
   @property
   def finished(self) -> bool:
@@ -168,7 +224,7 @@ class Session:
 
   def nll(self) -> np.ndarray:  # [B, tokens said]
     """Nats of each token under the model, 0 after a sequence's end."""
-    return np.asarray(self.state.nll)[:, : self._step]
+    return np.asarray(self.state.nll)[:, self._told : self._step]
 
   def _insert_where_due(self) -> None:
     paused = np.asarray(self.state.paused)
@@ -179,7 +235,16 @@ class Session:
       return
     on = self._on & ~self._done & (due | paused)
     # Insertions by `after` must leave room for those that are planned.
-    if on.any() and (due or self._count + len(self._due) < self._room):
+    planned = self._count + self._rounds * len(self._due)
+    if not on.any() or not (due or planned + self._rounds <= self._room):
+      return
+    if self._gate is not None:
+      asked, on = on, on & np.asarray(self._gate(self.state.hidden))
+      self.declined += [
+        Declined(int(i), self._step - self._told)
+        for i in np.flatnonzero(asked & ~on)
+      ]
+    for _ in range(self._rounds if on.any() else 0):
       self._insert(on)
 
   def _insert(self, on: np.ndarray) -> None:
@@ -202,6 +267,6 @@ class Session:
     n = self._spec.latents
     first = np.asarray(self.state.position) - n - self._skipped
     self.insertions += [
-      Insertion(int(i), self._step, int(first[i]), slot, n)
+      Insertion(int(i), self._step - self._told, int(first[i]), slot, n)
       for i in np.flatnonzero(on)
     ]

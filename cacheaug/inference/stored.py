@@ -230,7 +230,8 @@ class StoredLM(LM):
       spec = self._coprocessor().spec
       generate.check_prompts([tokens], spec)
       if spec.scheme == "insert":
-        self._check_positions(len(tokens) + spec.latents, 0)
+        pushed = spec.latents * spec.at_once
+        self._check_positions(len(tokens) + pushed, 0)
 
   def has(self, tokens: list[int], latents: bool) -> bool:
     """Whether `fill` has stored these tokens."""
@@ -336,6 +337,11 @@ class StoredLM(LM):
     self, rows: list[list[int]], on: Sequence[bool], plan: Plan
   ) -> tuple[Context, Plan]:
     """Contexts of the store; latents of the prompt's end are in them."""
+    if plan.before:
+      raise UserError(
+        f"before={plan.before}: a store's contexts end where documents do; "
+        "decode without one"
+      )
     at_once = self.coprocessor is not None and 0 in plan.at
     found, hits = self.entries(rows, [at_once and x for x in on])
     logging.info("store: %d of %d prompts were begun in it", hits, len(rows))

@@ -178,12 +178,18 @@ class Worker:
         beside the decoder where there is one alone.
 
     Raises:
-      UserError: a kind that does not turn a cache into embeddings.
+      UserError: a kind that does not turn a cache into embeddings, or several
+        rounds at one point.
     """
     if spec.kind != "coprocessor":
       raise UserError(
         f"coprocessor.kind={spec.kind!r}: the background runs kind "
         "'coprocessor' alone; insert latents at once (Session)"
+      )
+    if spec.at_once > 1:
+      raise UserError(
+        f"traces.rounds={spec.rounds} at one point: the background computes "
+        "one round; insert latents at once (Session)"
       )
     if device is None and len(jax.local_devices()) > 1:
       device = jax.local_devices()[1]

@@ -7,7 +7,7 @@ import numpy as np
 
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
-from cacheaug.inference.session import Insertion, Session
+from cacheaug.inference.session import Declined, Insertion, Session
 from cacheaug.inference.text import TextStream
 
 # Tokens between looks for a stop string where nobody reads along.
@@ -40,6 +40,7 @@ class Completion:
   ids: tuple[int, ...]  # without the stop token, with a stop string's tokens
   nll: np.ndarray | None  # [len(ids)] nats under the model, where scored
   insertions: tuple[Insertion, ...]
+  declined: tuple[Declined, ...] = ()  # where a gate said no
 
 
 class Writer:
@@ -87,13 +88,19 @@ class Writer:
     while not self.session.finished:
       self.advance(_CHUNK if self._stop else self.session.state.room)
     nll = self.session.nll() if self._scored else None
+    session = self.session
+
+    def own(found, i):
+      return tuple(x for x in found if x.sequence == i)
+
     return [
       Completion(
         prompt=self._prompts[i],
         text=stream.text,
         ids=tuple(ids),
         nll=None if nll is None else nll[i, : len(ids)],
-        insertions=tuple(x for x in self.session.insertions if x.sequence == i),
+        insertions=own(session.insertions, i),
+        declined=own(session.declined, i),
       )
       for i, (stream, ids) in enumerate(
         zip(self._streams, self._ids, strict=True)

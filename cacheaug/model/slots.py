@@ -69,6 +69,16 @@ class SlotCache:
       put(self.segments, rows.segments),
     )
 
+  def pad(self, slots: int) -> "SlotCache":
+    """A copy with so many further slots, empty."""
+    row, kv = ((0, 0), (0, slots)), ((0, 0), (0, 0), (0, slots), (0, 0))
+    return SlotCache(
+      keys=tuple(jnp.pad(x, kv) for x in self.keys),
+      values=tuple(jnp.pad(x, kv) for x in self.values),
+      positions=jnp.pad(self.positions, row),
+      segments=jnp.pad(self.segments, row),
+    )
+
   def hide_after(self, limits: jax.Array) -> "SlotCache":
     """Empties every slot at a position beyond `limits` [B]."""
     keep = self.positions <= limits[:, None]

@@ -194,7 +194,7 @@ def _working(
   )
   wanted = config.data.sequence
   if config.objective == "coprocessor":
-    wanted = config.traces.count * config.traces.ahead
+    wanted = config.traces.count * configs.spec_of(config).reach
   rows = min(rows, micro_batch(config, mesh) * wanted)
   logits = 3 * 4 * rows * c.vocab_size / tensor
   return again + gathered + logits
