@@ -13,6 +13,12 @@ tokens; all columns are over the same tokens). Then the diagnostics: other
 latents in the same places, their geometry, the attention they get, the tokens
 nearest to them (evals/diagnostics.py).
 
+With --tasks, the paper's table 2, by lm_eval on local files: the frozen decoder
+and the augmented one answer the same documents, latents at each prompt's end.
+
+  python -m cacheaug.evaluate --workdir=DIR --tasks=gsm8k,arc_easy \
+      --data=BENCHMARKS --limit=100 --notables --out=runs/scores
+
 Text is streamed, eval.batch sequences at a time: memory does not grow with it,
 lower eval.batch if a batch does not fit. Without --text it is the held-out text
 of the run's own sources. The report appears whole at the end in --out, by
@@ -37,13 +43,32 @@ from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import sources
 from cacheaug.errors import UserError
-from cacheaug.evals import diagnosis, finish, page, perplexity, report
+from cacheaug.evals import (
+  benchmarks,
+  diagnosis,
+  finish,
+  page,
+  perplexity,
+  report,
+)
 from cacheaug.evals.page import Evaluated
 from cacheaug.evals.perplexity import Batch
 from cacheaug.lm import LM
 from cacheaug.metrics import Progress
 
 TEXT = "text"  # the name of --text as a source
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+  """Benchmarks that are asked for; keys of benchmarks.run_tasks."""
+
+  names: tuple[str, ...] = ()
+  data: str = ""
+  limit: int = 0
+  batch: int = 8
+  cot: str = ""
+  execute: bool = False
 
 
 def open_config(
@@ -225,6 +250,8 @@ def run(
   text: str,
   field: str,
   diagnostics: bool,
+  tables: bool = True,
+  tasks: Tasks | None = None,
 ) -> epath.Path:
   """Evaluates, prints the tables and writes the report; returns its page.
 
@@ -236,10 +263,16 @@ def run(
     text: of --text, '' for held-out text.
     field: of --field.
     diagnostics: look into the latents, too.
+    tables: perplexity by position; without, there are no diagnostics either.
+    tasks: benchmarks, if any.
 
   Raises:
     UserError: bad input, before anything is computed or written.
   """
+  if not tables and not tasks:
+    raise UserError("--notables leaves nothing to do: give --tasks")
+  if tasks and not tasks.data:
+    raise UserError("--tasks needs --data: the directory of their files")
   if not config.decoder.path:
     raise UserError("decoder.path is empty: a random decoder gains nothing")
   split = use_text(config, text, field) if text else "validation"
@@ -247,7 +280,7 @@ def run(
   found = found.with_coprocessor(path)
   asked = asked_latents(latents, found.coprocessor.spec)
   spec = adapt(config, found)
-  if diagnostics:
+  if diagnostics and tables:
     diagnosis.check_kind(spec)
   context = config.eval.context or found.coprocessor.spec.context_needed
 
@@ -255,7 +288,7 @@ def run(
     tokenizer = found.tokenizer
     return finish.held_out(config, tokenizer, name, split=split, mixed=True)
 
-  names = finish.source_names(config)
+  names = finish.source_names(config) if tables else []
   # Read once before anything is computed: bad text is refused here.
   try:
     batches = sum(1 for name in names for _ in read(name))
@@ -263,7 +296,14 @@ def run(
     raise UserError(f"--text={text}: {e}" if text else str(e)) from e
   # Before, since the checkout may change while this runs.
   meta = describe(config, path, found)
-  meta["text"] = text or f"held-out documents of {', '.join(names)}"
+  if tables:
+    meta["text"] = text or f"held-out documents of {', '.join(names)}"
+  scores = []
+  if tasks:
+    options = dataclasses.asdict(tasks)
+    scores = benchmarks.run_tasks(
+      found, options.pop("names"), **options, say=print
+    )
   done = 0
   total = (len(asked) + (2 if diagnostics else 0)) * batches
   by_source = {}
@@ -287,13 +327,36 @@ def run(
         seed=config.seed,
       )
   show = functools.partial(show_token, found.tokenizer)
-  files = page.contents(by_source, meta=meta, seed=config.seed, show=show)
+  files = page.contents(
+    by_source, meta=meta, seed=config.seed, show=show, scores=scores
+  )
   for name, some in by_source.items():
     for n, sums in some.tables.items():
       print(f"{name}: N={n}")
       rows = report.make_rows(sums, seed=config.seed)
       print(report.format_table(rows) + "\n")
   return page.write(out, files)
+
+
+def tasks_of(values: Any) -> Tasks | None:
+  """Of the flags; None where no benchmark is named.
+
+  Raises:
+    UserError: what is said of benchmarks, and none is named.
+  """
+  if values.tasks:
+    return Tasks(
+      tuple(values.tasks),
+      values.data,
+      values.limit,
+      values.batch,
+      values.cot,
+      values.execute,
+    )
+  for name in ("data", "limit", "cot", "execute"):
+    if getattr(values, name):
+      raise UserError(f"--{name} says how to run benchmarks: give --tasks, too")
+  return None
 
 
 def main() -> None:
@@ -312,6 +375,8 @@ def main() -> None:
     text=values.text,
     field=values.field,
     diagnostics=values.diagnostics,
+    tables=values.tables,
+    tasks=tasks_of(values),
   )
   print(f"report: {written}")
 
@@ -328,6 +393,19 @@ if __name__ == "__main__":
   flags.DEFINE_string("field", "text", "key of the text in each jsonl object")
   flags.DEFINE_string("out", "", "new directory for the report")
   flags.DEFINE_bool("diagnostics", True, "look into the latents, too")
+  flags.DEFINE_bool("tables", True, "perplexity by position")
+  flags.DEFINE_list(
+    "tasks", [], "benchmarks, gsm8k,mmlu; 'all' that have files"
+  )
+  flags.DEFINE_string("data", "", "the directory of the benchmarks' files")
+  flags.DEFINE_integer("limit", 0, "documents of each benchmark, 0 for all")
+  flags.DEFINE_integer("batch", 8, "prompts at a time")
+  flags.DEFINE_string(
+    "cot", "", 'zero-shot, with these words: "Let\'s think step by step."'
+  )
+  flags.DEFINE_bool(
+    "execute", False, "consent to run programs that the model writes"
+  )
   if any(a.lstrip("-").startswith("config") for a in sys.argv[1:]):
     # Only then: cacheaug.command insists on a flag of this name.
     config_flags.DEFINE_config_file("config", help_string="text and decoder")

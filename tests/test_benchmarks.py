@@ -193,10 +193,9 @@ def test_both_columns_of_the_same_documents(tiny, tmp_path):
   assert piqa.met["requests"] == 4 and nq.met["truncated"] == 2
   table = benchmarks.format_scores([piqa, nq])
   assert "| PIQA | 0-shot acc | 2 |" in table
-  out = tmp_path / "out"
-  benchmarks.write_scores([piqa, nq], out)
-  assert (out / "benchmarks.md").read_text() == table
-  assert json.loads((out / "benchmarks.json").read_text())[1]["task"] == "nq"
+  files = benchmarks.contents([piqa, nq])
+  assert files["benchmarks.md"].decode() == table
+  assert json.loads(files["benchmarks.json"])[1]["task"] == "nq"
 
 
 def test_empty_answers_are_wrong(tiny, tmp_path):

@@ -1,16 +1,19 @@
 """The evaluate command: what it writes, and what it refuses to."""
 
 import csv
+import dataclasses
 import gzip
 import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import small_runs
 from ml_collections import ConfigDict
+from test_benchmarks import RECORDS, WHY, write
 from test_diagnostics import compiled_quickly  # noqa: F401, a fixture
 from tolerances import LOSS, close, make_coprocessor
 
@@ -233,6 +236,42 @@ def test_a_full_disk_leaves_no_half_written_report(tmp_path, monkeypatch):
   with pytest.raises(UserError, match="No space left"):
     page.write(out, {"a": b"1", "b": b"2"})
   assert written and list((tmp_path / "run").iterdir()) == []
+
+
+def test_benchmarks_beside_the_tables_or_alone(pair, tmp_path):
+  pytest.importorskip("lm_eval", reason=WHY)
+  rows = [dict(RECORDS["piqa"], goal=f"Sit {i}") for i in range(3)]
+  write(tmp_path, "piqa", rows)
+  tasks = evaluate.Tasks(("piqa",), str(tmp_path), limit=2)
+  written = run(pair, tmp_path, tables=False, tasks=tasks)
+  names = {path.name for path in written.parent.iterdir()}
+  assert names == {
+    "report.md",
+    "figures.json",
+    "benchmarks.json",
+    "benchmarks.md",
+  }
+  assert "| PIQA | 0-shot acc | 2 |" in written.read_text()
+  (score,) = json.loads((written.parent / "benchmarks.json").read_text())
+  assert score["task"] == "piqa"
+  wrong = dataclasses.replace(tasks, names=("pica",))
+  with pytest.raises(UserError, match="did you mean piqa"):
+    run(pair, tmp_path, "second", tables=False, tasks=wrong)
+  assert not (tmp_path / "second").exists()
+
+
+def test_benchmarks_flags_are_checked(pair, tmp_path):
+  with pytest.raises(UserError, match="leaves nothing to do"):
+    run(pair, tmp_path, tables=False)
+  with pytest.raises(UserError, match="needs --data"):
+    run(pair, tmp_path, tasks=evaluate.Tasks(("piqa",)))
+  values = dict(tasks=[], data="", limit=0, batch=8, cot="", execute=False)
+  assert evaluate.tasks_of(types.SimpleNamespace(**values)) is None
+  with pytest.raises(UserError, match="--limit says how"):
+    evaluate.tasks_of(types.SimpleNamespace(**values | {"limit": 3}))
+  asked = values | dict(tasks=["nq"], data="d", cot="Think.")
+  found = evaluate.tasks_of(types.SimpleNamespace(**asked))
+  assert (found.names, found.data, found.cot) == (("nq",), "d", "Think.")
 
 
 def test_flags_that_do_not_go_together_are_refused(tmp_path):

@@ -21,9 +21,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from etils import epath
 
-from cacheaug import storage
 from cacheaug.config import nearest
 from cacheaug.errors import UserError
 from cacheaug.evals.answering import AUGMENTED, FROZEN, Answerer
@@ -224,7 +222,8 @@ def check(
     if benchmark.executes and not execute:
       raise UserError(
         f"task {name!r} runs programs that the model writes, with your rights "
-        "on this machine: consent with execute=True, or leave it out"
+        "on this machine: consent with --execute (execute=True) or leave it "
+        "out"
       )
     if cot and benchmark.thought_filter is None:
       able = [k for k, b in BENCHMARKS.items() if b.thought_filter is not None]
@@ -354,15 +353,11 @@ def format_scores(scores: Sequence[Score]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def write_scores(scores: Sequence[Score], directory: str | epath.Path) -> None:
-  """Writes benchmarks.md and benchmarks.json, each whole.
+def contents(scores: Sequence[Score]) -> dict[str, bytes]:
+  """Files of a report: benchmarks.md and benchmarks.json.
 
   The second holds each document's value in each column, for every metric.
-
-  Raises:
-    UserError: the directory cannot be written.
   """
-  directory = epath.Path(directory)
   content = [
     {
       "task": s.task,
@@ -379,16 +374,10 @@ def write_scores(scores: Sequence[Score], directory: str | epath.Path) -> None:
     }
     for s in scores
   ]
-  data = json.dumps(content, indent=1).encode()
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    storage.write_whole(directory / "benchmarks.json", data)
-    page = format_scores(scores).encode()
-    storage.write_whole(directory / "benchmarks.md", page)
-  except OSError as e:
-    raise UserError(
-      f"{directory}: cannot be written ({e.strerror}): give another directory"
-    ) from e
+  return {
+    "benchmarks.json": json.dumps(content, indent=1).encode(),
+    "benchmarks.md": format_scores(scores).encode(),
+  }
 
 
 def _percent(estimate: Estimate) -> str:

@@ -18,7 +18,8 @@ from etils import epath
 
 from cacheaug import storage
 from cacheaug.errors import UserError
-from cacheaug.evals import diagnostics, paired, report
+from cacheaug.evals import benchmarks, diagnostics, paired, report
+from cacheaug.evals.benchmarks import Score
 from cacheaug.evals.diagnosis import Diagnosis
 from cacheaug.evals.diagnostics import Moments
 from cacheaug.evals.paired import DocumentSums
@@ -55,14 +56,16 @@ def contents(
   meta: Mapping[str, Any],
   seed: int,
   show: Callable[[int], str],
+  scores: Sequence[Score] = (),
 ) -> dict[str, bytes]:
   """The report's files, report.md last.
 
   Args:
-    by_source: text -> figures.
+    by_source: text -> figures; may be empty where there are scores.
     meta: what was run, in the order to show.
     seed: of the intervals' resampling.
     show: a token's id as readable text.
+    scores: of benchmarks.
   """
   rows: dict[str, Any] = {}
   for name, found in by_source.items():
@@ -79,13 +82,9 @@ def contents(
         rows[name]["against right"][column] = report.make_rows(
           sums, base=diagnostics.RIGHT, **kw
         )
-  files: dict[str, bytes] = {"perplexity.csv": _csv(rows)}
-  largest = max(next(iter(by_source.values())).tables)
-  for n in next(iter(by_source.values())).tables:
-    name = "documents.csv" if n == largest else f"documents_n{n}.csv"
-    files[name] = paired.to_csv(
-      {source: found.tables[n] for source, found in by_source.items()}
-    )
+  files: dict[str, bytes] = benchmarks.contents(scores) if scores else {}
+  if by_source:
+    files |= _tables(by_source, rows)
   parts = ["# Evaluation", "## What was run"]
   parts.append(markdown_table(("", "value"), list(meta.items())))
   for name, found in by_source.items():
@@ -95,14 +94,35 @@ def contents(
       parts += _geometry(name, found.diagnosis)
       parts += _attention(name, found.diagnosis, files)
       parts += _nearest(name, found.diagnosis, show)
-  parts.append(
-    "documents.csv holds the sums that tables and intervals are made of: with "
-    "`cacheaug.evals.paired.compare` two evaluations of the same tokens are "
-    "compared directly."
-  )
+  if by_source:
+    parts.append(
+      "documents.csv holds the sums that tables and intervals are made of: "
+      "with `cacheaug.evals.paired.compare` two evaluations of the same tokens "
+      "are compared directly."
+    )
+  if scores:
+    parts += ["## Benchmarks", benchmarks.format_scores(scores)]
+    parts.append(
+      "Percent, ± the standard error over documents. Both columns answer the "
+      "same documents after one reading of each prompt, the augmented one with "
+      "latents at the prompt's end; the difference's 95 % interval is paired "
+      "by document. benchmarks.json has each document's value."
+    )
   figures = {"meta": dict(meta), "sources": _figures(by_source, rows)}
   files["figures.json"] = (json.dumps(figures, indent=1) + "\n").encode()
   files["report.md"] = ("\n\n".join(parts) + "\n").encode()
+  return files
+
+
+def _tables(by_source, rows) -> dict[str, bytes]:
+  """Files of table 1."""
+  files = {"perplexity.csv": _csv(rows)}
+  sizes = next(iter(by_source.values())).tables
+  for n in sizes:
+    name = "documents.csv" if n == max(sizes) else f"documents_n{n}.csv"
+    files[name] = paired.to_csv(
+      {source: found.tables[n] for source, found in by_source.items()}
+    )
   return files
 
 
