@@ -61,6 +61,15 @@ _HOW = {
   "python -m cacheaug.deliberate": Elsewhere(
     "test_deliberate.py::test_fill_then_resume_then_generate"
   ),
+  "python -m cacheaug.evaluate": Elsewhere(
+    "test_evaluate.py::test_report_is_whole"
+  ),
+  "python -m cacheaug.evaluate --workdir": Elsewhere(
+    "test_evaluate.py::test_benchmarks_beside_the_tables_or_alone"
+  ),
+  "python -m cacheaug.sweep": Elsewhere(
+    "test_sweep.py::test_the_command_trains_reports_and_goes_on"
+  ),
   "python -m cacheaug.evals.gating": "here: test_gating_command",
   "python -m cacheaug.plan": Elsewhere(
     "test_plan.py::test_table_without_a_compiler"

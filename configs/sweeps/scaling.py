@@ -10,9 +10,8 @@ decoders of three sizes are trained first:
 
 Started from the same directory: the first writes runs/sweeps/decoders/, where
 the second reads. Each row is trained for as many steps as in
-configs/sweeps/tiny.py (but for `steps`), of another size; rows.csv has what
-each cost. Hardware: a laptop, half an hour to an hour on a core each; an
-estimate by configs/sweeps/tiny.py, which has been measured.
+configs/sweeps/tiny.py (but for `steps`); rows.csv has what each cost. Hardware:
+a laptop, about half an hour on a core each, by configs/sweeps/tiny.py's times.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +22,7 @@ _AXES = {
   "latents": ("coprocessor.latents", (1, 2, 4, 8, 16, 32)),
   "ahead": ("traces.ahead", (1, 2, 4, 8, 16)),
   "traces": ("traces.count", (3, 6, 12, 24, 48)),
-  "steps": ("optimizer.steps", (375, 750, 1_500, 3_000, 6_000)),
+  "steps": ("optimizer.steps", (250, 500, 1_000, 2_000, 4_000)),
 }
 _WIDTHS = (32, 64, 96)
 _DECODERS = "runs/sweeps/decoders"
