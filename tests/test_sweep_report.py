@@ -204,7 +204,8 @@ def test_answers_of_a_trained_decoder_are_its_reports(tmp_path):
   sweep = _Sweep(tmp_path, *lines, nll=nll, given=given, reference="", axis="")
   for run, right in zip(sweep.runs, (4, 5), strict=True):
     text = finish.percent((right, 8))
-    (run.workdir / "report.json").write_text(json.dumps({"problems all": text}))
+    figures = {"problems held-out tokens": 9, "problems all": text}
+    (run.workdir / "report.json").write_text(json.dumps(figures))
   assert "| model | 2 | 56.2<br>50.0 to 62.5 |" in sweep.write()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cacheaug import objectives
 from cacheaug.errors import UserError
 from cacheaug.evals import exact_match, finish, paired
 from cacheaug.sweeping import runner
@@ -251,13 +252,14 @@ def _problems(runs: Sequence[Run]):
 
 def _answers(run: Run) -> dict[str, dict[str, tuple[int, int]]]:
   """Kind -> column -> (right, asked)."""
-  if run.config.objective == "coprocessor":
+  if objectives.has_decoder(run.config):
     return exact_match.read(run.workdir / "report")
   prefix, figures = "problems ", _figures(run)
   return {
-    key.removeprefix(prefix): {paired.AUGMENTED: finish.right_asked(text)}
-    for key, text in figures.items()
-    if key.startswith(prefix)
+    key.removeprefix(prefix): {paired.AUGMENTED: finish.right_asked(value)}
+    for key, value in figures.items()
+    # A source of text may be called problems, too.
+    if key.startswith(prefix) and isinstance(value, str)
   }
 
 
