@@ -102,10 +102,6 @@ def open_config(
       f"--workdir={workdir} holds a decoder (objective='language_model'): give "
       "a coprocessor's run"
     )
-  # Keys that runs made before there was such a thing do not have.
-  evaluation = configs.base().eval
-  evaluation.update(run.config.eval)
-  run.config.eval = evaluation
   return run.config, workdir
 
 

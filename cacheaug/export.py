@@ -199,7 +199,7 @@ def read_run(workdir: str | pathlib.Path) -> Run:
   if not path.exists():
     raise UserError(f"{path}: missing; give the --workdir of a run")
   try:
-    config = ConfigDict(json.loads(path.read_text()))
+    config = _completed(ConfigDict(json.loads(path.read_text())))
     trains_decoder = config.objective == "language_model"
     spec = None if trains_decoder else configs.spec_of(config)
   except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
@@ -216,6 +216,26 @@ def read_run(workdir: str | pathlib.Path) -> Run:
     )
   flat, meta, step = found
   return Run(workdir, config, spec, flat, meta["decoder"], step)
+
+
+def _completed(config: ConfigDict) -> ConfigDict:
+  """With the keys that have come since it was written.
+
+  A new key's value in `configs.base` is what was done before there was the key.
+  """
+
+  def fill(config, base):
+    for key, value in base.items():
+      if key not in config:
+        config[key] = value
+      elif isinstance(value, ConfigDict):
+        fill(config[key], value)
+    return config
+
+  missing = {"decoder", "data", "coprocessor"} - set(config)
+  if missing:  # no run's config at all
+    raise KeyError(min(missing))
+  return fill(config, configs.base())
 
 
 def run_params(

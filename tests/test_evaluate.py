@@ -290,14 +290,8 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path):
     evaluate.open_config(str(tmp_path), "", None)
 
 
-def test_runs_without_newer_keys_are_read(tmp_path, monkeypatch):
-  config = config_of(tmp_path)
-  del config.eval.context
-  older = export.Run(tmp_path, config, TraceSpec(N, A), {}, "", 1)
-  monkeypatch.setattr(evaluate.export, "read_run", lambda _: older)
-  found, _ = evaluate.open_config(str(tmp_path), "", None)
-  assert found.eval.context == 0 and found.eval.sequences == 7
-  decoder = export.Run(tmp_path, config, None, {}, "", 1)
+def test_a_decoders_run_is_refused(tmp_path, monkeypatch):
+  decoder = export.Run(tmp_path, config_of(tmp_path), None, {}, "", 1)
   monkeypatch.setattr(evaluate.export, "read_run", lambda _: decoder)
   with pytest.raises(UserError, match="holds a decoder"):
     evaluate.open_config(str(tmp_path), "", None)

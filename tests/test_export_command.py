@@ -1,5 +1,6 @@
 """`python -m cacheaug.export`, and a run's workdir as a coprocessor."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,28 @@ def test_damaged_checkpoint_is_left_and_the_one_before_read(
     (workdir / "checkpoints" / step / "files.json").unlink()
   with pytest.raises(UserError, match="no checkpoint that can be read"):
     export.read_run(workdir)
+
+
+def test_runs_from_before_there_was_a_key_are_read(coprocessor_run, tmp_path):
+  workdir = tmp_path / "older"
+  shutil.copytree(coprocessor_run[0], workdir)
+  config = json.loads((workdir / "config.json").read_text())
+  for section, key in (
+    ("coprocessor", "kind"),
+    ("coprocessor", "lora_rank"),
+    ("traces", "late_max"),
+    ("data", "answers_only"),
+    ("eval", "context"),
+  ):
+    del config[section][key]
+  del config["lora"]
+  (workdir / "config.json").write_text(json.dumps(config))
+  found, now = export.read_run(workdir), export.read_run(coprocessor_run[0])
+  assert found.spec == now.spec
+  # By JSON: a tuple becomes a list there.
+  as_json = [json.loads(x.config.to_json()) for x in (found, now)]
+  assert as_json[0] == as_json[1]
+  same(found.flat, now.flat)
 
 
 def refused(message, *arguments, **options):
