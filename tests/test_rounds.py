@@ -372,7 +372,7 @@ def test_inserted_rounds_need_positions(tmp_path):
   config = small_runs.get_config(str(tmp_path))
   config.coprocessor.positions, config.traces.rounds = "insert", 17
   with pytest.raises(
-    UserError, match="34 of coprocessor.latents.*64 positions"
+    UserError, match="latents=2 x traces.rounds=17.*64 positions"
   ):
     configs.validate_model(config, configs.model_of(config))
 
