@@ -471,7 +471,10 @@ def validate_model(config: ConfigDict, model: ModelConfig) -> None:
   ):
     n = config.coprocessor.latents * config.traces.rounds
   if s + n > model.max_positions:
-    more = f" + {n} of coprocessor.latents inserted" if n else ""
+    more, count = "", config.traces.rounds
+    if n:
+      times = f" x traces.rounds={count}" if count > 1 else ""
+      more = f" + coprocessor.latents={n // count}{times} inserted"
     raise UserError(
       f"data.sequence={s}{more} exceeds the decoder's {model.max_positions} "
       "positions (max_positions): lower it"

@@ -99,7 +99,7 @@ def test_bad_flags_are_one_line():
   for arguments, message in (
     (["--prompt=ab", "--temprature=1"], "did you mean temperature"),
     (["--prompt=ab"], "prompt 0 has 3 tokens"),
-    (["--prompt=ab", "--gate=never"], "is not entropy:NATS"),
+    (["--prompt=abcd", "--gate=never"], "is not entropy:NATS"),
     (["--gate=entropy:1", "--latents=off"], "--gate decides on latents"),
     (["--gate=entropy:1", "--store=x"], "--gate and --store"),
   ):

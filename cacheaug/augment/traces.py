@@ -131,7 +131,7 @@ class TraceSpec:
     if self.min_ahead > self.reach:
       raise UserError(
         f"traces.min_ahead={self.min_ahead} exceeds the {self.reach} tokens "
-        "that a trace predicts (traces.ahead)"
+        f"that a trace predicts (traces.ahead={self.ahead})"
       )
     if self.late_max:
       self.check_late()
