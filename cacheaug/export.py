@@ -32,7 +32,7 @@ from cacheaug import adaptation, checkpoint, command
 from cacheaug import config as configs
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import TraceSpec
-from cacheaug.data import tokenizers
+from cacheaug.data import sources, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.model import families, lora, pretrained, transformer
 from cacheaug.model import safetensor_files as files
@@ -221,7 +221,8 @@ def read_run(workdir: str | pathlib.Path) -> Run:
 def _completed(config: ConfigDict) -> ConfigDict:
   """With the keys that have come since it was written.
 
-  A new key's value in `configs.base` is what was done before there was the key.
+  A new key's value in `configs.base`, or of a source in `source_defaults`, is
+  what was done before there was the key.
   """
 
   def fill(config, base):
@@ -235,6 +236,8 @@ def _completed(config: ConfigDict) -> ConfigDict:
   missing = {"decoder", "data", "coprocessor"} - set(config)
   if missing:  # no run's config at all
     raise KeyError(min(missing))
+  for source in config.data.sources.values():  # of the experiment's own names
+    fill(source, sources.source_defaults())
   return fill(config, configs.base())
 
 

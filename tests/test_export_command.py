@@ -129,7 +129,7 @@ def test_runs_from_before_there_was_a_key_are_read(coprocessor_run, tmp_path):
     ("eval", "context"),
   ):
     del config[section][key]
-  del config["lora"]
+  del config["lora"], config["data"]["sources"]["text"]["answer_field"]
   (workdir / "config.json").write_text(json.dumps(config))
   found, now = export.read_run(workdir), export.read_run(coprocessor_run[0])
   assert found.spec == now.spec
