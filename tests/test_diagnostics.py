@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_objective import DOCUMENTS, S, setup
+from packed import DOCUMENTS, S, setup
 from tolerances import ATTENTION, NLL, close, far, jit, make_coprocessor
 
 from cacheaug.augment import objective, traces

@@ -1,33 +1,29 @@
 """Every kind of coprocessor: in parallel = one trace at a time = dense mask.
 
-The sequences, points and model of test_objective.py, which holds the paper's
-own kind to the same.
+As test_objective.py, which holds the paper's own kind to the same.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import packed
 import pytest
-from test_objective import DOCUMENTS, POINTS, STARTS_AT, A, S, with_gradient
-from tolerances import (
-  GRADIENT,
-  LOSS,
-  NLL,
-  close,
-  close_trees,
-  far,
-  jit,
-  make_coprocessor,
-  make_model,
-  make_params,
-  tokens_of,
+from packed import (
+  DOCUMENTS,
+  POINTS,
+  A,
+  S,
+  cut_off,
+  lay_out,
+  nll_at_start,
+  one_at_a_time,
+  with_gradient,
 )
+from tolerances import GRADIENT, LOSS, NLL, close, close_trees, far
 
 from cacheaug.augment import coprocessor, objective, traces
-from cacheaug.augment.traces import TraceSpec
 from cacheaug.model import transformer
 from cacheaug.model.attention import NO_LIMIT, Rows
 from cacheaug.model.cache import KVCache
@@ -40,15 +36,7 @@ CASES += [pytest.param(kind, "as_is", marks=pytest.mark.slow) for kind in KINDS]
 
 
 def setup(kind, start, scheme="insert"):
-  # An odd layer more, so that sliding and global differ in what is given.
-  model = make_model()
-  spec = TraceSpec(N, A, scheme, start, kind=kind)
-  coproc = make_coprocessor(model, TraceSpec(N, A, "insert", start, kind=kind))
-  return model, spec, make_params(model), coproc, tokens_of(model, 2, S)
-
-
-def laid_out(tokens, spec):
-  return jit(lambda: traces.lay_out(tokens, DOCUMENTS, POINTS, spec))()
+  return packed.setup(N, start, scheme, kind=kind)
 
 
 @functools.cache
@@ -67,21 +55,12 @@ def parallel(kind, start):
 
 def run_parallel(kind, start, scheme):
   _, spec, _, coproc, tokens = setup(kind, start, scheme)
-  laid = laid_out(tokens, spec)
+  laid = lay_out(tokens, spec)
   w = laid.weights / laid.weights.sum()
   return laid, parallel(kind, start)(coproc, w, laid)
 
 
 # --- one trace by itself, from plain caches ---------------------------------
-
-
-def cut_off(cache, keep):
-  return cache.replace(
-    keys=cache.keys[:, :, :keep],
-    values=cache.values[:, :, :keep],
-    positions=cache.positions[:, :keep],
-    segments=cache.segments[:, :keep],
-  )
 
 
 def prefix_of(model, coproc, cache, at, harmless):
@@ -153,35 +132,6 @@ def alone(kind, start):
     return -logp[jnp.arange(A), targets]
 
   return nll
-
-
-def one_at_a_time(kind, start, scheme):
-  _, _, _, coproc, tokens = setup(kind, start)
-  total, count, grads, nlls = 0.0, 0, None, {}
-  for b, m in np.ndindex(POINTS.shape):
-    p = POINTS[b, m]
-    if p < 0:
-      continue
-    begin = STARTS_AT[DOCUMENTS[b, p]]
-    end = begin + (DOCUMENTS[b] == DOCUMENTS[b, p]).sum()
-    length = p + 1 - begin
-    following = np.resize(tokens[b, p + 1 : min(p + 1 + A, end)], A)
-    weights = (np.arange(A) < end - p - 1).astype(np.float32)
-    insert = scheme == "insert"
-    loss, nll, g = alone(kind, start)(
-      coproc,
-      weights,
-      tokens[b : b + 1, begin : p + 1],
-      following[None, :-1],
-      following,
-      length if insert else length - N,
-      length + N if insert else length,
-      cut=scheme == "replace",
-    )
-    total, count = total + loss, count + weights.sum()
-    nlls[b, m] = np.asarray(nll)[weights > 0]
-    grads = g if grads is None else jax.tree.map(jnp.add, grads, g)
-  return total / count, nlls, jax.tree.map(lambda g: g / count, grads)
 
 
 # --- one block under a dense mask -------------------------------------------
@@ -259,7 +209,7 @@ def dense(kind, start):
 
 def run_dense(kind, start, scheme):
   _, spec, _, coproc, tokens = setup(kind, start, scheme)
-  laid = laid_out(tokens, spec)
+  laid = lay_out(tokens, spec)
   pairs = list(zip(DOCUMENTS, POINTS, strict=True))
   order = np.stack([traces.dense_mask(d, p, spec) for d, p in pairs])
   own = np.stack([traces.dense_latent_mask(d, p, spec) for d, p in pairs])
@@ -281,7 +231,11 @@ def test_parallel_equals_one_at_a_time_equals_dense(kind, start):
   losses = []
   for scheme in traces.SCHEMES:
     laid, (loss, nll, grads) = run_parallel(kind, start, scheme)
-    single, nlls, single_grads = one_at_a_time(kind, start, scheme)
+    _, spec, _, coproc, tokens = setup(kind, start, scheme)
+    single, nlls, single_grads = one_at_a_time(
+      alone(kind, start), coproc, tokens, spec
+    )
+    assert len(nlls) == 6
     close(loss, single, LOSS)
     for (b, m), expected in nlls.items():
       got = np.asarray(nll)[b, m][np.asarray(laid.weights)[b, m] > 0]
@@ -320,31 +274,9 @@ def used(kind, grads):
 # --- starts -----------------------------------------------------------------
 
 
-def at_start(kind, scheme, start="harmless"):
-  """(augmented, frozen) nll by position of an untrained one."""
-  model, spec, decoder, _, tokens = setup(kind, start, scheme)
-  spec = dataclasses.replace(spec, count=6, min_ahead=2)
-  batch = {"tokens": tokens, "documents": DOCUMENTS}
-
-  @jit
-  def run(decoder):
-    key = jax.random.key(1)
-    fresh = coprocessor.init(model, spec, key, decoder)
-    points = traces.sample_points(key, DOCUMENTS, spec)
-    return (
-      objective.coprocessor_loss(model, decoder, fresh, batch, points, spec),
-      objective.frozen_loss(model, decoder, batch, points, spec),
-    )
-
-  (nll, count), (frozen, same) = run(decoder)
-  np.testing.assert_array_equal(count, same)
-  assert count[0] == 12
-  return nll / count, frozen / count
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_harmless_replacement_begins_as_the_frozen_decoder(kind):
-  close(*at_start(kind, "replace"), LOSS)
+  close(*nll_at_start("harmless", "replace", kind), LOSS)
 
 
 @pytest.mark.parametrize(
@@ -352,4 +284,4 @@ def test_harmless_replacement_begins_as_the_frozen_decoder(kind):
   [("prefix", "overlay", "harmless"), ("handover", "replace", "as_is")],
 )
 def test_other_starts_do_not(kind, scheme, start):
-  far(*at_start(kind, scheme, start))
+  far(*nll_at_start(start, scheme, kind))

@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from test_objective import DOCUMENTS, STARTS_AT, S, setup
+from packed import DOCUMENTS, STARTS_AT, S, setup
 from tolerances import LOSS, NLL, close, far, jit
 
 from cacheaug.augment import objective, traces

@@ -1,7 +1,7 @@
 """Latents that come late: one trace at a time = in parallel = dense mask.
 
-As test_objective.py, whose sequences these are, but the coprocessor has read
-up to d tokens less than the decoder when its latents are inserted.
+As test_objective.py, but the coprocessor has read up to d tokens less than the
+decoder when its latents are inserted.
 """
 
 import dataclasses
@@ -13,7 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
-from test_objective import DOCUMENTS, STARTS_AT, A, S, note, setup
+from packed import (
+  DOCUMENTS,
+  STARTS_AT,
+  A,
+  S,
+  lay_out,
+  note,
+  one_at_a_time,
+  setup,
+  with_gradient,
+)
 from tolerances import (
   GRADIENT,
   LOSS,
@@ -44,8 +54,7 @@ LATE = np.array([[0, 3, 1], [8, 4, 5]], np.int32)
 
 
 def lay(tokens, spec, late=LATE, points=POINTS):
-  run = jit(lambda: traces.lay_out(tokens, DOCUMENTS, points, spec, late))
-  return run()
+  return lay_out(tokens, spec, points, late)
 
 
 # --- the layout -------------------------------------------------------------
@@ -149,16 +158,12 @@ def test_command_draws_what_the_coprocessor_reads(capsys):
 def parallel(start):
   model, spec, decoder, _, tokens = setup(N, start)
 
-  @jit
-  def run(coproc, laid):
-    def loss(coproc):
-      _, cache = objective.context_pass(model, decoder, tokens, DOCUMENTS, spec)
-      nll = objective.traces_nll(model, decoder, coproc, cache, laid)
-      return (nll * laid.weights).sum() / laid.weights.sum(), nll
+  @with_gradient
+  def nll(coproc, laid):
+    _, cache = objective.context_pass(model, decoder, tokens, DOCUMENTS, spec)
+    return objective.traces_nll(model, decoder, coproc, cache, laid)
 
-    return jax.value_and_grad(loss, has_aux=True)(coproc)
-
-  return run
+  return nll
 
 
 @functools.cache
@@ -166,71 +171,38 @@ def alone(start):
   """One trace by itself, from two prefixes: what was read, what is there."""
   model, _, decoder, _, _ = setup(N, start)
 
-  @functools.partial(jit, static_argnames="cut")
-  def run(coproc, read, prefix, ahead, targets, weights, at, first_ahead, cut):
-    def loss(coproc):
-      _, cache = transformer.prefill(model, decoder, read)
-      copied = transformer.embed(model, decoder, read[:, -N:])
-      soft = coproc["soft_tokens"][None]
-      rows = soft + copied if start == "harmless" else soft
-      here = (at[0] + jnp.arange(N))[None]
-      z, _ = transformer.extend(model, coproc["transformer"], cache, rows, here)
-      if start == "harmless":
-        again = transformer.embed(model, decoder, prefix[:, -N:])
-        z = again + z @ coproc["latent_projection"]
-      keep = prefix.shape[1] - (N if cut else 0)
-      _, cache = transformer.prefill(model, decoder, prefix[:, :keep])
-      fed = transformer.embed(model, decoder, ahead)
-      here = (at[1] + jnp.arange(N))[None]
-      after = (first_ahead + jnp.arange(A - 1))[None]
-      hidden, _ = transformer.extend(
-        model,
-        decoder,
-        cache if keep else None,
-        jnp.concatenate([z, fed], 1),
-        jnp.concatenate([here, after], 1),
-      )
-      logp = jax.nn.log_softmax(
-        transformer.logits(model, decoder, hidden[:, N - 1 :])
-      )[0]
-      nll = -logp[jnp.arange(A), targets]
-      return (nll * weights).sum(), nll
-
-    return jax.value_and_grad(loss, has_aux=True)(coproc)
-
-  return run
-
-
-def one_at_a_time(start, scheme):
-  """(mean loss, nll by (b, m), gradients), summed over late traces."""
-  _, _, _, coproc, tokens = setup(N, start)
-  total, count, grads, nlls = 0.0, 0, None, {}
-  for b, m in np.ndindex(POINTS.shape):
-    p, d = POINTS[b, m], LATE[b, m]
-    begin = STARTS_AT[DOCUMENTS[b, p]]
-    end = begin + (DOCUMENTS[b] == DOCUMENTS[b, p]).sum()
-    if p < 0 or p + 1 == end:
-      continue
-    length = p + 1 - begin
-    insert = scheme == "insert"
-    first = length if insert else length - N
-    following = np.resize(tokens[b, p + 1 : min(p + 1 + A, end)], A)
-    weights = (np.arange(A) < end - p - 1).astype(np.float32)
-    (loss, nll), g = alone(start)(
-      coproc,
-      tokens[b : b + 1, begin : p + 1 - d],
-      tokens[b : b + 1, begin : p + 1],
-      following[None, :-1],
-      following,
-      weights,
-      np.array([first - d, first]),
-      length + N if insert else length,
-      cut=scheme == "replace",
+  @with_gradient
+  def nll(coproc, prefix, ahead, targets, first_latent, first_ahead, read, cut):
+    _, cache = transformer.prefill(model, decoder, read)
+    copied = transformer.embed(model, decoder, read[:, -N:])
+    soft = coproc["soft_tokens"][None]
+    rows = soft + copied if start == "harmless" else soft
+    at = (first_latent + jnp.arange(N))[None]
+    z, _ = transformer.extend(
+      model,
+      coproc["transformer"],
+      cache,
+      rows,
+      at - (prefix.shape[1] - read.shape[1]),
     )
-    total, count = total + loss, count + weights.sum()
-    nlls[b, m] = np.asarray(nll)[weights > 0]
-    grads = g if grads is None else jax.tree.map(jnp.add, grads, g)
-  return total / count, nlls, jax.tree.map(lambda g: g / count, grads)
+    if start == "harmless":
+      again = transformer.embed(model, decoder, prefix[:, -N:])
+      z = again + z @ coproc["latent_projection"]
+    keep = prefix.shape[1] - (N if cut else 0)
+    _, cache = transformer.prefill(model, decoder, prefix[:, :keep])
+    fed = transformer.embed(model, decoder, ahead)
+    after = (first_ahead + jnp.arange(A - 1))[None]
+    hidden, _ = transformer.extend(
+      model,
+      decoder,
+      cache if keep else None,
+      jnp.concatenate([z, fed], 1),
+      jnp.concatenate([at, after], 1),
+    )
+    logits = transformer.logits(model, decoder, hidden[:, N - 1 :])
+    return -jax.nn.log_softmax(logits)[0][jnp.arange(A), targets]
+
+  return nll
 
 
 def dense(start, scheme):
@@ -258,8 +230,11 @@ def dense(start, scheme):
 def test_parallel_equals_one_at_a_time_equals_dense(start, scheme):
   _, spec, _, coproc, tokens = setup(N, start, scheme)
   laid = lay(tokens, spec)
-  (loss, nll), grads = parallel(start)(coproc, laid)
-  single, nlls, single_grads = one_at_a_time(start, scheme)
+  w = laid.weights / laid.weights.sum()
+  loss, nll, grads = parallel(start)(coproc, w, laid)
+  single, nlls, single_grads = one_at_a_time(
+    alone(start), coproc, tokens, spec, POINTS, LATE
+  )
   assert len(nlls) == 4 and laid.weights.sum() == 12
   note("loss, one at a time", close(loss, single, LOSS))
   for (b, m), expected in nlls.items():
@@ -270,7 +245,7 @@ def test_parallel_equals_one_at_a_time_equals_dense(start, scheme):
   note("loss, dense", close(loss, whole, LOSS))
   note("gradients, dense", close_trees(grads, whole_grads, GRADIENT))
   # On time it is another number: the equalities show something.
-  on_time, _ = parallel(start)(coproc, lay(tokens, spec, 0 * LATE))
+  on_time = parallel(start)(coproc, w, lay(tokens, spec, 0 * LATE))
   far(loss, on_time[0])
 
 

@@ -1,8 +1,4 @@
-"""The paper's three passes: one trace at a time = in parallel = dense mask.
-
-Sequences are packed with several documents; the model has grouped heads, both
-soft caps, and a window of 5, shorter than every prefix.
-"""
+"""The paper's three passes: one trace at a time = in parallel = dense mask."""
 
 import dataclasses
 import functools
@@ -10,13 +6,23 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from packed import (
+  DOCUMENTS,
+  POINTS,
+  STARTS_AT,
+  A,
+  S,
+  cut_off,
+  lay_out,
+  note,
+  one_at_a_time,
+  setup,
+  with_gradient,
+)
 from tolerances import (
   GRADIENT,
-  HIDDEN,
   LOSS,
-  MATTERS,
   NLL,
   close,
   close_trees,
@@ -25,7 +31,6 @@ from tolerances import (
   make_coprocessor,
   make_model,
   make_params,
-  tokens_of,
 )
 
 from cacheaug.augment import coprocessor, objective, traces
@@ -35,45 +40,7 @@ from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
 
-A, S = 4, 28
-DOCUMENTS = np.array(
-  [[0] * 12 + [1] * 16, [2] * 15 + [3] * 12 + [-1]], np.int32
-)
-# Prefixes of 9 and 12 tokens within their documents. The trace after 8 of the
-# first sequence has three tokens left of its document, so has 23 of the second.
-POINTS = np.array([[-1, 8, 20, 23], [-1, 8, 11, 23]], np.int32)
-STARTS_AT = {0: 0, 1: 12, 2: 0, 3: 15}  # of each document
 CASES = [(1, "as_is"), (4, "harmless"), (8, "harmless")]
-
-
-def note(name, value):
-  """Shown by `pytest -rP`: the figures in RESULTS.md."""
-  print(f"{name}: {value:.2g}")
-
-
-def setup(latents, start, scheme="insert", **changes):
-  model = make_model()
-  spec = TraceSpec(latents, A, scheme, start, **changes)
-  coproc = make_coprocessor(model, TraceSpec(latents, A, "insert", start))
-  return model, spec, make_params(model), coproc, tokens_of(model, 2, S)
-
-
-def with_gradient(nll_of):
-  """jit of (coproc, weights, ...) -> (mean loss, nll, gradients)."""
-
-  def loss(coproc, weights, *args):
-    nll = nll_of(coproc, *args)
-    return (nll * weights).sum(), nll
-
-  @functools.partial(jit, static_argnames=("cut",))
-  def run(coproc, weights, *args, cut=None):
-    bound = args if cut is None else (*args, cut)
-    (total, nll), grads = jax.value_and_grad(loss, has_aux=True)(
-      coproc, weights, *bound
-    )
-    return total, nll, grads
-
-  return run
 
 
 # --- three ways to the same numbers -----------------------------------------
@@ -108,13 +75,7 @@ def alone(latents, start):
     if start == "harmless":
       z = copied + z @ coproc["latent_projection"]
     if cut:  # the latents stand in place of the last N context tokens
-      keep = prefix.shape[1] - latents
-      cache = cache.replace(
-        keys=cache.keys[:, :, :keep],
-        values=cache.values[:, :, :keep],
-        positions=cache.positions[:, :keep],
-        segments=cache.segments[:, :keep],
-      )
+      cache = cut_off(cache, prefix.shape[1] - latents)
     fed = transformer.embed(model, decoder, ahead)
     after = (first_ahead + jnp.arange(A - 1))[None]
     hidden, _ = transformer.extend(
@@ -129,37 +90,6 @@ def alone(latents, start):
     return -logp[jnp.arange(A), targets]
 
   return nll
-
-
-def one_at_a_time(latents, start, scheme):
-  """(mean loss, nll of each trace by (b, m), gradients), summed over traces."""
-  _, _, _, coproc, tokens = setup(latents, start)
-  total, count, grads, nlls = 0.0, 0, None, {}
-  for b, m in np.ndindex(POINTS.shape):
-    p = POINTS[b, m]
-    if p < 0:
-      continue
-    begin = STARTS_AT[DOCUMENTS[b, p]]
-    end = begin + (DOCUMENTS[b] == DOCUMENTS[b, p]).sum()
-    length = p + 1 - begin  # alone, the document starts at position 0
-    # A document's last traces have fewer targets; the rest weigh nothing.
-    following = np.resize(tokens[b, p + 1 : min(p + 1 + A, end)], A)
-    weights = (np.arange(A) < end - p - 1).astype(np.float32)
-    insert = scheme == "insert"
-    loss, nll, g = alone(latents, start)(
-      coproc,
-      weights,
-      tokens[b : b + 1, begin : p + 1],
-      following[None, :-1],
-      following,
-      length if insert else length - latents,
-      length + latents if insert else length,
-      cut=scheme == "replace",
-    )
-    total, count = total + loss, count + weights.sum()
-    nlls[b, m] = np.asarray(nll)[weights > 0]
-    grads = g if grads is None else jax.tree.map(jnp.add, grads, g)
-  return total / count, nlls, jax.tree.map(lambda g: g / count, grads)
 
 
 @functools.cache
@@ -210,20 +140,15 @@ def dense(latents, start):
 def run_parallel(latents, start, scheme, together=False):
   _, spec, _, coproc, tokens = setup(latents, start, scheme)
   spec = dataclasses.replace(spec, mask_documents=not together)
-  laid = laid_out(tokens, spec)
+  laid = lay_out(tokens, spec)
   w = laid.weights / laid.weights.sum()
   return laid, parallel(latents, start, together)(coproc, w, laid)
-
-
-def laid_out(tokens, spec):
-  run = jit(lambda: traces.lay_out(tokens, DOCUMENTS, POINTS, spec))
-  return run()
 
 
 def run_dense(latents, start, scheme, together=False):
   _, spec, _, coproc, tokens = setup(latents, start, scheme)
   spec = dataclasses.replace(spec, mask_documents=not together)
-  laid = laid_out(tokens, spec)
+  laid = lay_out(tokens, spec)
   pairs = zip(DOCUMENTS, POINTS, strict=True)
   order = np.stack([traces.dense_mask(d, p, spec) for d, p in pairs])
   own = np.kron(np.eye(POINTS.shape[1]), np.tri(latents)).astype(bool)
@@ -243,7 +168,11 @@ def run_dense(latents, start, scheme, together=False):
 def test_parallel_equals_one_at_a_time_equals_dense(latents, start, scheme):
   laid, (loss, nll, grads) = run_parallel(latents, start, scheme)
   assert laid.weights.sum() == 21
-  single, nlls, single_grads = one_at_a_time(latents, start, scheme)
+  _, spec, _, coproc, tokens = setup(latents, start, scheme)
+  single, nlls, single_grads = one_at_a_time(
+    alone(latents, start), coproc, tokens, spec
+  )
+  assert len(nlls) == 6
   note("loss, one at a time", close(loss, single, LOSS))
   for (b, m), expected in nlls.items():
     got = np.asarray(nll)[b, m][np.asarray(laid.weights)[b, m] > 0]
@@ -273,7 +202,7 @@ def test_schemes_and_windows_and_caps_are_told_apart():
   losses = {s: run_parallel(latents, start, s)[1][0] for s in traces.SCHEMES}
   far(losses["insert"], losses["overlay"])
   far(losses["overlay"], losses["replace"])
-  laid = laid_out(tokens, setup(latents, start, "overlay")[1])
+  laid = lay_out(tokens, setup(latents, start, "overlay")[1])
   for changes in (
     dict(window=6),
     dict(attention_softcap=0.0),
@@ -336,7 +265,7 @@ def test_tiles_equal_one_masked_softmax(law, monkeypatch):
 def test_gradient_of_the_context_is_refused():
   """Rather than wrong: it is a constant where tiles are skipped."""
   model, spec, decoder, coproc, tokens = setup(2, "harmless", "replace")
-  laid = laid_out(tokens, spec)
+  laid = lay_out(tokens, spec)
 
   def loss(decoder):
     _, cache = transformer.prefill(model, decoder, tokens)
@@ -392,200 +321,3 @@ def test_causality_by_gradient(scheme):
     assert used.tolist() == expected, (m, j)
     others = np.abs(by_latent[row, 0]).max(-1) > 0  # [M, N]
     assert others.tolist() == [[k == m] * n for k in range(4)], (m, j)
-
-
-# --- the frozen decoder -----------------------------------------------------
-
-
-def nll_at_start(scheme, start="harmless"):
-  """(augmented, frozen) sums of an untrained coprocessor."""
-  model, spec, decoder, _, tokens = setup(
-    3, start, scheme, count=6, min_ahead=2
-  )
-  batch = {"tokens": tokens, "documents": DOCUMENTS}
-
-  @jit
-  def run(decoder):
-    key = jax.random.key(1)
-    fresh = coprocessor.init(model, spec, key, decoder)
-    points = traces.sample_points(key, DOCUMENTS, spec)
-    return (
-      objective.coprocessor_loss(model, decoder, fresh, batch, points, spec),
-      objective.frozen_loss(model, decoder, batch, points, spec),
-    )
-
-  (nll, count), (frozen, same) = run(decoder)
-  np.testing.assert_array_equal(count, same)
-  assert count[0] == 12 and 0 < count[-1] < 12
-  return nll / count, frozen / count
-
-
-def test_harmless_replacement_begins_as_the_frozen_decoder():
-  augmented, frozen = nll_at_start("replace")
-  note("loss, harmless start", close(augmented, frozen, LOSS))
-
-
-@pytest.mark.parametrize(
-  "scheme, start",
-  [("overlay", "harmless"), ("insert", "harmless"), ("replace", "as_is")],
-)
-def test_other_starts_do_not(scheme, start):
-  far(*nll_at_start(scheme, start))
-
-
-def test_frozen_loss_is_the_plain_models():
-  """Each document by itself, token by token, against the sums."""
-  model, spec, decoder, _, tokens = setup(
-    3, "harmless", "replace", count=6, min_ahead=2
-  )
-  batch = {"tokens": tokens, "documents": DOCUMENTS}
-  draw = jit(lambda key: traces.sample_points(key, DOCUMENTS, spec))
-  points = np.asarray(draw(jax.random.key(1)))
-
-  @jit
-  def logp(document):
-    hidden, _ = transformer.prefill(model, decoder, document)
-    return jax.nn.log_softmax(transformer.logits(model, decoder, hidden))[0]
-
-  sums, counts = np.zeros(A), np.zeros(A)
-  for b in range(2):
-    for d in np.unique(DOCUMENTS[b][DOCUMENTS[b] >= 0]):
-      where = np.flatnonzero(DOCUMENTS[b] == d)
-      document = tokens[b, where]
-      table = np.asarray(logp(document[None]))
-      for p in points[b]:
-        for j in range(1, A + 1):
-          if p in where and p + j in where:
-            t = p + j - where[0]
-            sums[j - 1] -= table[t - 1, document[t]]
-            counts[j - 1] += 1
-  nll, count = jit(
-    lambda: objective.frozen_loss(model, decoder, batch, points, spec)
-  )()
-  np.testing.assert_array_equal(count, counts)
-  close(nll / count, sums / counts, LOSS)
-
-
-def test_language_model_loss_is_over_tokens_within_documents():
-  model, _, decoder, _, tokens = setup(1, "harmless")
-
-  def run(tokens, mask_documents=True):
-    batch = {"tokens": tokens, "documents": DOCUMENTS}
-    return jit(
-      lambda: objective.language_model_loss(
-        model, decoder, batch, mask_documents
-      )
-    )()
-
-  nll, count = run(tokens)
-  assert nll.shape == (1,) and count[0] == 11 + 15 + 14 + 11
-  assert abs(float(run(tokens, False)[0][0] - nll[0])) > MATTERS
-  padding, first = tokens.copy(), tokens.copy()
-  padding[1, 27] = (padding[1, 27] + 1) % 37
-  np.testing.assert_array_equal(run(padding)[0], nll)
-  first[0, 12] = (first[0, 12] + 1) % 37
-  assert abs(float(run(first)[0][0] - nll[0])) > MATTERS  # as an input
-
-
-def frozen_hidden(model, decoder, tokens):
-  """The decoder by itself: no cache, nothing of the augmentation."""
-
-  @jit
-  def run(decoder):
-    segments = jnp.where(DOCUMENTS >= 0, DOCUMENTS + 1, 0)
-    x = model.apply({"params": decoder}, tokens, method="embed")
-    positions = jnp.broadcast_to(jnp.arange(S)[None], (2, S))
-    rows = Rows.plain(positions, segments)
-    first = [[list(d).index(x) for x in d] for d in DOCUMENTS]
-    rows = rows.replace(starts=jnp.array(first)[:, None])
-    return transformer.run_blocks(model, decoder, x[:, None], rows, None)[:, 0]
-
-  return np.asarray(run(decoder))
-
-
-def test_without_latents_hidden_states_are_the_frozen_decoders():
-  """Bit for bit; to rounding in a program that also trains latents."""
-  model, spec, decoder, coproc, tokens = setup(4, "harmless", "replace")
-  laid = laid_out(tokens, spec)
-  expected = frozen_hidden(model, decoder, tokens)
-
-  @jit
-  def context(decoder):
-    return objective.context_pass(model, decoder, tokens, DOCUMENTS, spec)[0]
-
-  np.testing.assert_array_equal(context(decoder), expected)
-  moved = jax.tree.map(lambda x: x * 1.0001, decoder)
-  assert (np.asarray(context(moved)) != expected).any()
-
-  @jit
-  def training(decoder, coproc):
-    hidden, cache = objective.context_pass(
-      model, decoder, tokens, DOCUMENTS, spec
-    )
-
-    def loss(coproc):
-      nll = objective.traces_nll(model, decoder, coproc, cache, laid)
-      return (nll * laid.weights).sum()
-
-    return hidden, jax.grad(loss)(coproc)
-
-  # XLA fuses this program otherwise, and so rounds otherwise.
-  hidden, grads = training(decoder, coproc)
-  note("hidden states beside latents", close(hidden, expected, HIDDEN))
-  assert np.abs(grads["soft_tokens"]).max() > 0
-
-
-def test_twenty_steps_leave_the_decoder_bit_identical():
-  model, spec, decoder, _, _ = setup(2, "harmless", "overlay", count=8)
-  before = jax.tree.map(lambda x: np.array(x, copy=True), decoder)
-  tokens = tokens_of(model, 2, S)
-  hidden = frozen_hidden(model, decoder, tokens)
-  optimizer = optax.adam(1e-2)
-
-  @jit
-  def begin(decoder):
-    coproc = coprocessor.init(model, spec, jax.random.key(0), decoder)
-    return coproc, optimizer.init(coproc)
-
-  @functools.partial(jit, donate_argnums=(1, 2))
-  def step(decoder, coproc, state, tokens, key):
-    points = traces.sample_points(key, DOCUMENTS, spec)
-
-    def loss(coproc):
-      batch = {"tokens": tokens, "documents": DOCUMENTS}
-      nll, count = objective.coprocessor_loss(
-        model, decoder, coproc, batch, points, spec
-      )
-      return nll.sum() / count.sum()
-
-    value, grads = jax.value_and_grad(loss)(coproc)
-    updates, state = optimizer.update(grads, state, coproc)
-    return optax.apply_updates(coproc, updates), state, value, grads
-
-  coproc, state = begin(decoder)
-  first = jax.tree.map(np.array, coproc)
-  losses = []
-  for i in range(20):
-    key = jax.random.key(7)  # the same points: the loss must fall
-    coproc, state, loss, grads = step(decoder, coproc, state, tokens, key)
-    losses.append(float(loss))
-    if i == 0:
-      shapes = lambda t: jax.tree.map(jnp.shape, t)  # noqa: E731
-      assert shapes(grads) == shapes(first)
-  jax.tree.map(np.testing.assert_array_equal, decoder, before)
-  again = frozen_hidden(model, decoder, tokens)
-  np.testing.assert_array_equal(again, hidden)
-  # Training happened: every leaf moved and the loss fell.
-  assert losses[-1] < losses[0] - 0.1
-  jax.tree.map(far, coproc, first)
-  # The optimizer holds two moments of each trained leaf, and a count.
-  trained = sorted(x.shape for x in jax.tree.leaves(first))
-  held = sorted(x.shape for x in jax.tree.leaves(state))
-  assert held == sorted([*trained, *trained, ()])
-  names = [jax.tree_util.keystr(path) for path, _ in _leaves(state)]
-  names += [jax.tree_util.keystr(path) for path, _ in _leaves(grads)]
-  assert not any("embedder" in n or "head" in n for n in names)
-
-
-def _leaves(tree):
-  return jax.tree_util.tree_leaves_with_path(tree)

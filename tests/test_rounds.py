@@ -1,7 +1,6 @@
 """Traces of several rounds: in parallel = by the passes one by one = decoding.
 
-Sequences are those of test_objective.py: packed documents, grouped heads, a
-sliding layer with a window of 5, soft caps.
+Sequences and model are those of packed.py.
 """
 
 import functools
@@ -11,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
+from packed import DOCUMENTS, STARTS_AT, S, note
 from test_generate_engine import quick  # noqa: F401, a fixture
-from test_objective import DOCUMENTS, STARTS_AT, S, note
 from tolerances import (
   GRADIENT,
   LOSS,
