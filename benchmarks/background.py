@@ -11,8 +11,9 @@ The coprocessor is random, of the decoder's architecture. Two parts:
 
   speed  tokens per second of one batch with a coprocessor that takes so many
          seconds longer than it must, over those of the frozen decoder alone,
-         in alternation, the median of the repeats' ratios. 'never' gives no
-         latents before the end; 'waiting' waits for them before it goes on.
+         with a 95 % interval (turns.py). 'never' gives no latents before the
+         end; 'waiting' waits for them before it goes on; 'plain' is the frozen
+         decoder over itself: the measurement's own error.
   load   prompts of mixed lengths through one batch: some without latents, some
          cancelled, some empty, some past the context length. Counts what came
          back, compares every answer without latents with the same prompt's in
@@ -21,6 +22,7 @@ The coprocessor is random, of the decoder's architecture. Two parts:
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -33,6 +35,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+import turns
 from absl import flags
 
 import cacheaug
@@ -74,7 +77,7 @@ flags.DEFINE_integer("prompt_tokens", 64, "S, of speed")
 flags.DEFINE_integer("new_tokens", 128, "T, of speed, and the most of load")
 flags.DEFINE_list("slow", ["0", "0.02", "0.1"], "seconds the coprocessor adds")
 flags.DEFINE_integer("look", 8, "tokens between looks at the worker")
-flags.DEFINE_integer("repeats", 15, "of speed, timed, after one that is not")
+flags.DEFINE_integer("repeats", 15, "blocks of speed, after one not timed")
 flags.DEFINE_integer("prompts", 1000, "of load")
 flags.DEFINE_string("json", "", "file to write the figures to")
 
@@ -147,7 +150,7 @@ def bits(session: Session) -> list[bytes]:
 
 
 def speed(parts: Parts, context: Context, slow: list[float]) -> dict[str, Any]:
-  """Ratios by name, the lateness seen, and whether bits agree."""
+  """Ratios to the decoder alone, lateness, and whether bits agree."""
   values = flags.FLAGS
   new = values.new_tokens
 
@@ -175,29 +178,31 @@ def speed(parts: Parts, context: Context, slow: list[float]) -> dict[str, Any]:
       took = timed(session)
       return took, session, worker.metrics()
 
-  found: dict[str, Any] = {"plain": [], "again": []}
-  kinds = {f"{s:g} s": (Slow, s) for s in slow} | {"never": (Slow, _NEVER)}
+  kinds = {f"{s:g} s": (Slow, s) for s in slow}
   kinds |= {f"waiting {s:g} s": (Waiting, s) for s in slow[-1:]}
-  ratios: dict[str, list[float]] = {name: [] for name in kinds}
-  lateness = {name: collections.Counter() for name in kinds}
-  for repeat in range(values.repeats + 1):
-    for name, (kind, seconds) in kinds.items():
-      # Neither always comes first.
-      order = (0, 1) if repeat % 2 else (1, 0)
-      for which in order:
-        if which:
-          base, frozen = plain()
-        else:
-          took, session, metrics = behind(kind, seconds)
-      if repeat:
-        found["plain"].append(base)
-        ratios[name].append(base / took)
-        lateness[name] += metrics.lateness
-      if name == "never":
-        found["never equals plain"] = bits(session) == bits(frozen)
-    first, _ = plain()
-    second, _ = plain()
-    found["again"].append(first / second)
+  kinds |= {"never": (Slow, _NEVER), "plain": None, "alone": None}
+  late = {name: collections.Counter() for name in kinds}
+  ends: dict[str, list[bytes]] = {}
+
+  def timed_way(name) -> float:
+    if kinds[name] is None:
+      took, session = plain()
+    else:
+      took, session, metrics = behind(*kinds[name])
+      late[name] += metrics.lateness
+    if name in ("never", "plain"):
+      ends[name] = bits(session)
+    return took
+
+  ways = {name: functools.partial(timed_way, name) for name in kinds}
+  seconds = turns.take(ways, values.repeats)
+  base = seconds.pop("alone")
+  found: dict[str, Any] = {
+    "alone": statistics.median(base),
+    "ratios": {k: turns.ratio(base, v) for k, v in seconds.items()},
+    "lateness": {k: dict(sorted(late[k].items())) for k in seconds},
+    "never equals plain": ends["never"] == ends["plain"],
+  }
   ready = Session(
     parts.model,
     parts.decoder,
@@ -209,13 +214,6 @@ def speed(parts: Parts, context: Context, slow: list[float]) -> dict[str, Any]:
   ready.run(new)
   late_by_none = bits(behind(Waiting, 0.0)[1])
   found["late by 0 equals synchronous"] = bits(ready) == late_by_none
-  found["ratios"] = {k: statistics.median(v) for k, v in ratios.items()}
-  found["spread"] = {
-    k: np.quantile(v, (0.25, 0.75)).tolist() for k, v in ratios.items()
-  }
-  found["again"] = statistics.median(found["again"][1:])
-  found["plain"] = statistics.median(found["plain"])
-  found["lateness"] = {k: dict(sorted(v.items())) for k, v in lateness.items()}
   return found
 
 
@@ -338,15 +336,12 @@ def drive(
 
 def show_speed(found: dict[str, Any], tokens: int) -> None:
   """Prints the table."""
-  rate = tokens / found["plain"]
+  rate = tokens / found["alone"]
   print(f"frozen decoder alone: {rate:.0f} tokens/s")
-  print(f"the same over itself: {found['again']:.3f}")
-  print("coprocessor     over plain  (quartiles)     lateness: sequences")
+  print("coprocessor     over the decoder alone  lateness: sequences")
   for name, ratio in found["ratios"].items():
-    low, high = found["spread"][name]
-    late = found["lateness"][name]
-    shown = ", ".join(f"{d}: {c}" for d, c in late.items()) or "none came"
-    print(f"{name:14}  {ratio:10.3f}  ({low:.3f}-{high:.3f})  {shown}")
+    late = ", ".join(f"{d}: {c}" for d, c in found["lateness"][name].items())
+    print(f"{name:14}  {turns.shown(ratio):22}  {late or 'none came'}")
   for name in ("never equals plain", "late by 0 equals synchronous"):
     print(f"{name}, bit for bit: {found[name]}")
 

@@ -5,10 +5,11 @@
 
 Each prompt is read (prefill) and continued by as many tokens as asked, every
 token of a batch chosen and fed back. What is compared, in one process, in
-alternation, medians over repeats:
+blocks (turns.py), medians over repeats:
 
   plain      this package, the frozen decoder
-  augmented  the same with N latents at the prompt's end, coprocessor random
+  augmented  the same with N latents at the prompt's end, coprocessor random;
+             its cache has N more slots, which a step attends to
   dynamic    transformers' model in a bare loop, DynamicCache (its default)
   static     the same with its StaticCache
 
@@ -18,6 +19,7 @@ two passes of N rows by the same decoder over the same cache. Needs the extra
 `parity`.
 """
 
+import functools
 import json
 import pathlib
 import statistics
@@ -30,6 +32,7 @@ import jax
 import numpy as np
 import torch
 import transformers
+import turns
 from absl import flags
 
 from cacheaug import command
@@ -59,6 +62,7 @@ flags.DEFINE_integer("prompt_tokens", 64, "S")
 flags.DEFINE_integer("new_tokens", 128, "decoding steps that are timed")
 flags.DEFINE_integer("latents", 16, "N")
 flags.DEFINE_integer("repeats", 5, "timed, after one that is not")
+flags.DEFINE_bool("peers", True, "transformers, too")
 flags.DEFINE_integer("threads", 2, "torch's; give XLA as many by taskset")
 flags.DEFINE_string("json", "", "file to write the figures to")
 
@@ -90,8 +94,10 @@ class Ours:
       self._model, decoder, state.cache.stacked(), x, positions
     )
 
-  def start(self, tokens: np.ndarray, new: int) -> tuple[float, State]:
-    """Seconds of the prefill, and the state after it."""
+  def start(
+    self, tokens: np.ndarray, new: int, *, room: bool
+  ) -> tuple[float, State]:
+    """Seconds of the prefill, and the state after it, with room for latents."""
     begun = time.perf_counter()
     context: Context = self._read(
       self._model, self._decoder, tokens, np.zeros_like(tokens)
@@ -104,7 +110,7 @@ class Ours:
       context,
       keys,
       max_new_tokens=new,
-      latents=self._spec.latents,
+      latents=self._spec.latents if room else 0,
     )
     return seconds, jax.block_until_ready(state)
 
@@ -163,38 +169,36 @@ def measure(
       config=theirs.config, max_cache_len=room
     ),
   }
-  seconds: dict[str, list[float]] = {}
   said = {}
 
-  def note(name, value):
-    seconds.setdefault(name, []).append(value)
-
   def plain():
-    prefill, state = ours.start(tokens, new)
-    note("rows", ours.rows(state))
+    prefill, state = ours.start(tokens, new, room=False)
+    rows = ours.rows(state)
     took, said["plain"] = ours.decode(state, new)
-    note("plain prefill", prefill)
-    note("plain", took)
+    return {"plain": took, "plain prefill": prefill, "rows": rows}
 
   def augmented():
-    took, state = ours.insert(ours.start(tokens, new)[1])
-    note("insert", took)
-    note("augmented", ours.decode(state, new)[0])
+    insert, state = ours.insert(ours.start(tokens, new, room=True)[1])
+    return {"augmented": ours.decode(state, new)[0], "insert": insert}
 
-  for i in range(repeats + 1):
-    # Torch's threads spin on for a while: neither of ours always comes first.
-    for run in (plain, augmented) if i % 2 else (augmented, plain):
-      run()
-    for name, cache in caches.items():
-      prefill, took, said[name] = peer(theirs, tokens, new, cache())
-      note(f"{name} prefill", prefill)
-      note(name, took)
-  found = {k: statistics.median(v[1:]) for k, v in seconds.items()}
-  pairs = zip(seconds["augmented"][1:], seconds["plain"][1:], strict=True)
-  found["augmented over plain"] = statistics.median(a / p for a, p in pairs)
-  found["same tokens"] = float(
-    np.mean([said["plain"] == said[name] for name in caches])
-  )
+  def other(name):
+    prefill, took, said[name] = peer(theirs, tokens, new, caches[name]())
+    return {name: took, f"{name} prefill": prefill}
+
+  ways = {"plain": plain, "augmented": augmented}
+  if theirs is not None:
+    ways |= {name: functools.partial(other, name) for name in caches}
+  blocks = turns.take(ways, repeats)
+  seconds = {
+    key: [block[key] for block in found]
+    for found in blocks.values()
+    for key in found[0]
+  }
+  found = {k: statistics.median(v) for k, v in seconds.items()}
+  over = turns.ratio(seconds["augmented"], seconds["plain"])
+  found["augmented over plain"] = over
+  same = [said["plain"] == said[name] for name in ways if name in caches]
+  found["same tokens"] = float(np.mean(same)) if same else None
   return found
 
 
@@ -202,6 +206,8 @@ def show(batch: int, new: int, found: dict[str, Any]) -> list[str]:
   """The table's rows of one batch size."""
   lines = []
   for name in ("plain", "augmented", "dynamic", "static"):
+    if name not in found:
+      continue
     took = found[name]
     prefill = found.get(f"{name} prefill")
     prefill = "" if prefill is None else f"{prefill * 1e3:.2f}"
@@ -212,10 +218,13 @@ def show(batch: int, new: int, found: dict[str, Any]) -> list[str]:
   lines.append(
     f"       insertion {found['insert'] * 1e3:.2f} ms, two passes of N rows "
     f"{2e3 * found['rows']:.2f} ms: "
-    f"{found['insert'] / found['rows'] / 2:.2f}; augmented over plain, median "
-    f"of the repeats' ratios: {found['augmented over plain']:.3f}; same tokens "
-    f"as transformers: {found['same tokens']:.1%}"
+    f"{found['insert'] / found['rows'] / 2:.2f}; augmented over plain, in "
+    f"pairs: {turns.shown(found['augmented over plain'])}"
   )
+  if found["same tokens"] is not None:
+    lines.append(
+      f"       same tokens as transformers: {found['same tokens']:.1%}"
+    )
   return lines
 
 
@@ -250,6 +259,7 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(
       3, config.vocab_size, (batch, values.prompt_tokens), dtype=np.int32
     )
+    theirs = theirs if values.peers else None
     found = measure(ours, theirs, tokens, values.new_tokens, values.repeats)
     results[batch] = found
     print("\n".join(show(batch, values.new_tokens, found)), flush=True)
