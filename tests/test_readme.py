@@ -4,16 +4,14 @@ Every fenced command runs here in a cheap form, or in the test that is named, or
 its entry says what it needs.
 """
 
-import ast
 import dataclasses
-import io
+import importlib
 import os
 import re
 import runpy
 import shlex
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import fenced
@@ -24,6 +22,7 @@ from cacheaug import config as configs
 from cacheaug.augment import drawing
 
 README = ROOT / "README.md"
+_RESULTS = (ROOT / "RESULTS.md").read_text()
 _COMMANDS = {
   command: needs for page in PAGES for command, needs in fenced.commands(page)
 }
@@ -46,12 +45,10 @@ _HOW = {
   "python -m cacheaug.main --config=configs/gemma2b.py --config.runlocal": (
     "here: test_training_commands"
   ),
-  "python -m cacheaug.main --config=configs/gemma2b.py --workdir": (
-    "needs the weights of Gemma-2 2B"
-  ),
   "python -m cacheaug.main --config=configs/tiny_coprocessor.py": Elsewhere(
     "test_lateness.py::test_training_draws_lateness_and_no_other_points"
   ),
+  "python -m cacheaug.generate --compare": "here: test_compare_command",
   "python -m cacheaug.generate": Elsewhere(
     "test_generate_command.py::test_compare_and_trace"
   ),
@@ -82,14 +79,13 @@ _HOW = {
   "pip install": f"needs {_NETWORK}",
   "pytest -n 2": "needs nothing: it is this",
   "ruff check": f"needs nothing: {_NETWORK}",
-  "docker build": "needs docker; test_launch_jobs.py reads the Dockerfile",
   "python tests/make_golden.py": "needs .[parity]",
+  **{start: f"needs {what}" for start, what in fenced.NEEDS.items()},
 }
 
 
 def _how(command: str) -> object:
-  starts = [start for start in _HOW if command.startswith(start)]
-  return _HOW[max(starts, key=len)] if starts else None
+  return fenced.longest(_HOW, command)
 
 
 @pytest.mark.parametrize("command", _COMMANDS)
@@ -108,7 +104,21 @@ def test_every_entry_is_used():
   assert [start for start in _HOW if id(_HOW[start]) not in used] == []
 
 
-@pytest.mark.parametrize("command", _COMMANDS)
+# What times the README, and the words by which it shortens commands.
+_TIMED = runpy.run_path(str(ROOT / "benchmarks" / "readme_commands.py"))
+_SHORTENED = [
+  line
+  for command, _ in fenced.commands(README)
+  for line, more in [_TIMED["shortened"](command)]
+  if more and not fenced.longest(fenced.NEEDS, command)
+]
+
+
+def test_every_shortening_is_used():
+  assert len(_SHORTENED) == len(_TIMED["_SHORTER"]) + 1  # and --dry-run
+
+
+@pytest.mark.parametrize("command", [*_COMMANDS, *_SHORTENED])
 def test_keys_files_and_flags_exist(command):
   """Of all commands alike, whatever it would take to run them."""
   words = shlex.split(command)
@@ -131,8 +141,11 @@ def test_keys_files_and_flags_exist(command):
 
 
 def _matching(start: str) -> list[list[str]]:
-  found = [c for c in _COMMANDS if c.startswith(start)]
-  return [shlex.split(c) for c in found if not _COMMANDS[c]]
+  found = [c for c in _COMMANDS if c.startswith(start) and not _COMMANDS[c]]
+  return [shlex.split(c) for c in found if c not in _NEEDING]
+
+
+_NEEDING = {c for c in _COMMANDS if fenced.longest(fenced.NEEDS, c)}
 
 
 def test_traces_commands(capsys):
@@ -141,8 +154,8 @@ def test_traces_commands(capsys):
     assert drawing.main(words[3:]) == 0
     printed.append(capsys.readouterr().out)
   # The picture in the README is what its command prints.
-  picture = re.search(r"```\n(    a b c .*?)```", README.read_text(), re.DOTALL)
-  found = [line.strip() for line in picture.group(1).splitlines()]
+  picture = fenced.shown(README, "python -m cacheaug.augment.traces")
+  found = [line.strip() for line in picture.splitlines()]
   assert len(found) == 11
   shown = [line.strip() for line in "".join(printed).splitlines()]
   at = shown.index(found[0], 1)
@@ -168,9 +181,15 @@ def _run(command: list[str]) -> str:
   return done.stdout
 
 
-def _form(text: str) -> str:
-  """Text with numbers taken out, so that what remains is its form."""
-  return " ".join(re.sub(r"[-+]?\d[\d.,]*", "#", text).split())
+def test_compare_command():
+  """Its form is what the README shows, and so are the two answers."""
+  (words,) = _matching("python -m cacheaug.generate --compare")
+  printed = _run(words)
+  shown = fenced.shown(README, "python -m cacheaug.generate --compare")
+  assert fenced.form(shown) == fenced.form(printed)
+  answers = [text.splitlines()[4].split(" | ") for text in (shown, printed)]
+  assert answers[0] == answers[1]
+  assert [side.strip() for side in answers[0]] == ["7", "9"]
 
 
 # Few steps and sequences; all else as it stands.
@@ -186,28 +205,26 @@ _CHEAP = {
     "--config.eval.batch=2",
   ],
 }
+_TRAINING = {
+  " ".join(words): _CHEAP[config]
+  for config in _CHEAP
+  for words in _matching(f"python -m cacheaug.main --config=configs/{config}")
+}
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("config", _CHEAP)
-def test_training_commands(config, tmp_path):
+@pytest.mark.parametrize("command", _TRAINING)
+def test_training_commands(command, tmp_path):
   """The table's form is the one that the README shows."""
-  (words,) = [
-    words
-    for words in _matching(f"python -m cacheaug.main --config=configs/{config}")
-    if not any(word.startswith("--workdir") for word in words)
-  ]
+  words = [w for w in command.split() if not w.startswith("--workdir")]
   more = [f"--config.data.cache_dir={tmp_path}/cache", f"--workdir={tmp_path}"]
-  printed = _run([*words, *_CHEAP[config], *more])
+  printed = _run([*words, *_TRAINING[command], *more])
   assert (tmp_path / "report" / "report.md").exists()
-  shown = re.search(
-    r"```\n(code: held-out perplexity.*?)```", README.read_text(), re.DOTALL
-  )
-  table, _, _ = shown.group(1).partition("report:")
-  head = " ".join(table.splitlines()[:2])
-  assert _form(head) in _form(printed)
-  if config == "quickstart":
-    assert _form(table) in _form(printed)
+  shown = fenced.shown(README, next(iter(_TRAINING)))
+  head = "\n".join(shown.splitlines()[:2])
+  assert fenced.form(head) in fenced.form(printed)
+  if "quickstart" in command:
+    assert fenced.form(shown) in fenced.form(printed)
 
 
 @pytest.mark.timeout(900)
@@ -244,16 +261,6 @@ def test_launch_commands_dry(words):
   assert done.returncode == 0, done.stderr
 
 
-def _expected(code: str) -> dict[int, str]:
-  """Line -> the value that its comment begins with."""
-  found = {}
-  for token in tokenize.generate_tokens(io.StringIO(code).readline):
-    value = re.match(r"# (\[.*?\])(: |$)", token.string)
-    if token.type == tokenize.COMMENT and value and "B, " not in value[1]:
-      found[token.start[0]] = value[1]
-  return found
-
-
 _PYTHON = {
   f"{page.name}-{i}": block
   for page in PAGES
@@ -263,20 +270,10 @@ _PYTHON = {
 
 @pytest.mark.parametrize("name", _PYTHON)
 def test_python_gives_what_its_comments_say(name):
-  code = _PYTHON[name]
-  wanted, scope = _expected(code), {}
-  checked = 0
-  for node in ast.parse(code).body:
-    if not isinstance(node, ast.Expr):
-      exec(compile(ast.Module([node], []), name, "exec"), scope)
-      continue
-    value = eval(compile(ast.Expression(node.value), name, "eval"), scope)
-    if node.end_lineno in wanted:
-      assert repr(value) == wanted[node.end_lineno]
-      checked += 1
-  assert checked == len(wanted)
+  found = fenced.values(_PYTHON[name])
+  assert [given for _, given in found] == [wanted for wanted, _ in found]
   if name == "README.md-0":
-    assert checked
+    assert len(found) == 2
 
 
 def _links(page: Path) -> list[str]:
@@ -303,15 +300,150 @@ def _exists(name: str, near: Path) -> bool:
   return any((place / name).exists() for place in places)
 
 
-# Directories that a run makes.
-_MADE = {"runs/quickstart/report/", "report/"}
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_named_paths_exist(page):
-  names = set(_paths(page)) - _MADE
+  names = set(_paths(page))
   gone = [n for n in names if not _exists(n, page.parent)]
   assert gone == []
   if page == README:
     assert len(names) > 20
   assert not _exists("cacheaug/none.py", page.parent)
+
+
+# Modules whose functions the pages name, as `traces.lay_out`.
+_NAMED = {
+  name: importlib.import_module(f"cacheaug.{where}")
+  for name, where in {
+    "traces": "augment.traces",
+    "coprocessor": "augment.coprocessor",
+    "objective": "augment.objective",
+    "rounds": "augment.rounds",
+    "stepping": "stepping",
+    "transformer": "model.transformer",
+    "attention": "model.attention",
+    "stored": "inference.stored",
+  }.items()
+}
+
+
+def _gone(text: str) -> list[str]:
+  """Names of functions, or of keys, that the code does not have."""
+  keys = {key for key, _ in configs._leaves(configs.base())}
+  names = re.findall(rf"\b(?<!\.)({'|'.join(_NAMED)})\.([a-z]\w+)", text)
+  return [
+    f"{module}.{name}"
+    for module, name in names
+    if name not in ("py", "md")
+    and f"{module}.{name}" not in keys
+    and not hasattr(_NAMED[module], name)
+  ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_named_functions_exist(page):
+  assert _gone(page.read_text()) == []
+  assert _gone("`traces.lay_in`, traces.count, `traces.py`") == [
+    "traces.lay_in"
+  ]
+
+
+def _section(heading: str) -> str:
+  """Of RESULTS.md, up to the next heading of any level."""
+  _, found, rest = _RESULTS.partition(f"\n{heading}")
+  assert found, heading
+  return rest.partition("\n#")[0]
+
+
+def _cells(line: str) -> list[str]:
+  return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+# Decoder and text of the README's table -> the sweep's heading; its rows.
+_SWEEPS = {
+  "TinyStories-656K, stories": "### Stories, a pretrained decoder",
+  "shipped tiny, problems": "### Problems, shipped tiny decoder",
+}
+_ROWS = {
+  "N=8": "N8",
+  "N=16": "N16",
+  "pause tokens": "pause",
+  "decoder trained on, equal steps": "base_steps",
+}
+
+
+def _measured(text: str, row: str) -> tuple[str, list[str]]:
+  """Seeds, '' where there are none, and six figures, of RESULTS.md."""
+  if text in _SWEEPS:
+    section = _section(_SWEEPS[text])
+    line = re.search(rf"^\| {_ROWS[row]} \((\d)\).*$", section, re.MULTILINE)
+    return line[1], [cell.split()[0] for cell in _cells(line[0])[1:]]
+  if text.startswith("paper"):
+    said = re.search(r"the same six rows are ([-\d.,\s]+)", _RESULTS)
+    return "", re.findall(r"-\d\.\d+", said[1])
+  if text.startswith("shipped nano"):
+    lines = _section("## Quickstart").splitlines()
+    cells = [_cells(line) for line in lines if re.match(r"\| \d", line)]
+    return "1", [c[3].split()[0] for c in cells]
+  line = re.search(r"^\| code \|.*%.*$", _RESULTS, re.MULTILINE)
+  return "1", [cell.split()[0] for cell in _cells(line[0])[1:]]
+
+
+def _drifted(readme: str) -> list[str]:
+  """Rows of the README's table that RESULTS.md does not have so."""
+  table = readme.partition("| decoder and text |")[2].partition("\n\n")[0]
+  found, text = [], ""
+  for line in table.splitlines()[2:]:
+    name, row, seeds, *figures = _cells(line)
+    text = name or text
+    there, measured = _measured(text, row)
+    pairs = zip(map(float, figures), map(float, measured), strict=True)
+    # Half a unit of the last place, and what a float adds.
+    if there != seeds or any(abs(a - b) > 0.0501 for a, b in pairs):
+      found.append(line)
+  assert len(table.splitlines()) == 12
+  return found
+
+
+def test_table_is_that_of_the_results():
+  readme = README.read_text()
+  assert _drifted(readme) == []
+  for old, new in (("-59.7", "-59.6"), ("| 3 | -24.4", "| 1 | -24.4")):
+    assert len(_drifted(readme.replace(old, new, 1))) == 1
+
+
+def _unmeasured(text: str) -> list[str]:
+  """Ratios (4.30x) that RESULTS.md does not have where it has speed."""
+  known = _section("## The training step") + _section("## Decoding")
+  ratios = re.findall(r"(?<![\w.])(\d+\.\d+)x", text)
+  return [x for x in ratios if not re.search(rf"(?<![\d.]){x}(?!\d)", known)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_ratios_are_those_of_the_results(page):
+  text = page.read_text()
+  assert _unmeasured(text) == []
+  if page == README:
+    assert _unmeasured(text.replace("4.30x", "4.31x")) == ["4.31"]
+    assert _unmeasured(text.replace("7.6x", "7.7x")) == ["7.7"]
+
+
+def test_exact_match_is_that_of_the_results():
+  said = re.search(r"Exact match on 1,024 .*?FLOP\.", README.read_text(), re.S)
+  section = _section("### Problems, shipped tiny decoder")
+  rows = section.partition("Exact match on 1,024 ")[2]
+  wanted = [
+    re.search(rf"^\| {row} \| [-\d] \| ([\d.]+)", rows, re.MULTILINE)[1]
+    for row in ("frozen shipped:tiny", "pause", "N8", "base_steps", "base_flop")
+  ]
+  assert re.findall(r"([\d.]+) %", said[0]) == wanted
+
+
+def test_quickstart_shown_is_the_one_measured():
+  section = _section("## Quickstart")
+  command = "python -m cacheaug.main --config=configs/quickstart.py"
+  shown = fenced.shown(README, command)
+  figures = re.findall(r"\d+\.\d+", shown)
+  assert len(figures) == 30
+  assert [f for f in figures if f not in section] == []
+  minutes = re.search(r"(\d+) minutes (\d+) seconds", README.read_text())
+  assert f"{minutes[1]} min {minutes[2]} s" in section

@@ -34,7 +34,17 @@ def test_site_builds_without_a_dead_link(tmp_path):
   page = (tmp_path / "site" / "method" / "index.html").read_text()
   # Figures are in the page itself, where they follow its colours.
   assert page.count('<svg xmlns="http://www.w3.org/2000/svg" viewBox') >= 6
+  # Parts of the README are in the pages, in place of their names.
+  for page, part in (
+    ("index.html", "code: held-out perplexity"),
+    ("index.html", "cacheaug.load("),
+    ("clusters/index.html", "tpu_vm.sh resume"),
+    ("recipes/index.html", "configs/sweeps/gpu.py"),
+  ):
+    html = (tmp_path / "site" / page).read_text()
+    assert part in re.sub(r"<[^>]+>", "", html), page
   for file in (tmp_path / "site").rglob("*.html"):
+    assert "8&lt;--" not in file.read_text(), file
     fetched = re.findall(
       r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"',
       file.read_text(),
