@@ -4,6 +4,7 @@ Each message stands in the page word for word, with DIR for the test's own
 directory.
 """
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import small_runs
 from ml_collections import ConfigDict
 
+import cacheaug
 from cacheaug import checkpoint, command, decoders, sharding, train
 from cacheaug import config as configs
 from cacheaug import workdir as workdirs
@@ -98,6 +100,24 @@ def _weights(directory: Path, **changes) -> Path:
 def wrong_tokenizer(config, directory):
   config.decoder.shape.vocab_size = 100
   train.open_model(config)
+
+
+def another_decoder(config, directory):
+  cacheaug.load("shipped:nano").with_coprocessor("shipped:tiny_coprocessor")
+
+
+def no_coprocessor(config, directory):
+  cacheaug.load("shipped:tiny").generate(["a"])
+
+
+def prompt_too_short(config, directory):
+  lm = cacheaug.load("shipped:tiny")
+  lm.with_coprocessor("shipped:tiny_coprocessor").generate(["a"])
+
+
+def no_tokenizer(config, directory):
+  lm = dataclasses.replace(cacheaug.load("shipped:tiny"), tokenizer=None)
+  lm.generate(["a"], latents=False)
 
 
 def empty_data(config, directory):
