@@ -8,8 +8,8 @@ command of README.md there, in its order (what stands before the installation,
 at the end), and its Python. What needs an accelerator, weights or a cloud is
 named and left out; what takes longer than some minutes is shortened by the
 words that the table names. A command fails if its status is not 0 or if what it
-prints has not the form, numbers taken out, of what the README shows. This
-program itself wants the standard library alone.
+prints has not the form, numbers taken out, of what the README shows; all of it
+is in printed.txt there. This program itself wants the standard library alone.
 
 Two times are a person's: from the end of the installation to both answers of
 `generate --compare` (goal: 20 s), and from before the clone to the first table
@@ -72,6 +72,8 @@ def _run(command: list[str], where: Path, env: dict[str, str]):
     timeout=_SECONDS,
   )
   seconds = time.perf_counter() - start
+  with (where.parent / "printed.txt").open("a") as f:
+    f.write(f"$ {command[-1]}\n{done.stdout}\n")
   return seconds, done.returncode, done.stdout, done.stderr
 
 
