@@ -66,7 +66,9 @@ def peer(decoder: str, answerer: Answerer, batch: int) -> HFLM:
   )
 
 
-def compare(ours: AugmentedLM, theirs: HFLM, task) -> Parity:
+def compare(
+  ours: AugmentedLM, theirs: HFLM, task: lm_eval_tasks.Prepared
+) -> Parity:
   """Runs one of `benchmarks.prepare` through both."""
   with benchmarks.quiet():
     a = lm_eval_tasks.evaluate(ours, task.tasks)

@@ -32,6 +32,7 @@ import numpy as np
 from absl import flags
 
 from cacheaug import command, export, lm
+from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import problems
 from cacheaug.errors import UserError
 from cacheaug.evals import exact_match, finish, perplexity, report
@@ -47,7 +48,9 @@ flags.DEFINE_integer("problems", 1024, "problems answered; 0: none")
 flags.DEFINE_string("json", "", "file to write the figures to")
 
 
-def by_way(found: LM, batches: list, again, seed: int) -> dict[str, list]:
+def by_way(
+  found: LM, batches: list, again: TraceSpec, seed: int
+) -> dict[str, list]:
   """Rows of `report` by way and token after the first point."""
   single = dataclasses.replace(again, rounds=1, stride=0, ahead=again.reach)
   moved = again.reach - again.ahead  # tokens from the first point to the last
@@ -81,7 +84,9 @@ def _arrays(found) -> list[np.ndarray]:
   return [np.asarray(x) for x in found]
 
 
-def answered(found: LM, source: Any, count: int, plan: Plan | None):
+def answered(
+  found: LM, source: Any, count: int, plan: Plan | None
+) -> tuple[int, int]:
   """(right, asked); `plan` None is the frozen decoder."""
   asked = [
     problems.generate(
@@ -107,7 +112,9 @@ def answered(found: LM, source: Any, count: int, plan: Plan | None):
   return right, count
 
 
-def measure(config: Any, found: LM, again, count: int) -> dict[str, Any]:
+def measure(
+  config: Any, found: LM, again: TraceSpec, count: int
+) -> dict[str, Any]:
   """Figures of one run."""
   out: dict[str, Any] = {}
   before = tuple(again.stride * i for i in range(1, again.rounds))

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from functools import partial
+from typing import Any
 
 # Else PyTorch's idle threads spin while the other's steps are timed.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,20 +27,26 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 from transformers import DynamicCache
 
 from cacheaug import benchmark, flops, sharding, stepping
 from cacheaug import config as configs
 from cacheaug.augment import traces
+from cacheaug.augment.traces import TraceSpec
 from cacheaug.model import pretrained
+from cacheaug.model.transformer import Params
 
 _HIDDEN = -1e30
+Laid = dict[str, Any]  # of traces.Traces, as tensors
 
 
 class Peer:
   """The coprocessor, its soft tokens and its optimizer in PyTorch."""
 
-  def __init__(self, directory, params, spec, learning_rate):
+  def __init__(
+    self, directory: str, params: Params, spec: TraceSpec, learning_rate: float
+  ) -> None:
     load = partial(
       transformers.AutoModelForCausalLM.from_pretrained,
       directory,
@@ -61,7 +68,7 @@ class Peer:
     self.optimizer = torch.optim.AdamW(trained, lr=learning_rate)
     self.spec = spec
 
-  def step(self, tokens, laid, extended):
+  def step(self, tokens: Tensor, laid: Laid, extended: bool) -> float:
     """One update; the loss before it."""
     loss = self.loss(tokens, laid, extended)
     self.optimizer.zero_grad(set_to_none=True)
@@ -69,7 +76,7 @@ class Peer:
     self.optimizer.step()
     return float(loss.detach())
 
-  def loss(self, tokens, laid, extended):
+  def loss(self, tokens: Tensor, laid: Laid, extended: bool) -> Tensor:
     """Mean nll of the ahead tokens."""
     n = self.spec.latents
     b, m, r = laid["rows"]["positions"].shape
@@ -97,7 +104,9 @@ class Peer:
     weights = laid["weights"].flatten()
     return (nll * weights).sum() / weights.sum()
 
-  def run(self, model, x, past, rows):
+  def run(
+    self, model: torch.nn.Module, x: Tensor, past: DynamicCache, rows: Laid
+  ) -> Tensor:
     """All traces' rows [B, M R, D] over a copy of the cache."""
     cache = DynamicCache()
     for i, layer in enumerate(past.layers):
@@ -111,7 +120,7 @@ class Peer:
       use_cache=True,
     ).last_hidden_state
 
-  def run_extended(self, tokens, x, rows):
+  def run_extended(self, tokens: Tensor, x: Tensor, rows: Laid) -> Tensor:
     """Context and all traces' rows [B, M R, D] as one sequence."""
     s = tokens.shape[1]
     context = self.decoder.model.embed_tokens(tokens)
@@ -130,7 +139,7 @@ class Peer:
     ).last_hidden_state
 
   @staticmethod
-  def mask(rows, s):
+  def mask(rows: Laid, s: int) -> Tensor:
     """Additive [B, 1, M R, S + M R]; windows are longer than S here."""
     b, m, r = rows["positions"].shape
     limits = rows["limits"].expand(b, m, r).flatten(1)

@@ -66,6 +66,9 @@ def init(
     decoder: the frozen decoder; None where a decoder is trained from nothing.
     initial: a trained coprocessor, where coprocessor.init is a path.
     boxed: random numbers with their logical axes instead, for shardings.
+
+  Raises:
+    UserError: a LoRA of a kind that has no network.
   """
   if config.objective == "language_model":
     return _init_decoder(config, model, key, decoder, boxed), None

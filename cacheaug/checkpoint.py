@@ -133,7 +133,7 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     agreed = kind is None or issubclass(kind, (UserError, SystemExit))
     # After any other error other processes may be gone, and a save under way
     # would wait for them.

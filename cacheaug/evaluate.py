@@ -187,6 +187,9 @@ def evaluate(
     context: tokens that precede and include a point, in all columns.
     diagnostics: of the trained N.
     seed: of who gets whose latents.
+
+  Raises:
+    UserError: no token to compare.
   """
   args, coproc = (found.model, found.decoder), found.coprocessor.params
   tables = {}

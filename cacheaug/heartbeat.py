@@ -75,7 +75,7 @@ class Heartbeat:
     self._thread.start()
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     self._ended.set()
     self._thread.join()
     if self._limit:

@@ -261,6 +261,9 @@ class LM:
 
     Arguments and errors as of `complete`. `latents` as a list keeps room for
     them even where none is True: the very programs of the others.
+
+    Raises:
+      UserError: a list of another length than the prompts, besides.
     """
     check_asked(prompts, max_new_tokens, stop)
     on = [latents] * len(prompts) if isinstance(latents, bool) else [*latents]

@@ -87,7 +87,7 @@ class MetricWriter:
   def __enter__(self) -> "MetricWriter":
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self.close()
 
   def truncate_after(self, step: int) -> None:
@@ -212,7 +212,7 @@ class Progress:
   def __enter__(self) -> "Progress":
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self.close()
 
   def update(self, step: int, **shown: float | str) -> None:

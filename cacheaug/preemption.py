@@ -16,11 +16,11 @@ class StopOnSignal:
       self._previous = signal.signal(signal.SIGTERM, self._ask)
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     if jax.process_count() == 1:
       signal.signal(signal.SIGTERM, self._previous)
 
-  def _ask(self, *_) -> None:
+  def _ask(self, *_: object) -> None:
     self._asked = True
 
   def asked(self, step: int) -> bool:

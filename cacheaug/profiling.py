@@ -81,7 +81,7 @@ class Trace:
   def __enter__(self) -> "Trace":
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     if self._running:
       self._running = False
       jax.profiler.stop_trace()

@@ -14,11 +14,13 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from cacheaug.errors import UserError
 from cacheaug.model import placement
+
+AnyMesh = Mesh | AbstractMesh  # of devices, or of as many without any
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -77,7 +79,11 @@ def make_mesh(
 
 
 def mesh_sizes(config: ConfigDict, devices: int) -> tuple[int, int, int]:
-  """Sizes (data, fsdp, tensor) over that many devices; see `make_mesh`."""
+  """Sizes (data, fsdp, tensor) over that many devices; see `make_mesh`.
+
+  Raises:
+    UserError: sizes that do not multiply to them.
+  """
   data, fsdp, tensor = config.data, config.fsdp, config.tensor
   if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
     raise UserError(
@@ -127,7 +133,7 @@ def _slices(
 
 
 def _spec(
-  mesh: Mesh, name: str, axes: Sequence[str | None] | None, shape: tuple
+  mesh: AnyMesh, name: str, axes: Sequence[str | None] | None, shape: tuple
 ) -> PartitionSpec:
   """PartitionSpec of one array; checks letters, rank and divisibility."""
   if axes is None:
@@ -153,7 +159,7 @@ def _spec(
   return PartitionSpec(*entries)
 
 
-def logical_to_sharding(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
+def logical_to_sharding(mesh: AnyMesh, axes_tree: Any, shapes_tree: Any) -> Any:
   """Shardings of a tree of arrays from their axis letters.
 
   Args:
@@ -177,7 +183,7 @@ def logical_to_sharding(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(one, shapes_tree, axes_tree)
 
 
-def tree_shardings(mesh: Mesh, abstract_boxed: Any) -> Any:
+def tree_shardings(mesh: AnyMesh, abstract_boxed: Any) -> Any:
   """Shardings of a tree whose arrays carry Linen's logical axis names.
 
   Args:
@@ -210,12 +216,12 @@ def placing(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
   return placement.using(place)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
   """Sharding of [B, ...]: the batch over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(RULES["B"]))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
   """Sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 

@@ -1,7 +1,8 @@
 """One training step: its state, its loss and gradients, its update."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import flax.struct
@@ -13,7 +14,11 @@ from ml_collections import ConfigDict
 from cacheaug import adaptation, sharding
 from cacheaug import config as configs
 from cacheaug.augment import objective, traces
+from cacheaug.augment.objective import Sums
 from cacheaug.model.transformer import Params, Transformer
+
+Batch = dict[str, jax.Array]  # tokens, documents [B, S], maybe answers
+Summed = TypeVar("Summed")
 
 
 @flax.struct.dataclass
@@ -61,7 +66,13 @@ def init_state(
   )
 
 
-def abstract_state(config, model, optimizer, decoder, mesh) -> TrainState:
+def abstract_state(
+  config: ConfigDict,
+  model: Transformer,
+  optimizer: optax.GradientTransformation,
+  decoder: Params | None,
+  mesh: sharding.AnyMesh,
+) -> TrainState:
   """Shapes of a fresh state's arrays, each with its sharding on the mesh."""
   boxed = jax.eval_shape(
     partial(init_state, config, model, optimizer, True),
@@ -76,8 +87,13 @@ def abstract_state(config, model, optimizer, decoder, mesh) -> TrainState:
 
 
 def make_step(
-  config, model, optimizer, mesh, shardings, sums=objective.coprocessor_loss
-):
+  config: ConfigDict,
+  model: Transformer,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  shardings: TrainState,
+  sums: Callable[..., Sums] = objective.coprocessor_loss,
+) -> jax.stages.Wrapped:
   """step(state, decoder, batch, key, reset) -> state, metrics. Donates state.
 
   Gradients are those of the trainable tree alone. `reset` starts the running
@@ -148,7 +164,9 @@ def _language_model(config, model, params, batch, *, frozen_head):
   )
 
 
-def make_baseline(config, model, mesh):
+def make_baseline(
+  config: ConfigDict, model: Transformer, mesh: jax.sharding.Mesh
+) -> Callable[..., Sums | None]:
   """baseline(decoder, batch, key, step): frozen nll of that step's tokens.
 
   None where there is no decoder: one is trained from nothing.
@@ -171,7 +189,9 @@ def make_baseline(config, model, mesh):
   return maybe
 
 
-def add_points(config, batch, key, step):
+def add_points(
+  config: ConfigDict, batch: Batch, key: jax.Array, step: jax.Array | int
+) -> Batch:
   """The batch with step's points and lateness [B, M], where it has any.
 
   Drawn for the whole batch, so that micro-batches do not change them.
@@ -189,7 +209,7 @@ def add_points(config, batch, key, step):
   return batch
 
 
-def summed(function, batch, k):
+def summed(function: Callable[[Batch], Summed], batch: Batch, k: int) -> Summed:
   """function(batch), which is a sum over rows, by way of k micro-batches."""
   if k == 1:
     return function(batch)

@@ -1,6 +1,7 @@
 """The one trainer, top to bottom, for a coprocessor or a decoder itself."""
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from cacheaug import (
 from cacheaug import config as configs
 from cacheaug import workdir as workdirs
 from cacheaug.augment import coprocessor
+from cacheaug.augment.objective import Sums
 from cacheaug.checkpoint import Checkpoints
 from cacheaug.data import pipeline, tokenizers
 from cacheaug.errors import UserError
@@ -169,6 +171,9 @@ def open_model(
   """The architecture and the tokenizer; reads no weights yet.
 
   With a mesh, attention's kernels run on each of its devices' own part.
+
+  Raises:
+    UserError: no such decoder, or a tokenizer or config that does not fit it.
   """
   spec = config.data.tokenizer
   if not config.decoder.path:
@@ -270,7 +275,9 @@ def load_initial(
   )
 
 
-def abstract_decoder(config, model, mesh) -> Params:
+def abstract_decoder(
+  config: ConfigDict, model: Transformer, mesh: sharding.AnyMesh
+) -> Params:
   """Shapes of the frozen decoder's arrays, each with its sharding."""
   boxed = jax.eval_shape(partial(transformer.init, model), jax.random.key(0))
   storage = _dtype(config.precision.decoder, _platform(mesh))
@@ -281,7 +288,7 @@ def abstract_decoder(config, model, mesh) -> Params:
   )
 
 
-def _platform(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
+def _platform(mesh: sharding.AnyMesh) -> str:
   """Of the mesh's devices; this machine's where it has none."""
   if isinstance(mesh, jax.sharding.Mesh):
     return mesh.devices.flat[0].platform
@@ -294,10 +301,28 @@ def _dtype(name: str, platform: str) -> Any:
   return jnp.dtype(name)
 
 
-def log_step(config, writer, floor, step, metrics, baseline, shape, times):
+def log_step(
+  config: ConfigDict,
+  writer: MetricWriter,
+  floor: float | None,
+  step: int,
+  metrics: Mapping[str, Any],
+  baseline: Sums | None,
+  shape: tuple[int, int],
+  times: Mapping[str, float],
+) -> dict[str, float]:
   """Writes one line of metrics; returns what the progress line shows.
 
-  `floor` is the seconds that the devices' peak would need, where it is known.
+  Args:
+    config: of the run.
+    writer: of the line.
+    floor: seconds that the devices' peak would need, where it is known.
+    step: steps taken.
+    metrics: of stepping.make_step.
+    baseline: the frozen decoder's sums over this step's tokens, where there
+      is one.
+    shape: (B, S) of a step's tokens.
+    times: of profiling.Clock.
   """
   metrics, baseline = jax.device_get((metrics, baseline))
   running = metrics["running"]
@@ -330,8 +355,20 @@ def log_step(config, writer, floor, step, metrics, baseline, shape, times):
   return shown
 
 
-def report(config, workdir, model, decoder, params, tokenizer, fingerprint):
-  """The last words of a run: tables on disk and on the terminal, exports."""
+def report(
+  config: ConfigDict,
+  workdir: str,
+  model: Transformer,
+  decoder: Params | None,
+  params: Params,
+  tokenizer: tokenizers.Tokenizer,
+  fingerprint: str,
+) -> None:
+  """The last words of a run: tables on disk and on the terminal, exports.
+
+  `params` are a coprocessor or a decoder as adaptation.effective makes it,
+  `fingerprint` is the frozen decoder's.
+  """
   if jax.process_count() > 1:
     params, decoder = multihost_utils.process_allgather(
       (params, decoder), tiled=True
@@ -392,6 +429,9 @@ def check_finite(step: int, metrics: dict[str, Any]) -> None:
 
   The new parameters are looked at too: the loss of their own step may still
   be finite, and a checkpoint of them would be beyond use.
+
+  Raises:
+    UserError: naming the number, the step and its batch.
   """
   for name in ("loss", "gradient_norm", "parameter_norm"):
     if not np.isfinite(metrics[name]):

@@ -27,6 +27,7 @@ SHAPES = {
 
 
 def get_config(name: str = "tiny") -> ConfigDict:
+  """A decoder of SHAPES, by name."""
   c = configs.base()
   c.objective = "language_model"
   c.decoder.shape.update(

@@ -104,7 +104,11 @@ def init(
   decoder: Params,
   source: str = "decoder",
 ) -> Params:
-  """Fresh coprocessor parameters; `source` is 'decoder' (copy) or 'scratch'."""
+  """Fresh coprocessor parameters; `source` is 'decoder' (copy) or 'scratch'.
+
+  Raises:
+    UserError: another `source`.
+  """
   if source not in INITS:
     raise UserError(
       f"coprocessor.init={source!r} is not one of {', '.join(INITS)}"
@@ -174,7 +178,7 @@ def latents(
   cache: KVCache,  # of `reading`
   traces: Traces,
   copied: jax.Array,  # [B, M, N, D], the decoder's embeddings of traces.copied
-  repeated: jax.Array | None = None,  # the same of traces.repeated, if any
+  repeated: jax.Array | None = None,  # [B, M, N, D], of traces.repeated
   given: Given | None = None,  # rows of the block that were run before
 ) -> jax.Array:  # z [B, M, N, D]
   """Pass 2: all latents of all traces in one forward call."""
@@ -188,7 +192,7 @@ def outputs(
   params: Params,
   cache: KVCache,
   traces: Traces,
-  copied: jax.Array,  # as of `latents`, all of these
+  copied: jax.Array,  # [B, M, N, D], as of `latents`
   given: Given | None = None,
 ) -> jax.Array:  # [B, M, N, D]
   """What is trained contributes to z; `combine` makes z of it."""

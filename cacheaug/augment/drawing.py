@@ -42,7 +42,11 @@ def draw(labels: list[str], mask: np.ndarray, starts: set[int]) -> str:
 
 
 def parse_text(text: str) -> tuple[list[str], np.ndarray]:
-  """Words, and the document of each [S]."""
+  """Words, and the document of each [S].
+
+  Raises:
+    UserError: a document without words.
+  """
   parts: list[list[str]] = [[]]
   for word in text.split():
     if word == "|":
@@ -56,7 +60,11 @@ def parse_text(text: str) -> tuple[list[str], np.ndarray]:
 
 
 def parse_points(text: str, words: int) -> np.ndarray:
-  """'1,3' -> [1, 3], ascending and within the text."""
+  """'1,3' -> [1, 3].
+
+  Raises:
+    UserError: what is no number, does not ascend or is beyond the text.
+  """
   try:
     points = [int(point) for point in text.split(",")]
   except ValueError as e:
@@ -78,7 +86,11 @@ def check_points(
   spec: TraceSpec,
   late: int = 0,
 ) -> None:
-  """Refuses a point that cannot bear a trace, naming its word."""
+  """Looks whether a trace, `late` words late, fits at each point.
+
+  Raises:
+    UserError: naming the word of the first at which none does.
+  """
   if late < 0:
     raise UserError(f"--late={late}: must be 0 or more words")
   valid = np.asarray(traces.valid_points(documents[None], spec))[0]

@@ -23,6 +23,9 @@ from cacheaug.model import transformer
 from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Given, Params, Transformer
 
+# Nll by position and the number of tokens that it is over, [A] each.
+Sums = tuple[jax.Array, jax.Array]
+
 
 def context_pass(
   model: Transformer,
@@ -140,7 +143,7 @@ def coprocessor_loss(
   batch: dict[str, jax.Array],  # tokens, documents [B, S], maybe late [B, M]
   points: jax.Array,  # [B, M], of traces.sample_points
   spec: TraceSpec,
-) -> tuple[jax.Array, jax.Array]:
+) -> Sums:
   """Sums over this batch: nll [A] by position, and the tokens it is over.
 
   The loss is nll.sum() / tokens.sum(): the mean over all ahead tokens of all
@@ -181,7 +184,7 @@ def frozen_loss(
   batch: dict[str, jax.Array],
   points: jax.Array,  # [B, M]
   spec: TraceSpec,
-) -> tuple[jax.Array, jax.Array]:
+) -> Sums:
   """The frozen decoder's sums over the very tokens of `coprocessor_loss`."""
   tokens, documents = batch["tokens"], batch["documents"]
   hidden, _ = context_pass(model, decoder, tokens, documents, spec)
@@ -197,7 +200,7 @@ def plain_traces_loss(
   spec: TraceSpec,
   *,
   frozen_head: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> Sums:
   """`frozen_loss` of a decoder that is trained on those tokens itself."""
   tokens = batch["tokens"]
   segments = traces.segments_of(batch["documents"], spec.mask_documents)
@@ -211,7 +214,7 @@ def _over_traces(
   batch: dict[str, jax.Array],
   points: jax.Array,  # [B, M]
   spec: TraceSpec,
-) -> tuple[jax.Array, jax.Array]:  # [A] each
+) -> Sums:
   """Sums over the tokens that traces predict, each as often as they do."""
   tokens, documents = batch["tokens"], batch["documents"]
   laid = rounds.lay_out(tokens, documents, points, spec)
@@ -241,7 +244,7 @@ def language_model_loss(
   mask_documents: bool,
   *,
   frozen_head: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> Sums:
   """Sums over this batch: nll [1] and tokens [1] (within documents).
 
   With `answers` in the batch, over their tokens alone.

@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from cacheaug.augment import coprocessor, objective, traces
+from cacheaug.augment.objective import Sums
 from cacheaug.augment.traces import Traces, TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
 from cacheaug.model.transformer import Params, Transformer
-
-Sums = tuple[jax.Array, jax.Array]
 
 
 def naive_loss(

@@ -72,12 +72,15 @@ def lay_out(
   documents: jax.Array,  # [B, S], -1 = padding
   points: jax.Array,  # [B, M], -1 = no trace
   spec: TraceSpec,
-  late: jax.Array | None = None,  # as of traces.lay_out; of one round only
+  late: jax.Array | None = None,  # [B, M] tokens; of one round only
 ) -> Traces:
   """`traces.lay_out`, of as many rounds as the spec says.
 
   Of several, targets and weights are over all `spec.reach` tokens, `rounds`
   says where rows stand, and the rows of the Traces itself are not used.
+
+  Raises:
+    UserError: several rounds that come late.
   """
   if spec.rounds == 1:
     return traces.lay_out(tokens, documents, points, spec, late)

@@ -171,7 +171,11 @@ def run_tasks(
 
 
 def prepare(tasks: Sequence[str], **options: Any) -> "list[Any]":
-  """The tasks' documents and prompts; arguments and errors of `run_tasks`."""
+  """The tasks' documents and prompts; arguments as of `run_tasks`.
+
+  Raises:
+    UserError: as of `run_tasks`.
+  """
   names = check(
     tasks, cot=options["cot"], execute=options["execute"], data=options["data"]
   )

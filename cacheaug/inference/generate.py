@@ -188,7 +188,11 @@ def augment_context(
   spec: TraceSpec,
   late: jax.Array | None = None,  # [B]
 ) -> Context:
-  """`augment`, of all that `decode` needs; in as many rounds as trained."""
+  """`augment`, of all that `decode` needs; in as many rounds as trained.
+
+  Raises:
+    UserError: several rounds that come late.
+  """
   if late is not None and spec.at_once > 1:
     raise UserError(
       f"traces.rounds={spec.rounds}: latents of several rounds cannot come late"

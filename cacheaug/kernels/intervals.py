@@ -80,7 +80,7 @@ def pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
 def shape_like(
   x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
 ) -> jax.ShapeDtypeStruct:
-  """A kernel's result that varies over the same mesh axes as its operand x.
+  """A kernel's result that varies over the same mesh axes as an operand [...].
 
   Without it a kernel inside shard_map is refused (check_vma).
   """
@@ -89,7 +89,11 @@ def shape_like(
   )
 
 
-def cost(q: jax.Array, keys: jax.Array, matmuls: int) -> pl.CostEstimate:
+def cost(
+  q: jax.Array,  # [B, K, Q, E]
+  keys: jax.Array,  # [B, K, S, E]
+  matmuls: int,
+) -> pl.CostEstimate:
   """What XLA's scheduler should expect of a kernel with that many products.
 
   Half of all pairs: uniform points see half of the context on average. The
@@ -107,8 +111,8 @@ def cost(q: jax.Array, keys: jax.Array, matmuls: int) -> pl.CostEstimate:
 def masked_scores(
   products: jax.Array,  # [q, k] float32, q @ keys
   block: jax.Array,  # [] int32, which block of k keys
-  start: jax.Array,  # [q, k] or [q, 1] int32, as is stop
-  stop: jax.Array,
+  start: jax.Array,  # [q, k] or [q, 1] int32
+  stop: jax.Array,  # [q, k] or [q, 1] int32
   softcap: float,
   tanh: Callable[[jax.Array], jax.Array] = jnp.tanh,
 ) -> tuple[jax.Array, jax.Array | None]:

@@ -112,7 +112,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def make(family: str, **shapes: Any) -> ModelConfig:
-  """A family's ModelConfig with the given shapes; unknown keys are refused."""
+  """A family's ModelConfig with the given shapes.
+
+  Raises:
+    UserError: an unknown family or key, or values that cannot be.
+  """
   if family not in FAMILIES:
     raise UserError(
       f"decoder family {family!r} is not one of {', '.join(sorted(FAMILIES))}"

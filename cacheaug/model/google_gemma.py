@@ -139,6 +139,9 @@ def config_of(
   """ModelConfig of arrays of these shapes; `source` is for messages.
 
   What shapes do not say is the same in all sizes but for the queries' scale.
+
+  Raises:
+    UserError: an array that is missing or of another rank.
   """
 
   def shape(name: str, axes: str) -> Shape:
@@ -186,7 +189,11 @@ def load(
   dtype: Any,
   shardings: Params | None = None,
 ) -> Params:
-  """A decoder's parameters; see `pretrained.load`."""
+  """A decoder's parameters; arguments as of `pretrained.load`.
+
+  Raises:
+    UserError: arrays that are missing, misshapen or damaged, or not Gemma-2's.
+  """
   arrays = _open(directory)
   gating = arrays.get(_GATING.format(0))
   turned = gating is not None and gating.shape[1:2] == (config.mlp_width,)

@@ -1,6 +1,7 @@
 """The layers that model/transformer.py stacks, as Linen modules."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +12,10 @@ from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import attention, placement
 from cacheaug.model.cache import KVCache
 from cacheaug.model.config import SLIDING, ModelConfig
-from cacheaug.model.rope import rotate
+from cacheaug.model.rope import Rope, rotate
 from cacheaug.model.slots import SlotLayer, SlotRows
+
+KV = tuple[jax.Array, jax.Array]  # keys, values [..., K, E]
 
 ACTIVATIONS = {
   "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -62,7 +65,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """One matrix product over the flattened leading axes."""
+    """[..., inputs] -> [..., outputs], one matrix product."""
     ins, outs = tuple(self.inputs.values()), tuple(self.outputs.values())
     axes = range(len(ins) + len(outs))
     init = _fan_in(axes[: len(ins)], axes[len(ins) :], self.init_scale)
@@ -106,11 +109,20 @@ class Attention(nn.Module):
   kernel: Kernel
 
   @nn.compact
-  def __call__(self, x, rows, cache, window, rope, wanted, given=None):
-    """[B, M, R, D] -> rows from `wanted` on, and kv [B, M, R, K, E] of all.
+  def __call__(
+    self,
+    x: jax.Array,  # [B, M, R, D]
+    rows: attention.Rows,
+    cache: KVCache | SlotLayer | None,
+    window: jax.Array | None,  # [] tokens
+    rope: Rope,  # [B, M, R, E/2]
+    wanted: int,
+    given: KV | None = None,  # [B, M, G, K, E]
+  ) -> tuple[jax.Array, KV]:  # [B, M, R - wanted, D], [B, M, R, K, E]
+    """Rows from `wanted` on, and the keys and values of all.
 
     Of a SlotLayer, its keys and values in place of the rows' own. `given` is
-    the kv [B, M, G, K, E] of G rows of the block before these.
+    of G rows of the block before these.
     """
     c = self.config
     d, h, k, e = c.width, c.heads, c.kv_heads, c.head_dim
@@ -166,7 +178,7 @@ class MLP(nn.Module):
   param_dtype: Any
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     """[..., D] -> [..., D]."""
     c = self.config
     d, f = c.width, c.mlp_width
@@ -189,8 +201,22 @@ class Block(nn.Module):
   kernel: Kernel
 
   @nn.compact
-  def __call__(self, x, layer, rows, context, ropes, wanted=0, given=None):
-    """[B, M, R, D] -> rows from `wanted` on, and the own kv of all."""
+  def __call__(
+    self,
+    x: jax.Array,  # [B, M, R, D]
+    layer: tuple[jax.Array, KV | None],
+    rows: attention.Rows,
+    context: tuple[jax.Array, jax.Array] | SlotRows | None,
+    ropes: Sequence[Rope],
+    wanted: int = 0,
+    given: KV | None = None,  # [B, M, G, K, E]
+  ) -> tuple[jax.Array, KV]:  # [B, M, R - wanted, D], [B, M, R, K, E]
+    """Rows from `wanted` on, and the keys and values of all.
+
+    `layer` says whether it is a sliding one, and has the context's keys and
+    values, `context` the context's positions and segments [B, S]; `ropes` are
+    of global layers and, where theirs differ, of sliding ones.
+    """
     c = self.config
     kw = dict(config=c, dtype=self.dtype, param_dtype=self.param_dtype)
 
@@ -239,7 +265,7 @@ class Embedder(nn.Module):
       ("V", "D"),
     )
 
-  def __call__(self, tokens):
+  def __call__(self, tokens: jax.Array) -> jax.Array:
     """Tokens [...] -> [..., D], scaled where the family does."""
     x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
     x = placement.rows(x)

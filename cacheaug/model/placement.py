@@ -28,7 +28,7 @@ def using(place: Callable[[jax.Array, Letters], jax.Array]) -> Iterator[None]:
 
 
 def placed(x: jax.Array, letters: Letters) -> jax.Array:
-  """`x` with a letter (None: unsplit) for each axis; the same numbers."""
+  """`x` [...] with a letter (None: unsplit) an axis; the same numbers."""
   place = _PLACE.get()
   return x if place is None else place(x, letters)
 
@@ -39,7 +39,7 @@ def rows(x: jax.Array) -> jax.Array:  # [B, ...]
 
 
 def for_use(weight: jax.Array, letters: Letters) -> jax.Array:
-  """A weight as a matrix product reads it: whole over its width D.
+  """A weight [...] as a matrix product reads it: whole over its width D.
 
   D is split to store parameters, and so is the batch over the same devices.
   Left to itself, XLA then gathers rows instead of weights, which are far

@@ -233,7 +233,11 @@ def _plain_names(
 def check_tensors(
   source: pathlib.Path, leaves: list[Leaf], where: Where
 ) -> None:
-  """Refuses missing, unexpected and misshapen tensors before any is read."""
+  """Looks at all tensors' names, shapes and dtypes before any is read.
+
+  Raises:
+    UserError: one that is missing, unexpected, misshapen or quantised.
+  """
   wanted = {name: leaf for leaf in leaves for name in leaf.names}
   for problem, names in (
     ("has no", [n for n in wanted if n not in where]),

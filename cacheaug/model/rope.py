@@ -13,6 +13,8 @@ import numpy as np
 from cacheaug.errors import UserError
 from cacheaug.model.config import SLIDING, ModelConfig
 
+Rope = tuple[jax.Array, jax.Array]  # cos, sin [..., E/2]
+
 
 def _frequencies(config: ModelConfig, base: float, scaling: dict) -> np.ndarray:
   """Radians a position, [E/2] float32."""
@@ -39,10 +41,12 @@ def _llama3(freq: np.ndarray, scaling: dict) -> np.ndarray:
   return ((1 - smooth) * slowed + smooth * freq).astype(np.float32)
 
 
-def rope_table(
-  config: ModelConfig, positions: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], ...]:
-  """(cos, sin) [..., E/2] for global layers and, where it differs, sliding."""
+def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[Rope, ...]:
+  """Of positions [...]: for global layers and, where it differs, sliding.
+
+  Raises:
+    UserError: a scaling that is not supported.
+  """
 
   def table(base, scaling):
     freq = jnp.asarray(_frequencies(config, base, scaling))
@@ -61,7 +65,7 @@ def rope_table(
 def rope_of_layers(
   config: ModelConfig,
   positions: jax.Array,  # [...]
-) -> tuple[jax.Array, jax.Array]:  # cos, sin [L or 1, ..., E/2]
+) -> Rope:  # [L or 1, ..., E/2]
   """`rope_table` by layer, for what is stacked over L."""
   tables = rope_table(config, positions)
   if len(tables) == 1:
@@ -74,8 +78,8 @@ def rope_of_layers(
 
 def rotate(
   x: jax.Array,  # [..., R, heads, E]
-  rope: tuple[jax.Array, jax.Array],  # cos, sin [..., R, E/2]
-) -> jax.Array:
+  rope: Rope,  # [..., R, E/2]
+) -> jax.Array:  # [..., R, heads, E]
   """Rotates queries or keys by their positions, in float32."""
   cos, sin = (t[..., None, :] for t in rope)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

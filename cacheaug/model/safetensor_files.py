@@ -87,7 +87,11 @@ def check_dtypes(
   where: Mapping[str, pathlib.Path],
   found: Mapping[str, tuple[tuple[int, ...], str]],
 ) -> None:
-  """Refuses tensors that are not plain floating point."""
+  """Looks at tensors' dtypes: `where` they are, and their headers' words.
+
+  Raises:
+    UserError: one that is not plain floating point.
+  """
   for name, path in where.items():
     code = found[name][1]
     if code not in _DTYPES:
@@ -160,7 +164,11 @@ def write_json(path: pathlib.Path, entries: Mapping) -> None:
 
 
 def atomically(path: pathlib.Path, body: Callable) -> None:
-  """`body(file)` into a temporary file, renamed over `path` when complete."""
+  """`body(file)` into a temporary file, renamed over `path` when complete.
+
+  Raises:
+    UserError: a place that cannot be written to.
+  """
   temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

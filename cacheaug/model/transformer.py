@@ -71,7 +71,7 @@ class Transformer(nn.Module):
         param_dtype=self.param_dtype,
       )
 
-  def __call__(self, tokens):
+  def __call__(self, tokens: jax.Array) -> jax.Array:
     """Tokens [B, T] to logits; for init alone, as it makes every parameter."""
     segments = jnp.ones_like(tokens)
     rows = Rows.plain(jnp.cumsum(segments, -1) - 1, segments)
@@ -262,10 +262,14 @@ def extend(
   params: Params,
   cache: KVCache | None,
   x: jax.Array,  # [B, T] tokens, or [B, T, D] embeddings
-  positions: jax.Array | None = None,  # [B, T]; after the cache by default
+  positions: jax.Array | None = None,  # [B, T]; 0.. where there is no cache
   segments: jax.Array | None = None,  # [B, T]; ones by default
 ) -> tuple[jax.Array, KVCache]:  # [B, T, D], the T rows' own cache
-  """Runs T more rows on top of a cache; returns theirs, to write or concat."""
+  """Runs T more rows on top of a cache; returns theirs, to write or concat.
+
+  Raises:
+    UserError: a cache without positions for the rows after it.
+  """
   if x.ndim == 2:
     x = embed(model, params, x)
   b, t = x.shape[:2]

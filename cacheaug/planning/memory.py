@@ -72,7 +72,7 @@ class Memory:
 
 
 def abstract_arguments(
-  config: ConfigDict, model_config: ModelConfig, mesh: Any
+  config: ConfigDict, model_config: ModelConfig, mesh: sharding.AnyMesh
 ) -> tuple[Any, Any, dict[str, jax.ShapeDtypeStruct]]:
   """(state, decoder, batch) of one step as shapes with shardings.
 
@@ -152,7 +152,7 @@ def arithmetic(
   )
 
 
-def micro_batch(config: ConfigDict, mesh: Any) -> int:
+def micro_batch(config: ConfigDict, mesh: sharding.AnyMesh) -> int:
   """Sequences that one device computes at once."""
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   return config.data.batch // parts // config.optimizer.accumulation

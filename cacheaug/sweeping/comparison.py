@@ -293,7 +293,11 @@ def asks_problems(built: Built) -> bool:
 
 
 def training_seconds(run: Run) -> float:
-  """Wall time of a run's steps, over all its starts."""
+  """Wall time of a run's steps, over all its starts.
+
+  Raises:
+    UserError: a file that cannot be read.
+  """
   path = run.workdir / "speed.jsonl"
   try:
     lines = [json.loads(line) for line in path.read_text().splitlines()]

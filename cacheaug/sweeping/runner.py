@@ -192,7 +192,7 @@ class _Signals:
     }
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 
