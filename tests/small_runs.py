@@ -128,10 +128,9 @@ def start(
 
 def start_plain(*arguments: str, devices: int = 1, **environment: str):
   """`python -m cacheaug.main` with nothing but the arguments."""
-  flags = (
-    f"--xla_force_host_platform_device_count={devices} "
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-  )
+  import compiling  # late: as a config this file is loaded without its siblings
+
+  flags = f"--xla_force_host_platform_device_count={devices} {compiling.FLAGS}"
   return subprocess.Popen(
     [sys.executable, "-m", "cacheaug.main", *arguments],
     cwd=_ROOT,

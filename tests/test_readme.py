@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiling
 import fenced
 import pytest
 from fenced import PAGES, ROOT
@@ -162,17 +163,11 @@ def test_traces_commands(capsys):
   assert shown[at : at + len(found)] == found
 
 
-# Of the compiler, as tests/small_runs.py: these compile more than they compute.
-_QUICK = (
-  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-)
-
-
 def _run(command: list[str]) -> str:
   done = subprocess.run(
     [sys.executable, *command[1:]],
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": _QUICK},
+    env=os.environ | {"XLA_FLAGS": compiling.FLAGS},
     capture_output=True,
     text=True,
     timeout=800,  # only a hang should reach it

@@ -8,6 +8,7 @@ tolerance lies between the two, with room for other processors.
 
 import functools
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,13 +34,7 @@ ATTENTION = 1e-5
 # under it to mean something: at least 30 times the tolerances above.
 MATTERS = 1e-3
 
-# Tests compile far more than they compute: without optimisation, and without
-# the slowest of the code generators, compilation takes a fifth of the time.
-_QUICK = {
-  "xla_backend_optimization_level": 0,
-  "xla_cpu_use_fusion_emitters": False,
-}
-jit = functools.partial(jax.jit, compiler_options=_QUICK)
+jit = compiling.jit
 
 
 def make_model(**changes) -> Transformer:
