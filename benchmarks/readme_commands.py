@@ -14,7 +14,9 @@ is in printed.txt there. This program itself wants the standard library alone.
 Two times are a person's: from the end of the installation to both answers of
 `generate --compare` (goal: 20 s), and from before the clone to the first table
 (goal: 10 minutes on two cores), with nothing else between than what the README
-says. Its status is 1 if a command failed; a goal that is missed is printed.
+says; --first does no more than that. They want a machine with nothing else to
+do: the load is printed. The status is 1 if a command failed, not if a goal was
+missed.
 """
 
 import argparse
@@ -98,11 +100,25 @@ def _report(result, command: str, more: str) -> bool:
   return not rc and same
 
 
+def _python(checkout: Path, env: dict[str, str]):
+  """Runs the README's Python; what its comments say must come."""
+  code = (
+    "import fenced; found = fenced.values(fenced.blocks("
+    "fenced.ROOT / 'README.md', 'python')[0]); print(found); "
+    "assert all(a == b for a, b in found)"
+  )
+  env = env | {"PYTHONPATH": str(checkout / "tests")}
+  return _run(["python", "-c", code], checkout, env)
+
+
 def main() -> int:
   """Returns the status."""
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--python", default=sys.executable, help="of the runs")
   parser.add_argument("--directory", help="scratch, new; a temporary one else")
+  parser.add_argument(
+    "--first", action="store_true", help="end with the first table"
+  )
   given = parser.parse_args()
   if given.directory:
     Path(given.directory).mkdir(parents=True)
@@ -127,19 +143,24 @@ def main() -> int:
   ready = time.perf_counter() - begun
   commit = plain("git", "-C", str(checkout), "rev-parse", "--short", "HEAD")
   version = plain(str(venv / "bin" / "python"), "--version")
-  print(f"{version}, commit {commit}, {os.cpu_count()} cores, empty caches")
+  load = os.getloadavg()[0]
+  print(
+    f"{version}, commit {commit}, {os.cpu_count()} cores, load before {load:.1f}"
+  )
   print(f"clone and virtual environment: {ready:.1f} s\n")
   print(
     "| command | seconds | rc | form | shortened by |\n|---|---|---|---|---|"
   )
 
-  well, took, installed = True, {}, False
+  well, took, installed, loads = True, {}, False, []
   todo = fenced.commands(_README)
   for command, marked in todo:
     needs = marked or fenced.longest(fenced.NEEDS, command)
     installed |= command == _INSTALL
     if needs:
       print(f"| `{command}` | | | | not run: needs {needs} |", flush=True)
+    elif given.first and _TABLE in took:
+      break
     elif not installed:
       todo.append((command, marked))
     else:
@@ -147,18 +168,15 @@ def main() -> int:
       result = _run(["bash", "-c", line], checkout, env)
       well &= _report(result, command, more)
       took[command] = result[0]
-  code = (
-    "import fenced; found = fenced.values(fenced.blocks("
-    "fenced.ROOT / 'README.md', 'python')[0]); print(found); "
-    "assert all(a == b for a, b in found)"
-  )
-  again = env | {"PYTHONPATH": str(checkout / "tests")}
-  result = _run(["python", "-c", code], checkout, again)
-  well &= _report(result, "the Python example", "")
+      loads.append(os.getloadavg()[0])
+  if not given.first:
+    well &= _report(_python(checkout, env), "the Python example", "")
 
   compare = next(s for c, s in took.items() if c.startswith(_COMPARE))
   table = ready + took[_INSTALL] + compare + took[_TABLE]
-  print()
+  code = "import jax; print(jax.__version__)"
+  jax = plain(str(venv / "bin" / "python"), "-c", code)
+  print(f"\njax {jax}, load after each command up to {max(loads):.1f}")
   for what, seconds, goal in (
     ("installed to compared", compare, _GOALS["compare"]),
     ("clone to first table", table, _GOALS["table"]),
