@@ -144,9 +144,7 @@ def main() -> int:
   commit = plain("git", "-C", str(checkout), "rev-parse", "--short", "HEAD")
   version = plain(str(venv / "bin" / "python"), "--version")
   load = os.getloadavg()[0]
-  print(
-    f"{version}, commit {commit}, {os.cpu_count()} cores, load before {load:.1f}"
-  )
+  print(f"{version}, commit {commit}, {os.cpu_count()} cores, load {load:.1f}")
   print(f"clone and virtual environment: {ready:.1f} s\n")
   print(
     "| command | seconds | rc | form | shortened by |\n|---|---|---|---|---|"
