@@ -7,13 +7,14 @@ import socket
 import sys
 import threading
 import time
+from typing import Literal
 
 import jax
 from etils import epath
 
 from cacheaug import storage
 
-STATES = (
+State = Literal[
   "starting",  # restoring, or compiling for the first step
   "training",
   "saving",
@@ -21,7 +22,7 @@ STATES = (
   "finished",
   "stopped",  # by SIGTERM, saved
   "failed",
-)
+]
 # Beyond the watchdog's limit, after which it is itself taken for hung.
 _GRACE = 60.0
 
@@ -30,9 +31,9 @@ class Heartbeat:
   """Where a run is, published by a thread so that the loop never waits.
 
   `heartbeat.json` in the workdir (`heartbeat-<i>.json` for process i > 0):
-  step, state (one of STATES), time (Unix, when that step and state were
-  reached), written (Unix), pid, process, host, saved (the last step that is
-  known to be saved). A supervisor sees a dead process by an old `written`, a
+  step, state (a State), time (Unix, when that step and state were reached),
+  written (Unix), pid, process, host, saved (the last step that is known to be
+  saved). A supervisor sees a dead process by an old `written`, a
   hung one by an old `time`.
 
   Within `with`, a step that takes longer than `limit` ends the process: the
@@ -87,7 +88,7 @@ class Heartbeat:
     else:
       self.say("failed")
 
-  def beat(self, step: int, state: str = "training") -> None:
+  def beat(self, step: int, state: State = "training") -> None:
     """`step` steps are taken; costs a microsecond."""
     # One assignment, so that the thread sees all of it or nothing.
     self._now = (step, state, time.time(), time.monotonic())
@@ -96,7 +97,7 @@ class Heartbeat:
     """A save of `step` is under way, and so the one before it has ended."""
     self._saved, self._saving = self._saving, step
 
-  def say(self, state: str, step: int | None = None) -> None:
+  def say(self, state: State, step: int | None = None) -> None:
     """Writes the file at once, in another state."""
     self.beat(self._now[0] if step is None else step, state)
     self._write()

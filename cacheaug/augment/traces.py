@@ -213,13 +213,12 @@ class Traces:
   repeated: jax.Array | None = None
   kind: str = flax.struct.field(pytree_node=False, default="coprocessor")
   start: str = flax.struct.field(pytree_node=False, default="harmless")
+  rounds: tuple[Any, ...] = ()  # of rounds.Round, where there are several
 
   @property
   def given(self) -> bool:
     """As of TraceSpec."""
     return self.kind in GIVEN
-
-  rounds: tuple[Any, ...] = ()  # of rounds.Round, where there are several
 
 
 def segments_of(documents: jax.Array, mask_documents: bool) -> jax.Array:
@@ -277,10 +276,10 @@ def sample_points(
   """Draws M different points a sequence.
 
   uniform: the paper's law. stratified: one from each of M equal buckets of S.
-  With either, points whose
-  document ends within `tail` tokens come before all others: where a document
-  is a question and its answer, the latents that matter stand there. With
-  `answers`, those after which an answer begins come first.
+  With either, points whose document ends within `tail` tokens come before all
+  others: where a document is a question and its answer, the latents that
+  matter stand there. With `answers`, those after which an answer begins come
+  first.
   """
   b, s = documents.shape
   noise = jax.random.uniform(key, (b, s))
@@ -346,7 +345,11 @@ def lay_out(
   spec: TraceSpec,
   late: jax.Array | None = None,  # [B, M], up to late_room; None: none is
 ) -> Traces:
-  """Rows, tokens, targets and weights of M traces a sequence."""
+  """Rows, tokens, targets and weights of M traces a sequence.
+
+  Raises:
+    UserError: late traces of a kind that knows none.
+  """
   if late is not None:
     spec.check_late()
   n, a, s = spec.latents, spec.ahead, tokens.shape[-1]

@@ -82,14 +82,14 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Entry:
-  """One sequence's context: F filled slots, no padding."""
+  """One sequence's context: T filled slots, no padding."""
 
   tokens: np.ndarray  # [S] int32
-  keys: np.ndarray  # [L, F, K, E], RoPE applied
-  values: np.ndarray  # [L, F, K, E]
-  positions: np.ndarray  # [F] int32, those given to RoPE
-  segments: np.ndarray  # [F] int32
-  slots: np.ndarray  # [F] int32, the sequence's first token at slot 0
+  keys: np.ndarray  # [L, T, K, E], RoPE applied
+  values: np.ndarray  # [L, T, K, E]
+  positions: np.ndarray  # [T] int32, those given to RoPE
+  segments: np.ndarray  # [T] int32
+  slots: np.ndarray  # [T] int32, the sequence's first token at slot 0
   hidden: np.ndarray  # [D], of the row that predicts the next token
   position: int  # of the next token
   latents_at: tuple[int, ...] = ()  # tokens before each augmentation

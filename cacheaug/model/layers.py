@@ -112,7 +112,7 @@ class Attention(nn.Module):
   def __call__(
     self,
     x: jax.Array,  # [B, M, R, D]
-    rows: attention.Rows,
+    rows: attention.Rows | None,  # none of a SlotLayer, which has its own
     cache: KVCache | SlotLayer | None,
     window: jax.Array | None,  # [] tokens
     rope: Rope,  # [B, M, R, E/2]
@@ -205,7 +205,7 @@ class Block(nn.Module):
     self,
     x: jax.Array,  # [B, M, R, D]
     layer: tuple[jax.Array, KV | None],
-    rows: attention.Rows,
+    rows: attention.Rows | None,
     context: tuple[jax.Array, jax.Array] | SlotRows | None,
     ropes: Sequence[Rope],
     wanted: int = 0,
