@@ -12,10 +12,12 @@ import make_golden
 import numpy as np
 import pytest
 import tokenizers
+from tolerances import write_token
 
 from cacheaug.augment import objective
 from cacheaug.model import pretrained, transformer
 from cacheaug.model.attention import Rows
+from cacheaug.model.slots import SlotCache
 from cacheaug.model.transformer import Transformer
 
 # Float32 rounding of a few layers, whose logits are of order one: the largest
@@ -183,12 +185,13 @@ def greedy(model, params, prompts):
     def step(carry, i):
       cache, hidden = carry
       token = transformer.logits(model, params, hidden).argmax(-1)
-      hidden, cache = transformer.decode_step(
+      hidden, cache = write_token(
         model, params, cache, token, width - left + i, width + i
       )
       return (cache, hidden), token
 
-    start = cache.pad(STEPS), hidden[:, -1]
+    cache = SlotCache.of(cache, width + STEPS, model.dtype)
+    start = cache, hidden[:, -1]
     return jax.lax.scan(step, start, jnp.arange(STEPS))[1].T
 
   return np.asarray(decode(params, tokens, jnp.asarray(left)))

@@ -16,6 +16,7 @@ from tolerances import (
   make_model,
   make_params,
   tokens_of,
+  write_token,
 )
 
 from cacheaug.errors import UserError
@@ -23,6 +24,7 @@ from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
 from cacheaug.model.layers import Block, RMSNorm
 from cacheaug.model.rope import rope_table
+from cacheaug.model.slots import SlotCache
 
 T = 7  # beyond the window of 5, so that decoding drops keys
 
@@ -78,19 +80,20 @@ def test_steps_after_left_padding_equal_forward_at_every_split():
     def step(cache, k_and_token):
       k, token = k_and_token
       position = jnp.full((T - 1,), slots, jnp.int32) + k
-      hidden, cache = transformer.decode_step(
+      hidden, cache = write_token(
         model, params, cache, token, position, slots + k
       )
       return cache, hidden
 
+    cache = SlotCache.of(cache, slots + T - 1, model.dtype)
     steps = jnp.arange(T - 1), given.T
-    return jax.lax.scan(step, cache.pad(T - 1), steps)[1].swapaxes(0, 1)
+    return jax.lax.scan(step, cache, steps)[1].swapaxes(0, 1)
 
   there = index < T
   close(run(params)[there], whole[index[there]], HIDDEN)
 
 
-def test_decode_step_fills_its_slot():
+def test_a_token_fills_its_slot():
   model, params, tokens = setup()
   whole, full = forward(model, params, tokens)
 
@@ -98,9 +101,11 @@ def test_decode_step_fills_its_slot():
   def run(params):
     _, cache = transformer.prefill(model, params, tokens[:, :-1])
     position = jnp.full((2,), T - 1, jnp.int32)
-    return transformer.decode_step(
-      model, params, cache.pad(3), tokens[:, -1], position, T - 1
+    cache = SlotCache.of(cache, T + 2, model.dtype)
+    last, cache = write_token(
+      model, params, cache, tokens[:, -1], position, T - 1
     )
+    return last, cache.stacked()
 
   last, cache = run(params)
   close(last, whole[:, -1], HIDDEN)

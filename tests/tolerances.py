@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from cacheaug.augment import coprocessor
 from cacheaug.model import config as model_config
-from cacheaug.model import transformer
+from cacheaug.model import decoding, transformer
 from cacheaug.model.transformer import Transformer
 
 # Mean nll in nats, itself of order 3: the project's own bound. Seen: 1e-6.
@@ -84,10 +84,36 @@ def make_coprocessor(model: Transformer, spec, seed: int = 1):
   return shaken(init(jax.random.key(0)), seed)
 
 
+def save_coprocessor(directory, model: Transformer, spec):
+  """Exports `make_coprocessor`'s parameters; returns them."""
+  from cacheaug import export  # with Orbax, which takes seconds
+
+  params = make_coprocessor(model, spec)
+  export.save_coprocessor(
+    directory,
+    model_config=model.config,
+    spec=spec,
+    params=params,
+    decoder_fingerprint="0123456789ab",
+    source="",
+  )
+  return params
+
+
 def tokens_of(model: Transformer, *shape: int, seed: int = 0) -> np.ndarray:
   """Random tokens."""
   rng = np.random.default_rng(seed)
   return rng.integers(0, model.config.vocab_size, shape).astype(np.int32)
+
+
+def write_token(model, params, cache, token, position, slot):
+  """Hidden [B, D] of one more token a sequence [B], and the cache with it."""
+  x = transformer.embed(model, params, token[:, None])
+  seen = jnp.ones_like(position)[:, None]
+  hidden, cache = decoding.write_rows(
+    model, params, cache, x, position[:, None], segments=seen, slot=slot
+  )
+  return hidden[:, 0], cache
 
 
 def close(a, b, tolerance: float) -> float:

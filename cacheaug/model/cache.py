@@ -10,8 +10,8 @@ class KVCache:
   """Keys and values a decoder has left behind, one slot a token.
 
   A slot whose segment is 0 is empty and never attended to, so a cache may be
-  longer than what it holds (a static cache for decoding) and a batch may be
-  padded on either side. Positions are those given to RoPE.
+  longer than what it holds and a batch may be padded on either side. Positions
+  are those given to RoPE.
   """
 
   keys: jax.Array  # [L, B, S, K, E], RoPE applied
@@ -33,19 +33,6 @@ class KVCache:
       values=jnp.pad(self.values, kv),
       positions=jnp.pad(self.positions, row),
       segments=jnp.pad(self.segments, row),
-    )
-
-  def write(self, rows: "KVCache", slot: jax.Array | int) -> "KVCache":
-    """Writes `rows` over the slots from `slot` on (same for all sequences)."""
-
-    def put(array, update, axis):
-      return jax.lax.dynamic_update_slice_in_dim(array, update, slot, axis)
-
-    return KVCache(
-      keys=put(self.keys, rows.keys.astype(self.keys.dtype), 2),
-      values=put(self.values, rows.values.astype(self.values.dtype), 2),
-      positions=put(self.positions, rows.positions, 1),
-      segments=put(self.segments, rows.segments, 1),
     )
 
   def concat(self, rows: "KVCache") -> "KVCache":

@@ -49,7 +49,7 @@ class SlotCache:
     return KVCache(keys, values, self.positions, self.segments)
 
   def write(self, rows: KVCache, slot: jax.Array | int) -> "SlotCache":
-    """Writes `rows` over the slots from `slot` on, as KVCache.write does."""
+    """Writes `rows` over the slots from `slot` on, for all sequences alike."""
 
     def kv(layers, update):
       update = update.swapaxes(2, 3)

@@ -265,7 +265,7 @@ def extend(
   positions: jax.Array | None = None,  # [B, T]; 0.. where there is no cache
   segments: jax.Array | None = None,  # [B, T]; ones by default
 ) -> tuple[jax.Array, KVCache]:  # [B, T, D], the T rows' own cache
-  """Runs T more rows on top of a cache; returns theirs, to write or concat.
+  """Runs T more rows on top of a cache; returns theirs, to concat or write.
 
   Raises:
     UserError: a cache without positions for the rows after it.
@@ -334,16 +334,3 @@ def train_pass(
   rows = Rows.plain(positions, segments)
   x = embed(model, params, tokens)[:, None]
   return run_blocks(model, params, x, rows, None, trained=True)[:, 0]
-
-
-def decode_step(
-  model: Transformer,
-  params: Params,
-  cache: KVCache,
-  token: jax.Array,  # [B]
-  position: jax.Array,  # [B]
-  slot: jax.Array | int,
-) -> tuple[jax.Array, KVCache]:  # [B, D], the cache with `slot` filled
-  """One row into a static cache."""
-  hidden, row = extend(model, params, cache, token[:, None], position[:, None])
-  return hidden[:, 0], cache.write(row, slot)
