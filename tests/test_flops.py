@@ -91,20 +91,23 @@ def test_windows_count_only_pairs_within_them():
   )
 
 
+def _small(**changes):
+  return model_config.make(
+    "gemma2",
+    vocab_size=512,
+    width=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    mlp_width=256,
+    **changes,
+  )
+
+
 def test_forward_agrees_with_xla():
   """XLA's own count of a plain forward pass, whose mask it does not skip."""
-  model = Transformer(
-    model_config.make(
-      "gemma2",
-      vocab_size=512,
-      width=128,
-      layers=2,
-      heads=4,
-      kv_heads=2,
-      head_dim=32,
-      mlp_width=256,
-    )
-  )
+  model = Transformer(_small())
   tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
   params = jax.eval_shape(
     lambda k: model.init(k, jnp.zeros((1, 2), jnp.int32)), jax.random.key(0)
@@ -159,23 +162,9 @@ def test_no_peak_where_it_is_not_known(kind):
 # --- kinds of coprocessor -----------------------------------------------------
 
 
-def _small():
-  return model_config.make(
-    "gemma2",
-    vocab_size=512,
-    width=128,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=32,
-    mlp_width=256,
-    window=16,
-  )
-
-
 def test_steps_of_kinds_by_their_rows():
   """Of one sequence; u is what the last layer's kv do without."""
-  model = _small()
+  model = _small(window=16)
   b, s, m, n, a = flops.body_per_row(model), 32, 5, 3, 4
   u = b / 2 - 4 * 128 * 32 * 2
   wanted = {
@@ -204,7 +193,7 @@ def test_steps_of_kinds_by_their_rows():
 @pytest.mark.parametrize("kind", traces.KINDS)
 def test_augmentation_agrees_with_xla(kind):
   """XLA's count of the compiled program, where nothing unused is left."""
-  config, s, n = _small(), 64, 8
+  config, s, n = _small(window=16), 64, 8
   config = dataclasses.replace(config, window=s + n, layer_kinds=())
   model = Transformer(config, remat="none")
   spec = TraceSpec(n, 1, "overlay", "as_is", kind=kind)
@@ -243,7 +232,7 @@ def test_augmentation_agrees_with_xla(kind):
 
 
 def test_tokens_see_latents_and_parameters_are_counted():
-  model = _small()
+  model = _small(window=16)
   sizes = Sizes(1, 64, 1, 8, 1)
   frozen = flops.token(model, dataclasses.replace(sizes, latents=0))
   more = flops.token(model, sizes).attention - frozen.attention

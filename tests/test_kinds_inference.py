@@ -11,7 +11,16 @@ import safetensors.numpy
 import small_runs
 import tolerances
 from test_generate import PAD, N, model_and_params, prompts
-from tolerances import LOSS, MATTERS, NLL, close, far, make_coprocessor
+from test_generate_engine import quick  # noqa: F401, a fixture
+from tolerances import (
+  LOSS,
+  MATTERS,
+  NLL,
+  close,
+  far,
+  make_coprocessor,
+  save_coprocessor,
+)
 
 from cacheaug import config as configs
 from cacheaug import export, sharding, stepping
@@ -25,24 +34,6 @@ from cacheaug.model import decoding, transformer
 
 NEW = 5
 KINDS = tuple(k for k in traces.KINDS if k != "coprocessor")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-  """Compiles the engine's programs without optimisation."""
-  patch = pytest.MonkeyPatch()
-  for name, static in (
-    ("start", ("model", "max_new_tokens", "latents")),
-    ("insert", ("model", "spec")),
-    ("advance", ("model", "sampling", "stop_ids", "pause_ids", "scored")),
-    ("end", ()),
-  ):
-    function = getattr(engine, name).__wrapped__
-    patch.setattr(
-      engine, name, tolerances.jit(function, static_argnames=static)
-    )
-  yield
-  patch.undo()
 
 
 def setup(kind, scheme="replace"):
@@ -158,15 +149,7 @@ def test_latents_after_tokens_said_are_those_of_the_longer_prompt(kind):
 def test_export_round_trip(kind, start, tmp_path):
   model, _ = model_and_params()
   spec = TraceSpec(N, NEW, "overlay", start, kind=kind)
-  params = make_coprocessor(model, spec)
-  export.save_coprocessor(
-    tmp_path,
-    model_config=model.config,
-    spec=spec,
-    params=params,
-    decoder_fingerprint="0123456789ab",
-    source="",
-  )
+  params = save_coprocessor(tmp_path, model, spec)
   config, found, tree, _ = export.load_coprocessor(tmp_path)
   assert (config, found) == (model.config, spec)
   assert jax.tree.structure(tree) == jax.tree.structure(params)
@@ -189,14 +172,7 @@ def test_export_round_trip(kind, start, tmp_path):
 def test_exports_from_before_there_were_kinds_are_the_papers(tmp_path):
   model, _ = model_and_params()
   spec = TraceSpec(N, NEW)
-  export.save_coprocessor(
-    tmp_path,
-    model_config=model.config,
-    spec=spec,
-    params=make_coprocessor(model, spec),
-    decoder_fingerprint="0123456789ab",
-    source="",
-  )
+  save_coprocessor(tmp_path, model, spec)
   path = tmp_path / "config.json"
   entries = json.loads(path.read_text())
   assert entries.pop("kind") == "coprocessor"

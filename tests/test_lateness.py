@@ -35,6 +35,7 @@ from tolerances import (
   make_coprocessor,
   make_model,
   make_params,
+  save_coprocessor,
   tokens_of,
 )
 
@@ -385,14 +386,7 @@ def test_impossible_lateness_is_refused(tmp_path, value, said):
 def test_exports_say_it_and_older_ones_need_not(tmp_path):
   model = make_model(attention_softcap=0.0, final_softcap=0.0)
   spec = TraceSpec(2, A, late_max=5)
-  export.save_coprocessor(
-    tmp_path,
-    model_config=model.config,
-    spec=spec,
-    params=make_coprocessor(model, spec),
-    decoder_fingerprint="0123456789ab",
-    source="",
-  )
+  save_coprocessor(tmp_path, model, spec)
   assert export.load_coprocessor(tmp_path)[1] == spec
   path = tmp_path / "config.json"
   entries = json.loads(path.read_text())

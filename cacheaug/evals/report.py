@@ -258,7 +258,6 @@ def write_report(
   """
   if not rows:
     raise ValueError("a report needs at least one row")
-  directory = epath.Path(workdir) / "report"
   contents = {
     "perplexity_by_position.csv": _csv(rows),
     "perplexity_by_position.png": _plot(rows, title, name),
@@ -266,6 +265,17 @@ def write_report(
     # Last, because it refers to the others.
     "report.md": _page(rows, title, meta, extras or {}, name),
   }
+  directory = epath.Path(workdir) / "report"
+  write_files(directory, contents)
+  return directory / "report.md"
+
+
+def write_files(directory: epath.Path, contents: Mapping[str, bytes]) -> None:
+  """Writes a report's files, by name and in their order.
+
+  Raises:
+    UserError: no space or no permission.
+  """
   try:
     directory.mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():
@@ -275,4 +285,3 @@ def write_report(
       f"{directory}: the report cannot be written ({e.strerror or e}): free "
       "space or give another --workdir"
     ) from e
-  return directory / "report.md"

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from cacheaug import storage
-from cacheaug.errors import UserError
+from etils import epath
+
 from cacheaug.evals import paired, report
 from cacheaug.sweeping import curves, plan
 from cacheaug.sweeping.comparison import Cell, Interval, Place, Result
@@ -70,15 +70,7 @@ def write(
   parts += _unfinished(results, runs)
   contents["comparison.md"] = ("\n\n".join(parts) + "\n").encode()
   below = directory / "report"
-  try:
-    below.mkdir(parents=True, exist_ok=True)
-    for name, data in contents.items():
-      storage.write_whole(below / name, data)
-  except OSError as e:
-    raise UserError(
-      f"{below}: the report cannot be written ({e.strerror or e}): free space "
-      "or give another --workdir"
-    ) from e
+  report.write_files(epath.Path(below), contents)
   return below / "comparison.md"
 
 
