@@ -54,6 +54,13 @@ def test_positions_without_tokens_are_left_out_but_not_all():
     report.make_rows(none, seed=0)
 
 
+def test_one_document_has_no_interval_and_says_so():
+  (row,) = report.make_rows(sums_of({1: tokens(1, 1, 9, -0.1, 0.0)}), seed=0)
+  table = report.format_table([row])
+  assert "of 1 document" in table and "nan" not in table
+  assert "of 1 document" not in report.format_table(_rows())
+
+
 def test_table_is_aligned_and_holds_every_row():
   rows = _rows()
   lines = report.format_table(rows).splitlines()

@@ -170,7 +170,7 @@ def _write(
   extras = {
     f"Perplexity change on {source}": {
       f"token {r.position}": (
-        f"{r.change_percent:+.2f} % ({r.low:+.2f} to {r.high:+.2f}; "
+        f"{r.change_percent:+.2f} % ({report.interval(r.low, r.high)}; "
         f"{r.tokens} tokens)"
       )
       for r in by_source[source]

@@ -127,7 +127,7 @@ def _tables(by_source, rows) -> dict[str, bytes]:
 
 
 def _change(row: PositionRow) -> str:
-  return f"{row.change_percent:+.2f}% ({row.low:+.2f} to {row.high:+.2f})"
+  return f"{row.change_percent:+.2f}% ({report.interval(row.low, row.high)})"
 
 
 def _perplexity(name, tables, files) -> list[str]:

@@ -7,6 +7,7 @@ percent, at each token after the latents.
 import csv
 import dataclasses
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,13 +106,20 @@ def _header(name: str) -> tuple[str, ...]:
   )
 
 
+def interval(low: float, high: float, unit: str = "") -> str:
+  """'-4.88 to -3.90', or that one document alone gives none."""
+  if math.isnan(low):
+    return "of 1 document"
+  return f"{low:+.2f} to {high:+.2f}{unit}"
+
+
 def _cells(row: PositionRow) -> tuple[str, ...]:
   return (
     str(row.position),
     f"{row.frozen_nll:.4f}",
     f"{row.augmented_nll:.4f}",
     f"{row.change_percent:+.2f}%",
-    f"{row.low:+.2f} to {row.high:+.2f}%",
+    interval(row.low, row.high, "%"),
     str(row.tokens),
     str(row.documents),
   )

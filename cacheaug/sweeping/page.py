@@ -142,9 +142,8 @@ def _seeds(result: Result) -> str:
 
 
 def _interval(interval: Interval) -> str:
-  return (
-    f"{interval.change:+.2f}<br>{interval.low:+.2f} to {interval.high:+.2f}"
-  )
+  spread = report.interval(interval.low, interval.high)
+  return f"{interval.change:+.2f}<br>{spread}"
 
 
 def _frozen_cell(cell: Cell) -> str:
