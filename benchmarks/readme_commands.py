@@ -83,18 +83,13 @@ def _verdict(wanted: str, same: bool) -> str:
   return ("yes" if same else "NO") if wanted else "-"
 
 
-def _row(command: str, seconds: float, rc: int, form: str, more: str) -> None:
-  print(f"| `{command}` | {seconds:.1f} | {rc} | {form} | {more} |", flush=True)
-
-
 def _report(result, command: str, more: str) -> bool:
   """Prints a command's row; whether it did what the README says."""
   seconds, rc, out, err = result
   wanted = fenced.form(fenced.shown(_README, command))
   same = wanted in fenced.form(out)
-  _row(
-    command, seconds, rc, "-" if not wanted else "no yes".split()[same], more
-  )
+  form = _verdict(wanted, same)
+  print(f"| `{command}` | {seconds:.1f} | {rc} | {form} | {more} |", flush=True)
   if rc or not same:
     print(f"{out[-2000:]}\n{err[-3000:]}", file=sys.stderr, flush=True)
   return not rc and same
