@@ -57,7 +57,7 @@ _LATE = {
 }
 _LINES = 500
 # Where every array has its shape beside it.
-_MATHS = ("model", "augment", "kernels")
+_MATHS = ("model", "augment", "kernels", "inference")
 # Packages that take seconds or are optional: only what uses them imports them.
 _HEAVY = (
   "array_record",

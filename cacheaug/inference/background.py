@@ -53,8 +53,8 @@ def land(
   decoder: Params,  # as of `engine.insert`, all but `outputs`
   state: State,
   outputs: jax.Array,  # [B, N, D], the coprocessor's for an earlier step
-  count: jax.Array,
-  on: jax.Array,
+  count: jax.Array,  # []
+  on: jax.Array,  # [B]
   spec: TraceSpec,
 ) -> State:
   """`engine.insert` where the coprocessor has run already."""

@@ -160,8 +160,8 @@ def deliberate(
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
   *,
-  last: jax.Array | int,  # as of `lay_point`, these three
-  position: jax.Array,
+  last: jax.Array | int,  # [], as of `lay_point`, these three
+  position: jax.Array,  # [B]
   spec: TraceSpec,
   states: jax.Array | None = None,  # [B, S, D], of coprocessor.reading
 ) -> tuple[jax.Array, jax.Array]:  # z [B, N, D], their positions [B, N]
@@ -189,10 +189,10 @@ def hand_over(
   coproc: Params,
   cache: KVCache,  # its slots those of `tokens`
   tokens: jax.Array,  # [B, S], as of `deliberate`, and the rest
-  documents: jax.Array,
+  documents: jax.Array,  # [B, S]
   *,
-  last: jax.Array | int,
-  position: jax.Array,
+  last: jax.Array | int,  # []
+  position: jax.Array,  # [B]
   spec: TraceSpec,
 ) -> tuple[KVCache, jax.Array]:  # N entries a sequence, x[p] [B, D] to ask
   """`deliberate` where latents are keys and values, for `ask` to follow."""
@@ -265,8 +265,8 @@ def write_given(
   rows: KVCache,  # of `hand_over`, N entries a sequence
   x: jax.Array,  # [B, D], the same
   *,
-  count: jax.Array,  # as of `insert`, these three
-  on: jax.Array,
+  count: jax.Array,  # [], as of `insert`, these three
+  on: jax.Array,  # [B]
   spec: TraceSpec,
 ) -> State:
   """The second half of `insert` where keys and values are handed over."""
@@ -291,8 +291,8 @@ def write_latents(
   z: jax.Array,  # [B, N, D]
   positions: jax.Array,  # [B, N]
   *,
-  count: jax.Array,  # as of `insert`, these three
-  on: jax.Array,
+  count: jax.Array,  # [], as of `insert`, these three
+  on: jax.Array,  # [B]
   spec: TraceSpec,
 ) -> State:
   """The second half of `insert`: the decoder reads the latents."""
@@ -352,8 +352,11 @@ def advance(
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def end(state: State, ended: jax.Array) -> State:
-  """Ends the sequences named by `ended` [B], beside those that have."""
+def end(
+  state: State,
+  ended: jax.Array,  # [B]
+) -> State:
+  """Ends the sequences named by `ended`, beside those that have."""
   return state.replace(done=state.done | ended)
 
 

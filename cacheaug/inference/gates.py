@@ -78,9 +78,11 @@ def uncertain(
 
 
 def worthwhile(
-  head: Params, hidden: jax.Array, threshold: float
-) -> jax.Array:  # [..., D], nats -> [...] bool
-  """Where latents are expected to gain more than `threshold`."""
+  head: Params,
+  hidden: jax.Array,  # [..., D]
+  threshold: float,
+) -> jax.Array:  # [...] bool
+  """Where latents are expected to gain more than `threshold` nats."""
   return predicted_gain(head, hidden) > threshold
 
 
@@ -140,8 +142,10 @@ _worthwhile = jax.jit(worthwhile)
 
 
 def entropy(
-  model: Transformer, decoder: Params, hidden: jax.Array
-) -> jax.Array:  # [..., D] -> [...] nats
+  model: Transformer,
+  decoder: Params,
+  hidden: jax.Array,  # [..., D]
+) -> jax.Array:  # [...] nats
   """Of the next token, under the frozen decoder."""
   logp = jax.nn.log_softmax(transformer.logits(model, decoder, hidden))
   return -(jnp.exp(logp) * logp).sum(-1)
@@ -157,8 +161,9 @@ class _Head(nn.Module):
 
 
 def predicted_gain(
-  head: Params, hidden: jax.Array
-) -> jax.Array:  # [..., D] -> [...] nats
+  head: Params,
+  hidden: jax.Array,  # [..., D]
+) -> jax.Array:  # [...] nats
   """The head's guess of the nats that latents save on the next A tokens."""
   mean, scale = (_last(head[k], hidden) for k in ("mean", "scale"))
   x = (hidden.astype(jnp.float32) - mean) * scale
