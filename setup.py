@@ -63,7 +63,8 @@ _EXTRAS = {
   # accelerate: lm_eval's own model class, beside ours.
   "parity": [
     "torch==2.13.0",
-    "transformers>=5,<6",
+    # 5.24 calls the cache `cache` and warns of its former name.
+    "transformers>=5.24,<6",
     "lm_eval>=0.4.13,<0.4.14",
     "accelerate>=1",
   ],

@@ -145,14 +145,12 @@ def peer(
   ids = torch.tensor(tokens).long()
   with torch.inference_mode():
     begun = time.perf_counter()
-    out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = model(ids, cache=cache, use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1].argmax(-1, keepdim=True)
     read, said = time.perf_counter(), []
     for _ in range(new):
       said.append(token)
-      out = model(
-        token, past_key_values=cache, use_cache=True, logits_to_keep=1
-      )
+      out = model(token, cache=cache, use_cache=True, logits_to_keep=1)
       token = out.logits[:, -1].argmax(-1, keepdim=True)
     end = time.perf_counter()
   return read - begun, end - read, torch.cat(said, 1).numpy()

@@ -81,7 +81,7 @@ class Peer:
     n = self.spec.latents
     b, m, r = laid["rows"]["positions"].shape
     with torch.no_grad():
-      past = self.decoder.model(tokens, use_cache=True).past_key_values
+      past = self.decoder.model(tokens, use_cache=True).cache
       copied = self.decoder.model.embed_tokens(laid["copied"])
       ahead = self.decoder.model.embed_tokens(laid["ahead"])
     hidden = self.run(
@@ -116,7 +116,7 @@ class Peer:
       inputs_embeds=x.flatten(1, 2),
       position_ids=rows["positions"].flatten(1),
       attention_mask={"full_attention": mask, "sliding_attention": mask},
-      past_key_values=cache,
+      cache=cache,
       use_cache=True,
     ).last_hidden_state
 

@@ -88,14 +88,14 @@ def oracle(decoder, coproc, extra, tokens, point, spec):
     """The decoder's cache of the first tokens, made afresh."""
     if not entries:
       return None
-    return decoder(context[:, :entries], use_cache=True).past_key_values
+    return decoder(context[:, :entries], use_cache=True).cache
 
   def read(model, entries, x, first):
     """Rows x at positions first.. over that many entries of context."""
     rows = x.shape[1]
     return model(
       inputs_embeds=x,
-      past_key_values=past(entries),
+      cache=past(entries),
       position_ids=torch.arange(first, first + rows)[None],
       # Without it transformers takes a jump of positions for a new document.
       attention_mask=torch.ones(1, entries + rows, dtype=torch.long),
