@@ -245,6 +245,7 @@ def main() -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
       path, dtype=torch.float32
     ).eval()
+  theirs = theirs if values.peers else None
   ours = Ours(Transformer(config), decoder, values.latents)
   size = sum(x.size for x in jax.tree.leaves(decoder))
   print(
@@ -257,7 +258,6 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(
       3, config.vocab_size, (batch, values.prompt_tokens), dtype=np.int32
     )
-    theirs = theirs if values.peers else None
     found = measure(ours, theirs, tokens, values.new_tokens, values.repeats)
     results[batch] = found
     print("\n".join(show(batch, values.new_tokens, found)), flush=True)
