@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import cacheaug
-from cacheaug.inference.store import Store
-from cacheaug.inference.stored import with_store
+from cacheaug.projects.context_store.store import Store
+from cacheaug.projects.context_store.lm import with_store
 
 _EARLIER = Path(__file__).parent / "golden" / "earlier"
 
