@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import cacheaug
-from cacheaug.projects.context_store.store import Store
 from cacheaug.projects.context_store.lm import with_store
+from cacheaug.projects.context_store.store import Store
 
 _EARLIER = Path(__file__).parent / "golden" / "earlier"
 
@@ -31,11 +31,9 @@ def lm():
 
 
 def test_an_export_is_read(lm, expected):
-  context = lm.prefill([expected["row"]])
-  for name, context in (
-    ("plain", context),
-    ("augmented", lm.augment(context)),
-  ):
+  plain = lm.prefill([expected["row"]])
+  contexts = {"plain": plain, "augmented": lm.augment(plain)}
+  for name, context in contexts.items():
     got = lm.decode(context, len(expected[name]), stop_ids=())
     assert got[0].tolist() == expected[name]
 
