@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from cacheaug import errors
-from cacheaug.data import packed, packing, problems, sources, tokenizers
+from cacheaug.data import packing, problems, shards, sources, tokenizers
 
 if typing.TYPE_CHECKING:
   import grain
@@ -136,7 +136,7 @@ class ProblemRows:
       tokens[used:end] = ids
       documents[used:end] = index % self.num_source_documents
       if self._answers:
-        documents[used + before : end] += packed.ANSWER
+        documents[used + before : end] += shards.ANSWER
       used = end
 
   def _encode(self, problem: problems.Problem) -> tuple[int, list[int]]:
@@ -148,7 +148,7 @@ class ProblemRows:
     return len(question), question + answer
 
 
-Rows = packed.PackedRows | ProblemRows
+Rows = shards.PackedRows | ProblemRows
 
 
 class Examples(collections.abc.Sequence):
@@ -260,7 +260,7 @@ class Batches:
     while True:
       try:
         batch = next(stream)
-      except packed.UnreadableError as error:
+      except shards.UnreadableError as error:
         if failures == retries:
           raise
         seconds = 2**failures
@@ -314,11 +314,11 @@ class Batches:
         tokens[here], found = self._parts[k].take(
           examples[here] - self._starts[k]
         )
-      except packed.UnreadableError as error:
-        raise packed.UnreadableError(f"{self._labels[k]}: {error}") from error
+      except shards.UnreadableError as error:
+        raise shards.UnreadableError(f"{self._labels[k]}: {error}") from error
       offset = np.int32(self._offsets[k])
-      answers[here] = found >= packed.ANSWER
-      found = np.where(answers[here], found - packed.ANSWER, found)
+      answers[here] = found >= shards.ANSWER
+      found = np.where(answers[here], found - shards.ANSWER, found)
       documents[here] = np.where(found < 0, found, found + offset)
     batch = {"tokens": tokens, "documents": documents}
     return batch | {"answers": answers} if self._answers else batch
@@ -398,8 +398,8 @@ def open_batches(
   Raises:
     UserError: for a bad config or unreadable text, naming the key or file.
   """
-  if split not in packed.SPLITS:
-    raise errors.UserError(f"split={split!r}: use one of {packed.SPLITS}")
+  if split not in shards.SPLITS:
+    raise errors.UserError(f"split={split!r}: use one of {shards.SPLITS}")
   sequence, batch = data_config.sequence, data_config.batch
   if sequence < 2:
     raise errors.UserError(f"data.sequence={sequence}: need at least 2")
@@ -471,7 +471,7 @@ def _open_rows(
       workers=data_config.workers,
       label=label,
     )
-    rows = packed.open_rows(directory, split)
+    rows = shards.open_rows(directory, split)
     if rows is not None:
       break
   else:
