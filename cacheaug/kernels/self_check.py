@@ -183,7 +183,9 @@ def difference(
   errors = errors_of(case, out, lse, dq)
   for name, error in errors.items():
     if not error <= tolerance:  # NaN too
-      return f"gives a wrong {name} (off by {error:.1e}, {tolerance:.0e} may be)"
+      return (
+        f"gives a wrong {name} (off by {error:.1e}, {tolerance:.0e} may be)"
+      )
   return None
 
 
