@@ -38,9 +38,9 @@ from cacheaug.model import lora, transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import checkpoint, command
-from cacheaug.weights import families, huggingface
+from cacheaug.weights import families, huggingface, leaves, pretrained
 from cacheaug.weights import safetensors_io as files
-from cacheaug.weights.huggingface import Leaf
+from cacheaug.weights.leaves import Leaf
 
 FORMAT = "cacheaug-coprocessor-1"
 WEIGHTS = "coprocessor.safetensors"
@@ -92,9 +92,9 @@ def save_coprocessor(
     key = _SPEC_KEYS.get(field.name, field.name)
     entries[key] = getattr(spec, field.name)
   tree = {k: v for k, v in params.items() if k != "transformer"}
-  leaves = _leaves(model_config, spec)
+  parts = _leaves(model_config, spec)
   body = params.get("transformer", {})
-  huggingface.write_leaves(directory / WEIGHTS, leaves, body | tree, None)
+  huggingface.write_leaves(directory / WEIGHTS, parts, body | tree, None)
   files.write_json(directory / "config.json", entries)
 
 
@@ -151,15 +151,15 @@ def _leaves(config: ModelConfig, spec: TraceSpec) -> list[Leaf]:
   """Of the transformer, then what else a coprocessor of that kind has."""
   make = partial(coprocessor.init_boxed, Transformer(config), spec)
   tree = nn.unbox(jax.eval_shape(make, jax.random.key(0)))
-  body = huggingface.flatten(tree.pop("transformer", {}))
-  leaves = [leaf for leaf in huggingface.leaves_of(config) if leaf.path in body]
+  body = leaves.flatten(tree.pop("transformer", {}))
+  parts = [leaf for leaf in leaves.leaves_of(config) if leaf.path in body]
   order = ("soft_tokens", "latent_projection", "prefix_keys", "prefix_values")
   names = [name for name in order if name in tree]
-  return leaves + [Leaf(name, tree[name].shape, (name,)) for name in names]
+  return parts + [Leaf(name, tree[name].shape, (name,)) for name in names]
 
 
 def _read(
-  path: pathlib.Path, leaves: list[Leaf], dtype: Any, shardings: Params | None
+  path: pathlib.Path, parts: list[Leaf], dtype: Any, shardings: Params | None
 ) -> Params:
   if not path.exists():
     raise UserError(f"{path}: missing; export the coprocessor again")
@@ -167,10 +167,10 @@ def _read(
     own = {k: v for k, v in shardings.items() if k != "transformer"}
     shardings = shardings.get("transformer", {}) | own
   where = {name: (path, name) for name in files.headers([path])}
-  huggingface.check_tensors(path, leaves, where)
-  tree = huggingface.read_leaves(leaves, where, dtype, shardings)
-  parts = [key for key in ("blocks", "final_norm") if key in tree]
-  body = {key: tree.pop(key) for key in parts}
+  huggingface.check_tensors(path, parts, where)
+  tree = leaves.read_leaves(parts, where, dtype, shardings, files.read)
+  keys = [key for key in ("blocks", "final_norm") if key in tree]
+  body = {key: tree.pop(key) for key in keys}
   return {"transformer": body, **tree} if body else tree
 
 
@@ -283,7 +283,7 @@ def _adapts(run: Run) -> bool:
 
 def _tree(run: Run, wanted: Params) -> Params:
   """The run's arrays in the form of `wanted`, whose shapes they must have."""
-  for name, x in huggingface.flatten(wanted).items():
+  for name, x in leaves.flatten(wanted).items():
     shape = list(run.flat[name].shape) if name in run.flat else "absent"
     if shape != list(x.shape):
       raise UserError(
@@ -305,8 +305,8 @@ def _decoder_params(run: Run, model: Transformer) -> Params:
   path = run.config.decoder.path
   if path:
     try:
-      directory = huggingface.resolve(path)
-      decoder = huggingface.load(directory, model.config, dtype="float32")
+      directory = pretrained.resolve(path)
+      decoder = pretrained.load(directory, model.config, dtype="float32")
     except UserError as e:
       raise UserError(
         f"decoder of {run.workdir}: {e}; give --decoder_path=DIR"
@@ -314,7 +314,7 @@ def _decoder_params(run: Run, model: Transformer) -> Params:
   else:
     make = partial(trainable.random_decoder, run.config, model, "float32")
     decoder = jax.jit(make)()
-  if huggingface.fingerprint(decoder) != run.decoder_fingerprint:
+  if leaves.fingerprint(decoder) != run.decoder_fingerprint:
     raise UserError(
       f"{run.workdir} adapts decoder {run.decoder_fingerprint}, {path!r} holds "
       "another now: give --decoder_path=DIR"
@@ -368,8 +368,8 @@ def open_coprocessor(
 
 
 def _directory(path: str) -> pathlib.Path:
-  if path.startswith(huggingface.SHIPPED):
-    return huggingface.resolve(path)
+  if path.startswith(pretrained.SHIPPED):
+    return pretrained.resolve(path)
   directory = pathlib.Path(path).expanduser()
   if not directory.is_dir():
     raise UserError(
@@ -415,7 +415,7 @@ def export_run(
     spec = run.config.data.tokenizer
     if spec == "decoder":
       own = run.config.decoder.path
-      spec = str(huggingface.resolve(own)) if own else "byte"
+      spec = str(pretrained.resolve(own)) if own else "byte"
     params = run_params(run, model_config)
     huggingface.save(out, model_config, params, tokenizer=tokenizers.load(spec))
     return run.step
@@ -454,7 +454,7 @@ def _decoder_config(run: Run) -> ModelConfig:
   if not path:
     return configs.model_of(run.config)
   try:
-    return huggingface.read_config(huggingface.resolve(path))
+    return pretrained.read_config(pretrained.resolve(path))
   except UserError as e:
     raise UserError(
       f"decoder of {run.workdir}: {e}; give --decoder_path=DIR"

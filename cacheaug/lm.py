@@ -36,7 +36,7 @@ from cacheaug.inference.gates import Gate
 from cacheaug.inference.sampling import GREEDY, Sampling
 from cacheaug.inference.session import Plan, Session
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.weights import huggingface
+from cacheaug.weights import leaves, pretrained
 
 Tokens = jax.Array | np.ndarray | Sequence[Sequence[int]]
 
@@ -449,10 +449,10 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
     raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
   if dtype == "auto":
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  directory = huggingface.resolve(str(path))
-  config = huggingface.read_config(directory)
+  directory = pretrained.resolve(str(path))
+  config = pretrained.read_config(directory)
   tokenizer = None
-  stop_ids = set(huggingface.stop_ids(directory))
+  stop_ids = set(pretrained.stop_ids(directory))
   names = ("tokenizer.json", "tokenizer.model")
   if any((directory / name).exists() for name in names):
     tokenizer = tokenizers.load(str(directory))
@@ -462,11 +462,11 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
         f"{directory}: its tokenizer has {tokenizer.vocab_size} entries, the "
         f"decoder's vocabulary {config.vocab_size}: give the decoder's own"
       )
-  decoder = huggingface.load(directory, config, dtype=dtype)
+  decoder = pretrained.load(directory, config, dtype=dtype)
   return LM(
     model=Transformer(config, dtype=jnp.dtype(dtype)),
     decoder=decoder,
     tokenizer=tokenizer,
-    fingerprint=huggingface.fingerprint(decoder),
+    fingerprint=leaves.fingerprint(decoder),
     stop_ids=tuple(sorted(stop_ids)),
   )

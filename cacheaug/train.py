@@ -32,7 +32,7 @@ from cacheaug.run.checkpoint import Checkpoints
 from cacheaug.run.heartbeat import Heartbeat
 from cacheaug.run.metrics import MetricWriter, Progress, memory_peak
 from cacheaug.run.preemption import StopOnSignal
-from cacheaug.weights import huggingface
+from cacheaug.weights import huggingface, leaves, pretrained
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -173,11 +173,11 @@ def open_model(
     tokenizer = tokenizers.load("byte" if spec == "decoder" else spec)
   else:
     try:
-      directory = huggingface.resolve(config.decoder.path)
+      directory = pretrained.resolve(config.decoder.path)
     except UserError as e:
       how = config.decoder.how_to_get
       raise UserError(f"decoder.path: {e}{': ' + how if how else ''}") from e
-    model_config = huggingface.read_config(directory)
+    model_config = pretrained.read_config(directory)
     tokenizer = tokenizers.load(str(directory) if spec == "decoder" else spec)
   configs.validate_model(config, model_config)
   if tokenizer.vocab_size > model_config.vocab_size:
@@ -225,8 +225,8 @@ def load_decoder(
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   storage = _dtype(config.precision.decoder, _platform(mesh))
   if config.decoder.path:
-    decoder = huggingface.load(
-      huggingface.resolve(config.decoder.path),
+    decoder = pretrained.load(
+      pretrained.resolve(config.decoder.path),
       model.config,
       dtype=storage,
       shardings=shardings,
@@ -234,7 +234,7 @@ def load_decoder(
   else:
     make = partial(trainable.random_decoder, config, model, storage)
     decoder = jax.jit(make, out_shardings=shardings)()
-  return decoder, huggingface.fingerprint(decoder)
+  return decoder, leaves.fingerprint(decoder)
 
 
 def load_initial(

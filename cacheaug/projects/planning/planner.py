@@ -22,7 +22,7 @@ from cacheaug.projects.planning.collectives import Traffic
 from cacheaug.projects.planning.compiling import Compiled, Refused
 from cacheaug.projects.planning.memory import Memory
 from cacheaug.projects.planning.topology import Topology
-from cacheaug.weights import huggingface
+from cacheaug.weights import pretrained
 
 
 def prepare(
@@ -41,8 +41,8 @@ def prepare(
   if slices:
     config.mesh.slices = slices
   if config.decoder.path:
-    model_config = huggingface.read_config(
-      huggingface.resolve(config.decoder.path)
+    model_config = pretrained.read_config(
+      pretrained.resolve(config.decoder.path)
     )
   else:
     config.decoder.how_to_get = ""
