@@ -39,19 +39,25 @@ import turns
 from absl import flags
 
 import cacheaug
-from cacheaug import command
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
-from cacheaug.inference import generate
-from cacheaug.inference.background import BackgroundSession
+from cacheaug.inference import context as generate
 from cacheaug.inference.engine import Context
-from cacheaug.inference.serve import Answer, Server
 from cacheaug.inference.session import Plan, Session
-from cacheaug.inference.worker import Job, Limits, Metrics, Snapshot, Worker
 from cacheaug.model import config as model_config
 from cacheaug.model import transformer
 from cacheaug.model.transformer import Params, Transformer
+from cacheaug.projects.background.serve import Answer, Server
+from cacheaug.projects.background.session import BackgroundSession
+from cacheaug.projects.background.worker import (
+  Job,
+  Limits,
+  Metrics,
+  Snapshot,
+  Worker,
+)
+from cacheaug.run import command
 
 _PARTS = ("speed", "load")
 _NEVER = float("inf")

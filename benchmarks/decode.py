@@ -35,14 +35,16 @@ import transformers
 import turns
 from absl import flags
 
-from cacheaug import command
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
-from cacheaug.inference import engine, generate
+from cacheaug.inference import context as generate
+from cacheaug.inference import engine
 from cacheaug.inference.engine import Context, State
-from cacheaug.model import decoding, pretrained, transformer
+from cacheaug.model import decode_rows, transformer
 from cacheaug.model.transformer import Params, Transformer
+from cacheaug.run import command
+from cacheaug.weights import huggingface
 
 # D768 L12 H12 K12 E64 F2048 V32000, head tied: 110M parameters.
 _RANDOM = dict(
@@ -71,7 +73,7 @@ class Ours:
   """The package's side, each part timed apart."""
 
   def __init__(self, model: Transformer, decoder: Params, n: int):
-    split = jax.jit(decoding.split_layers)
+    split = jax.jit(decode_rows.split_layers)
     self._model, self._decoder = model, split(decoder)
     self._spec = TraceSpec(n, 1, "overlay", "harmless")
     key = jax.random.key(0)
@@ -239,9 +241,9 @@ def main() -> None:
       torch.manual_seed(0)
       config = transformers.LlamaConfig(**_RANDOM)
       transformers.LlamaForCausalLM(config).save_pretrained(directory)
-    path = pretrained.resolve(directory)
-    config = pretrained.read_config(path)
-    decoder = pretrained.load(path, config, dtype="float32")
+    path = huggingface.resolve(directory)
+    config = huggingface.read_config(path)
+    decoder = huggingface.load(path, config, dtype="float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
       path, dtype=torch.float32
     ).eval()

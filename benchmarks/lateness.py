@@ -25,11 +25,12 @@ from typing import Any
 
 from absl import flags
 
-from cacheaug import command, export, lm
+from cacheaug import export, lm
 from cacheaug.data import problem_rows
 from cacheaug.errors import UserError
-from cacheaug.evals import exact_match, finish, perplexity
+from cacheaug.evals import exact_match, perplexity, run_report
 from cacheaug.lm import LM
+from cacheaug.run import command
 
 flags.DEFINE_multi_string("workdir", [], "a run; may be repeated")
 flags.DEFINE_list("late", [str(d) for d in range(9)], "tokens of lateness")
@@ -51,8 +52,8 @@ def measure(
   spec = dataclasses.replace(spec, ahead=max(positions), min_ahead=1)
   args = found.model, found.decoder
   out: dict[str, Any] = {}
-  for name in finish.source_names(config):
-    batches = list(finish.held_out(config, found.tokenizer, name))
+  for name in run_report.source_names(config):
+    batches = list(run_report.held_out(config, found.tokenizer, name))
     for d in late:
       rows = perplexity.by_position(
         *args,
@@ -67,7 +68,7 @@ def measure(
       key = f"{name} perplexity"
       out.setdefault(key, {})[d] = [dataclasses.asdict(r) for r in rows]
     source = config.data.sources[name]
-    if source.kind != finish.PROBLEMS or not problems:
+    if source.kind != run_report.PROBLEMS or not problems:
       continue
     asked = dict(
       count=problems,
@@ -90,12 +91,14 @@ def show(figures: dict[str, Any], late: list[int]) -> list[str]:
   lines = []
   for key, by_late in figures.items():
     if key == "frozen match":
-      lines.append(f"  frozen decoder: {finish.percent(by_late['all'])} right")
+      lines.append(
+        f"  frozen decoder: {run_report.percent(by_late['all'])} right"
+      )
       continue
     lines.append(f"  {key}")
     for d in late:
       if key.startswith("match"):
-        lines.append(f"    d={d}: {finish.percent(by_late[d]['all'])}")
+        lines.append(f"    d={d}: {run_report.percent(by_late[d]['all'])}")
         continue
       cells = [
         f"token {r['position']}: {r['change_percent']:+.2f} % "

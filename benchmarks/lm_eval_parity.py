@@ -20,9 +20,10 @@ import transformers
 from lm_eval.models.huggingface import HFLM
 
 import cacheaug
-from cacheaug.evals import benchmarks, lm_eval_tasks
-from cacheaug.evals.answering import Answerer
-from cacheaug.evals.lm_eval_model import AugmentedLM
+from cacheaug.projects.lm_eval import benchmarks
+from cacheaug.projects.lm_eval import tasks as lm_eval_tasks
+from cacheaug.projects.lm_eval.answering import Answerer
+from cacheaug.projects.lm_eval.model import AugmentedLM
 
 TASKS = (
   "gsm8k,arc_easy,arc_challenge,hellaswag,winogrande,piqa,boolq,mmlu,drop,"

@@ -31,13 +31,14 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from cacheaug import command, export, lm
+from cacheaug import export, lm
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import problem_rows, problems
 from cacheaug.errors import UserError
-from cacheaug.evals import exact_match, finish, perplexity, report
+from cacheaug.evals import exact_match, perplexity, report, run_report
 from cacheaug.inference.session import Plan
 from cacheaug.lm import LM
+from cacheaug.run import command
 
 flags.DEFINE_multi_string("workdir", [], "a run; may be repeated")
 flags.DEFINE_integer("rounds", 2, "of latents")
@@ -117,14 +118,14 @@ def measure(
     "once": Plan(),
     "again": Plan(before=before if again.stride else (), rounds=again.at_once),
   }
-  for name in finish.source_names(config):
-    batches = list(finish.held_out(config, found.tokenizer, name))
+  for name in run_report.source_names(config):
+    batches = list(run_report.held_out(config, found.tokenizer, name))
     rows = by_way(found, batches, again, config.seed)
     out[name] = {
       way: [dataclasses.asdict(r) for r in some] for way, some in rows.items()
     }
     source = config.data.sources[name]
-    if source.kind == finish.PROBLEMS and count:
+    if source.kind == run_report.PROBLEMS and count:
       out["match"] = {
         way: answered(found, source, count, plan) for way, plan in plans.items()
       }
@@ -138,7 +139,7 @@ def show(figures: dict[str, Any]) -> list[str]:
     lines.append(f"  {name}")
     for way, rows in ways.items():
       if name == "match":
-        lines.append(f"    {way}: {finish.percent(rows)} right")
+        lines.append(f"    {way}: {run_report.percent(rows)} right")
         continue
       for r in rows:
         lines.append(

@@ -22,15 +22,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from cacheaug import command
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.inference.engine import Context
 from cacheaug.inference.session import Session
-from cacheaug.inference.store import Store
-from cacheaug.inference.stored import StoredLM, context_of, with_store
 from cacheaug.lm import LM, Coprocessor
 from cacheaug.opening import open_lm
+from cacheaug.projects.context_store.lm import StoredLM, context_of, with_store
+from cacheaug.projects.context_store.store import Store
+from cacheaug.run import command
 
 _REST = 16  # tokens that `begun` has to read
 

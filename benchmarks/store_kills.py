@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import flags
 
-from cacheaug.inference.store import Entry, Identity, Store
+from cacheaug.projects.context_store.store import Entry, Identity, Store
 
 _IDENTITY = Identity("decoder", "float32")
 _KEYS = 48

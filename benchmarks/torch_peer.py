@@ -30,12 +30,13 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
-from cacheaug import benchmark, flops, sharding, stepping
+from cacheaug import benchmark, flops, sharding
 from cacheaug import config as configs
+from cacheaug import step as stepping
 from cacheaug.augment import traces
 from cacheaug.augment.traces import TraceSpec
-from cacheaug.model import pretrained
 from cacheaug.model.transformer import Params
+from cacheaug.weights import huggingface
 
 _HIDDEN = -1e30
 Laid = dict[str, Any]  # of traces.Traces, as tensors
@@ -197,7 +198,7 @@ def main() -> None:
   )
   state = made.state
   with tempfile.TemporaryDirectory() as directory:
-    pretrained.save(directory, made.model.config, made.decoder)
+    huggingface.save(directory, made.model.config, made.decoder)
     peer = Peer(
       directory,
       state.params,

@@ -4,10 +4,10 @@
       [--against=naive,cached_dense] [--repeats=5] [--json]
 
 Runs the step that `cacheaug.main` runs, of random tokens, and the same step
-with the peers of augment/peers.py in place of the objective, in one process, in
-turns of a few steps; prints the median of each. Peers keep what automatic
-differentiation keeps (remat 'none'), as a first version would, unless
---peers_remat says otherwise. `useful` counts the structured step's FLOP
+with the peers of projects/speed/dense_reference.py in place of the objective,
+in one process, in turns of a few steps; prints the median of each. Peers keep
+what automatic differentiation keeps (remat 'none'), as a first version would,
+unless --peers_remat says otherwise. `useful` counts the structured step's FLOP
 without recomputation, for every variant; MFU is their share of the devices'
 peak, where that is known. Without weights (`decoder.path`), random ones.
 """
@@ -24,8 +24,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from cacheaug import command
 from cacheaug.errors import UserError
+from cacheaug.run import command
 
 PEERS = ("naive", "cached_dense")
 STEPS = 3  # timed steps of a turn, after one that is not
@@ -69,14 +69,17 @@ def measure(
   """
   import jax
 
-  from cacheaug import chips, flops, sharding, stepping
   from cacheaug import config as configs
-  from cacheaug.augment import objective, peers
+  from cacheaug import flops, sharding
+  from cacheaug import step as stepping
+  from cacheaug.augment import objective
+  from cacheaug.projects.speed import dense_reference
+  from cacheaug.run import machine
 
   losses = {
     "structured": objective.coprocessor_loss,
-    "naive": peers.naive_loss,
-    "cached_dense": peers.cached_dense_loss,
+    "naive": dense_reference.naive_loss,
+    "cached_dense": dense_reference.cached_dense_loss,
   }
   unknown = [name for name in variants if name not in losses]
   if unknown:
@@ -131,7 +134,7 @@ def measure(
         zero = jax.device_put(np.int32(0), shardings.step)
         state = state.replace(step=zero)
   useful = flops.of_step(config, model.config).total
-  peak = chips.peak_flops(mesh.devices.flat)
+  peak = machine.peak_flops(mesh.devices.flat)
   found = []
   for name in variants:
     seconds = statistics.median(times[name])
@@ -171,7 +174,8 @@ def prepare(config: ConfigDict, mesh: Any) -> Prepared:
   import jax
 
   from cacheaug import config as configs
-  from cacheaug import optim, stepping, train
+  from cacheaug import optim, train
+  from cacheaug import step as stepping
 
   if config.decoder.path:
     model, _ = train.open_model(config, mesh)
@@ -206,7 +210,7 @@ def _differences(config, variants, state, decoder, batch):
   import jax.numpy as jnp
 
   from cacheaug import config as configs
-  from cacheaug import stepping
+  from cacheaug import step as stepping
 
   spec = configs.spec_of(config)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from cacheaug import optim, profiling, sharding
+from cacheaug import optim, sharding
 from cacheaug.augment import traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
@@ -25,6 +25,7 @@ from cacheaug.objectives import (
   lora_rank,
   validate_start,
 )
+from cacheaug.run import profiling
 
 OBJECTIVES = ("coprocessor", "language_model")
 LOSSES = ("tokens", "traces")

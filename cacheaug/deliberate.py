@@ -4,9 +4,9 @@
   python -m cacheaug.generate --store=contexts --prompt="<a document> And so"
 
 Each document is read by the decoder and augmented once, at its end; a prompt
-that begins with one is read on from there (inference/stored.py). Without
---workdir and --decoder it is the tiny decoder that ships in the package, with
-its coprocessor.
+that begins with one is read on from there (projects/context_store/lm.py).
+Without --workdir and --decoder it is the tiny decoder that ships in the
+package, with its coprocessor.
 
 Documents that the store holds are skipped: after a kill, run it again. A file
 that is not JSON lines with --field in each ends it before anything is stored.
@@ -17,15 +17,15 @@ and the exit status is 1.
 
 from absl import flags, logging
 
-from cacheaug import command
 from cacheaug.data import sources
 from cacheaug.data.sources import Documents
 from cacheaug.errors import UserError
-from cacheaug.inference.store import Store
-from cacheaug.inference.stored import StoredLM, with_store
 from cacheaug.lm import LENGTHS
-from cacheaug.metrics import Progress
 from cacheaug.opening import open_lm
+from cacheaug.projects.context_store.lm import StoredLM, with_store
+from cacheaug.projects.context_store.store import Store
+from cacheaug.run import command
+from cacheaug.run.metrics import Progress
 
 flags.DEFINE_string("documents", "", "JSON lines, plain or .gz; may be a glob")
 flags.DEFINE_string("field", "text", "key of the text in each object")

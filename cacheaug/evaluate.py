@@ -11,7 +11,7 @@ tokens 1 to eval.ahead after them against the frozen decoder's, with 95 %
 intervals over documents. --latents uses fewer than were trained (the last soft
 tokens; all columns are over the same tokens). Then the diagnostics: other
 latents in the same places, their geometry, the attention they get, the tokens
-nearest to them (evals/diagnostics.py).
+nearest to them (evals/latent_stats.py).
 
 With --tasks, the paper's table 2, by lm_eval on local files: the frozen decoder
 and the augmented one answer the same documents, latents at each prompt's end.
@@ -37,24 +37,19 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from cacheaug import command, export, lm, provenance
 from cacheaug import config as configs
+from cacheaug import export, lm
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import sources
 from cacheaug.errors import UserError
-from cacheaug.evals import (
-  benchmarks,
-  diagnosis,
-  finish,
-  page,
-  perplexity,
-  report,
-)
+from cacheaug.evals import diagnose, page, perplexity, report, run_report
 from cacheaug.evals.page import Evaluated
 from cacheaug.evals.perplexity import Batch
 from cacheaug.lm import LM
-from cacheaug.metrics import Progress
+from cacheaug.projects.lm_eval import benchmarks
+from cacheaug.run import command, provenance
+from cacheaug.run.metrics import Progress
 
 TEXT = "text"  # the name of --text as a source
 
@@ -205,7 +200,7 @@ def evaluate(
       )
   diagnosed = None
   if diagnostics:
-    diagnosed = diagnosis.diagnose(
+    diagnosed = diagnose.diagnose(
       *args, coproc, text, spec, context=context, seed=seed
     )
   return Evaluated(tables, diagnosed)
@@ -281,14 +276,14 @@ def run(
   asked = asked_latents(latents, found.coprocessor.spec)
   spec = adapt(config, found)
   if diagnostics and tables:
-    diagnosis.check_kind(spec)
+    diagnose.check_kind(spec)
   context = config.eval.context or found.coprocessor.spec.context_needed
 
   def read(name) -> Iterator[Batch]:
     tokenizer = found.tokenizer
-    return finish.held_out(config, tokenizer, name, split=split, mixed=True)
+    return run_report.held_out(config, tokenizer, name, split=split, mixed=True)
 
-  names = finish.source_names(config) if tables else []
+  names = run_report.source_names(config) if tables else []
   # Read once before anything is computed: bad text is refused here.
   try:
     batches = sum(1 for name in names for _ in read(name))
@@ -407,6 +402,6 @@ if __name__ == "__main__":
     "execute", False, "consent to run programs that the model writes"
   )
   if any(a.lstrip("-").startswith("config") for a in sys.argv[1:]):
-    # Only then: cacheaug.command insists on a flag of this name.
+    # Only then: cacheaug.run.command insists on a flag of this name.
     config_flags.DEFINE_config_file("config", help_string="text and decoder")
   command.run(main, __doc__)

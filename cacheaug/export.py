@@ -28,17 +28,19 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from cacheaug import adaptation, checkpoint, command
 from cacheaug import config as configs
+from cacheaug import trainable
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import sources, tokenizers
 from cacheaug.errors import UserError
-from cacheaug.model import families, lora, pretrained, transformer
-from cacheaug.model import safetensor_files as files
+from cacheaug.model import lora, transformer
 from cacheaug.model.config import ModelConfig
-from cacheaug.model.pretrained import Leaf
 from cacheaug.model.transformer import Params, Transformer
+from cacheaug.run import checkpoint, command
+from cacheaug.weights import families, huggingface
+from cacheaug.weights import safetensors_io as files
+from cacheaug.weights.huggingface import Leaf
 
 FORMAT = "cacheaug-coprocessor-1"
 WEIGHTS = "coprocessor.safetensors"
@@ -92,7 +94,7 @@ def save_coprocessor(
   tree = {k: v for k, v in params.items() if k != "transformer"}
   leaves = _leaves(model_config, spec)
   body = params.get("transformer", {})
-  pretrained.write_leaves(directory / WEIGHTS, leaves, body | tree, None)
+  huggingface.write_leaves(directory / WEIGHTS, leaves, body | tree, None)
   files.write_json(directory / "config.json", entries)
 
 
@@ -149,8 +151,8 @@ def _leaves(config: ModelConfig, spec: TraceSpec) -> list[Leaf]:
   """Of the transformer, then what else a coprocessor of that kind has."""
   make = partial(coprocessor.init_boxed, Transformer(config), spec)
   tree = nn.unbox(jax.eval_shape(make, jax.random.key(0)))
-  body = pretrained.flatten(tree.pop("transformer", {}))
-  leaves = [leaf for leaf in pretrained.leaves_of(config) if leaf.path in body]
+  body = huggingface.flatten(tree.pop("transformer", {}))
+  leaves = [leaf for leaf in huggingface.leaves_of(config) if leaf.path in body]
   order = ("soft_tokens", "latent_projection", "prefix_keys", "prefix_values")
   names = [name for name in order if name in tree]
   return leaves + [Leaf(name, tree[name].shape, (name,)) for name in names]
@@ -165,8 +167,8 @@ def _read(
     own = {k: v for k, v in shardings.items() if k != "transformer"}
     shardings = shardings.get("transformer", {}) | own
   where = {name: (path, name) for name in files.headers([path])}
-  pretrained.check_tensors(path, leaves, where)
-  tree = pretrained.read_leaves(leaves, where, dtype, shardings)
+  huggingface.check_tensors(path, leaves, where)
+  tree = huggingface.read_leaves(leaves, where, dtype, shardings)
   parts = [key for key in ("blocks", "final_norm") if key in tree]
   body = {key: tree.pop(key) for key in parts}
   return {"transformer": body, **tree} if body else tree
@@ -263,7 +265,7 @@ def run_params(
       make = partial(coprocessor.init_boxed, model, run.spec)
     return _tree(run, nn.unbox(jax.eval_shape(make, jax.random.key(0))))
   shapes = jax.eval_shape(
-    lambda key: adaptation.init(run.config, model, key, None, boxed=True),
+    lambda key: trainable.init(run.config, model, key, None, boxed=True),
     jax.random.key(0),
   )
   params, frozen = nn.unbox(shapes)
@@ -271,7 +273,7 @@ def run_params(
   frozen = tree.pop("frozen", None)
   if frozen is None and decoder is None:
     decoder = _decoder_params(run, model)
-  return adaptation.effective(run.config, tree, frozen, decoder, lora.merge)
+  return trainable.effective(run.config, tree, frozen, decoder, lora.merge)
 
 
 def _adapts(run: Run) -> bool:
@@ -281,7 +283,7 @@ def _adapts(run: Run) -> bool:
 
 def _tree(run: Run, wanted: Params) -> Params:
   """The run's arrays in the form of `wanted`, whose shapes they must have."""
-  for name, x in pretrained.flatten(wanted).items():
+  for name, x in huggingface.flatten(wanted).items():
     shape = list(run.flat[name].shape) if name in run.flat else "absent"
     if shape != list(x.shape):
       raise UserError(
@@ -303,16 +305,16 @@ def _decoder_params(run: Run, model: Transformer) -> Params:
   path = run.config.decoder.path
   if path:
     try:
-      directory = pretrained.resolve(path)
-      decoder = pretrained.load(directory, model.config, dtype="float32")
+      directory = huggingface.resolve(path)
+      decoder = huggingface.load(directory, model.config, dtype="float32")
     except UserError as e:
       raise UserError(
         f"decoder of {run.workdir}: {e}; give --decoder_path=DIR"
       ) from e
   else:
-    make = partial(adaptation.random_decoder, run.config, model, "float32")
+    make = partial(trainable.random_decoder, run.config, model, "float32")
     decoder = jax.jit(make)()
-  if pretrained.fingerprint(decoder) != run.decoder_fingerprint:
+  if huggingface.fingerprint(decoder) != run.decoder_fingerprint:
     raise UserError(
       f"{run.workdir} adapts decoder {run.decoder_fingerprint}, {path!r} holds "
       "another now: give --decoder_path=DIR"
@@ -366,8 +368,8 @@ def open_coprocessor(
 
 
 def _directory(path: str) -> pathlib.Path:
-  if path.startswith(pretrained.SHIPPED):
-    return pretrained.resolve(path)
+  if path.startswith(huggingface.SHIPPED):
+    return huggingface.resolve(path)
   directory = pathlib.Path(path).expanduser()
   if not directory.is_dir():
     raise UserError(
@@ -413,9 +415,9 @@ def export_run(
     spec = run.config.data.tokenizer
     if spec == "decoder":
       own = run.config.decoder.path
-      spec = str(pretrained.resolve(own)) if own else "byte"
+      spec = str(huggingface.resolve(own)) if own else "byte"
     params = run_params(run, model_config)
-    pretrained.save(out, model_config, params, tokenizer=tokenizers.load(spec))
+    huggingface.save(out, model_config, params, tokenizer=tokenizers.load(spec))
     return run.step
   save_coprocessor(
     out,
@@ -452,7 +454,7 @@ def _decoder_config(run: Run) -> ModelConfig:
   if not path:
     return configs.model_of(run.config)
   try:
-    return pretrained.read_config(pretrained.resolve(path))
+    return huggingface.read_config(huggingface.resolve(path))
   except UserError as e:
     raise UserError(
       f"decoder of {run.workdir}: {e}; give --decoder_path=DIR"

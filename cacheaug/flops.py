@@ -33,8 +33,8 @@ import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from cacheaug import adaptation
 from cacheaug import config as configs
+from cacheaug import trainable
 from cacheaug.augment import coprocessor, traces
 from cacheaug.model import lora, transformer
 from cacheaug.model.config import SLIDING, ModelConfig
@@ -392,7 +392,7 @@ def parameters(config: ConfigDict, model_config: ModelConfig) -> Parameters:
     return sum(x.size for x in jax.tree.leaves(tree))
 
   def trained(key):
-    return adaptation.init(config, model, key, None, boxed=True)[0]
+    return trainable.init(config, model, key, None, boxed=True)[0]
 
   decoder = count(functools.partial(transformer.init, model))
   own = 0

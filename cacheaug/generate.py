@@ -16,15 +16,15 @@ import time
 
 from absl import flags
 
-from cacheaug import command
 from cacheaug.errors import UserError
-from cacheaug.inference import stored
+from cacheaug.inference.completion import Completion
 from cacheaug.inference.sampling import Sampling
 from cacheaug.inference.session import Insertion, Plan
-from cacheaug.inference.store import Store
-from cacheaug.inference.writer import Completion
 from cacheaug.lm import LM
 from cacheaug.opening import open_lm
+from cacheaug.projects.context_store import lm as stored
+from cacheaug.projects.context_store.store import Store
+from cacheaug.run import command
 
 _COLUMN = 38  # characters a side of --compare, two within 80
 _AROUND = 6  # tokens that --trace shows before and after the latents

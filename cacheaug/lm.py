@@ -28,14 +28,15 @@ from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import tokenizers
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
-from cacheaug.inference import gates, generate
+from cacheaug.inference import context as generate
+from cacheaug.inference import gates
+from cacheaug.inference.completion import Completion, Writer, check_asked
+from cacheaug.inference.context import Context
 from cacheaug.inference.gates import Gate
-from cacheaug.inference.generate import Context
 from cacheaug.inference.sampling import GREEDY, Sampling
 from cacheaug.inference.session import Plan, Session
-from cacheaug.inference.writer import Completion, Writer, check_asked
-from cacheaug.model import pretrained
 from cacheaug.model.transformer import Params, Transformer
+from cacheaug.weights import huggingface
 
 Tokens = jax.Array | np.ndarray | Sequence[Sequence[int]]
 
@@ -448,10 +449,10 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
     raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
   if dtype == "auto":
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  directory = pretrained.resolve(str(path))
-  config = pretrained.read_config(directory)
+  directory = huggingface.resolve(str(path))
+  config = huggingface.read_config(directory)
   tokenizer = None
-  stop_ids = set(pretrained.stop_ids(directory))
+  stop_ids = set(huggingface.stop_ids(directory))
   names = ("tokenizer.json", "tokenizer.model")
   if any((directory / name).exists() for name in names):
     tokenizer = tokenizers.load(str(directory))
@@ -461,11 +462,11 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
         f"{directory}: its tokenizer has {tokenizer.vocab_size} entries, the "
         f"decoder's vocabulary {config.vocab_size}: give the decoder's own"
       )
-  decoder = pretrained.load(directory, config, dtype=dtype)
+  decoder = huggingface.load(directory, config, dtype=dtype)
   return LM(
     model=Transformer(config, dtype=jnp.dtype(dtype)),
     decoder=decoder,
     tokenizer=tokenizer,
-    fingerprint=pretrained.fingerprint(decoder),
+    fingerprint=huggingface.fingerprint(decoder),
     stop_ids=tuple(sorted(stop_ids)),
   )

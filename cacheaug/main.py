@@ -17,7 +17,7 @@ import re
 from absl import flags
 from ml_collections import config_flags
 
-from cacheaug import command
+from cacheaug.run import command
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file")
 WORKDIR = flags.DEFINE_string(

@@ -5,7 +5,7 @@ import pathlib
 import cacheaug
 from cacheaug.errors import UserError
 from cacheaug.lm import LM
-from cacheaug.model import safetensor_files as files
+from cacheaug.weights import safetensors_io as files
 
 _DECODER, _COPROCESSOR = "shipped:tiny", "shipped:tiny_coprocessor"
 

@@ -19,8 +19,8 @@ import json
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cacheaug import command
 from cacheaug.errors import UserError
+from cacheaug.run import command
 
 
 def main() -> None:
@@ -32,8 +32,8 @@ def main() -> None:
   # The trainer's own messages are of a run, several times over here.
   logging.set_verbosity(logging.WARNING)
   from cacheaug import config as configs
-  from cacheaug.planning import planner, table
-  from cacheaug.planning import topology as topologies
+  from cacheaug.projects.planning import planner, table
+  from cacheaug.projects.planning import topology as topologies
 
   values = flags.FLAGS
   if not values.topology:

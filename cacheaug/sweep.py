@@ -27,13 +27,13 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from cacheaug import command
 from cacheaug.errors import UserError
+from cacheaug.run import command
 
 
 def main() -> None:
   """Reads the flags that are defined below."""
-  from cacheaug.sweeping import plan, rows, runner
+  from cacheaug.projects.sweep import plan, rows, runner
 
   values = flags.FLAGS
   if values.workers < 1:
@@ -75,7 +75,7 @@ def main() -> None:
 
 def _run(runs, directory, workers):
   """Trains; returns the outcomes of the runs that failed."""
-  from cacheaug.sweeping import plan, runner
+  from cacheaug.projects.sweep import plan, runner
 
   with runner.alone(directory) as lock:
     progress = plan.Progress(runs)
@@ -91,7 +91,7 @@ def _run(runs, directory, workers):
 
 def _report(file, sweep, built, runs, directory):
   """Over what is finished; says where it is."""
-  from cacheaug.sweeping import comparison, page
+  from cacheaug.projects.sweep import comparison, page
 
   results = comparison.compare(built, runs, sweep.reference)
   if not results:

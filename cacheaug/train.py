@@ -14,33 +14,25 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from cacheaug import (
-  adaptation,
-  chips,
-  export,
-  flops,
-  objectives,
-  optim,
-  profiling,
-  sharding,
-  stepping,
-  storage,
-)
 from cacheaug import config as configs
-from cacheaug import workdir as workdirs
+from cacheaug import export, flops, objectives, optim, sharding, trainable
+from cacheaug import step as stepping
 from cacheaug.augment import coprocessor
 from cacheaug.augment.objective import Sums
-from cacheaug.checkpoint import Checkpoints
 from cacheaug.data import pipeline, tokenizers
 from cacheaug.errors import UserError
-from cacheaug.evals import finish
-from cacheaug.heartbeat import Heartbeat
+from cacheaug.evals import run_report
 from cacheaug.kernels import dispatch
-from cacheaug.metrics import MetricWriter, Progress, memory_peak
-from cacheaug.model import lora, pretrained, transformer
+from cacheaug.model import lora, transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.preemption import StopOnSignal
+from cacheaug.run import files, machine, profiling
+from cacheaug.run import workdir as workdirs
+from cacheaug.run.checkpoint import Checkpoints
+from cacheaug.run.heartbeat import Heartbeat
+from cacheaug.run.metrics import MetricWriter, Progress, memory_peak
+from cacheaug.run.preemption import StopOnSignal
+from cacheaug.weights import huggingface
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -109,7 +101,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   baseline_fn = stepping.make_baseline(config, model, mesh)
   writer = MetricWriter(workdir)
   writer.truncate_after(start if start else -1)
-  peak = chips.peak_flops(mesh.devices.flat)
+  peak = machine.peak_flops(mesh.devices.flat)
   useful = flops.of_step(config, model.config).total
   log = partial(log_step, config, writer, useful / peak if peak else None)
   heartbeat.start(start)
@@ -158,7 +150,7 @@ def train(config: ConfigDict, workdir: str) -> None:
 
   # --- report -----------------------------------------------------------------
   params = state.params if state.average is None else state.average
-  params = adaptation.effective(
+  params = trainable.effective(
     config, params, state.frozen, decoder, lora.merge
   )
   report(config, workdir, model, decoder, params, tokenizer, fingerprint)
@@ -181,11 +173,11 @@ def open_model(
     tokenizer = tokenizers.load("byte" if spec == "decoder" else spec)
   else:
     try:
-      directory = pretrained.resolve(config.decoder.path)
+      directory = huggingface.resolve(config.decoder.path)
     except UserError as e:
       how = config.decoder.how_to_get
       raise UserError(f"decoder.path: {e}{': ' + how if how else ''}") from e
-    model_config = pretrained.read_config(directory)
+    model_config = huggingface.read_config(directory)
     tokenizer = tokenizers.load(str(directory) if spec == "decoder" else spec)
   configs.validate_model(config, model_config)
   if tokenizer.vocab_size > model_config.vocab_size:
@@ -233,16 +225,16 @@ def load_decoder(
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   storage = _dtype(config.precision.decoder, _platform(mesh))
   if config.decoder.path:
-    decoder = pretrained.load(
-      pretrained.resolve(config.decoder.path),
+    decoder = huggingface.load(
+      huggingface.resolve(config.decoder.path),
       model.config,
       dtype=storage,
       shardings=shardings,
     )
   else:
-    make = partial(adaptation.random_decoder, config, model, storage)
+    make = partial(trainable.random_decoder, config, model, storage)
     decoder = jax.jit(make, out_shardings=shardings)()
-  return decoder, pretrained.fingerprint(decoder)
+  return decoder, huggingface.fingerprint(decoder)
 
 
 def load_initial(
@@ -264,7 +256,7 @@ def load_initial(
     found = export.open_coprocessor(path, model.config, decoder)
   except UserError as e:
     raise UserError(f"coprocessor.init={path!r}: {e}") from e
-  adaptation.check_initial(config, found.spec, found.fingerprint, fingerprint)
+  trainable.check_initial(config, found.spec, found.fingerprint, fingerprint)
   make = partial(coprocessor.init_boxed, model, configs.spec_of(config))
   boxed = jax.eval_shape(make, jax.random.key(0))
   host = jax.device_get(found.params)
@@ -387,13 +379,13 @@ def report(
   }
   if config.objective == "language_model":
     meta["loss over"] = config.language_model.loss
-    figures, text = finish.language_model_report(
+    figures, text = run_report.language_model_report(
       config, workdir, model, params, tokenizer, decoder, meta
     )
     path = epath.Path(workdir) / "report.json"
-    storage.write_whole(path, json.dumps(figures, indent=2).encode())
+    files.write_whole(path, json.dumps(figures, indent=2).encode())
     if config.export:
-      pretrained.save(config.export, model.config, params, tokenizer=tokenizer)
+      huggingface.save(config.export, model.config, params, tokenizer=tokenizer)
     print(text)
     return
   spec = configs.spec_of(config)
@@ -408,7 +400,7 @@ def report(
     "began as": config.coprocessor.init,
     "traces a sequence": spec.count,
   }
-  text = finish.coprocessor_report(
+  text = run_report.coprocessor_report(
     config, workdir, model, decoder, params, tokenizer, spec, meta
   )
   if config.export:

@@ -17,9 +17,9 @@ rank 128 for both, and says nothing of steps or learning rates.
 
 from ml_collections import ConfigDict
 
-from cacheaug import decoders
 from cacheaug.data.sources import source_defaults
 from cacheaug.errors import UserError
+from cacheaug.weights import published
 
 ADAPTED = ("coprocessor", "decoder")
 
@@ -28,7 +28,7 @@ def get_config(adapted: str = "coprocessor") -> ConfigDict:
   """See the module docstring."""
   if adapted not in ADAPTED:
     raise UserError(f"{adapted!r} is not one of {', '.join(ADAPTED)}")
-  c = decoders.experiment("gemma2_2b")
+  c = published.experiment("gemma2_2b")
   if adapted == "decoder":
     c.objective = "language_model"
     c.language_model.lora_rank = 128

@@ -37,12 +37,12 @@ Time: not measured. Figures: not measured.
 
 from ml_collections import ConfigDict
 
-from cacheaug import decoders
+from cacheaug.weights import published
 
 
 def get_config() -> ConfigDict:
   """See the module docstring."""
-  c = decoders.experiment("gemma2_2b")
+  c = published.experiment("gemma2_2b")
   c.traces.count = 64
   c.data.batch = 64
   c.optimizer.steps = 50_000

@@ -38,12 +38,12 @@ measured.
 
 from ml_collections import ConfigDict
 
-from cacheaug import decoders
+from cacheaug.weights import published
 
 
 def get_config() -> ConfigDict:
   """See the module docstring."""
-  c = decoders.experiment("gemma2_9b")
+  c = published.experiment("gemma2_9b")
   c.traces.count = 128
   c.data.batch = 1024
   c.optimizer.steps = 100_000

@@ -49,12 +49,12 @@ Expected, from the paper's table 1 (perplexity against the frozen decoder, %):
 
 from ml_collections import ConfigDict
 
-from cacheaug import decoders
+from cacheaug.weights import published
 
 
 def get_config() -> ConfigDict:
   """See the module docstring."""
-  c = decoders.experiment("gemma2_2b")
+  c = published.experiment("gemma2_2b")
   c.traces.count = 128
   c.data.batch = 1024
   c.optimizer.steps = 100_000

@@ -33,12 +33,12 @@ Time: not measured. Figures: not measured.
 
 from ml_collections import ConfigDict
 
-from cacheaug import decoders
+from cacheaug.weights import published
 
 
 def get_config() -> ConfigDict:
   """See the module docstring."""
-  c = decoders.experiment("gemma3_1b")
+  c = published.experiment("gemma3_1b")
   c.traces.count = 64
   c.data.batch = 64
   c.optimizer.steps = 50_000

@@ -33,12 +33,12 @@ sequence at once). A TPU v5e slice of 16: --config.mesh.fsdp=16
 
 from ml_collections import ConfigDict
 
-from cacheaug import decoders
+from cacheaug.weights import published
 
 
 def get_config() -> ConfigDict:
   """See the module docstring."""
-  c = decoders.experiment("llama32_1b")
+  c = published.experiment("llama32_1b")
   c.traces.count = 64
   c.data.batch = 64
   c.optimizer.steps = 50_000

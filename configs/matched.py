@@ -10,9 +10,9 @@ NAME is of the config beside this file that trains a coprocessor
   lora             a LoRA on its decoder, as many steps
   larger           one decoder with the parameters of both, from nothing
 
-`python -m cacheaug.matching --config=configs/NAME.py` prints what is matched.
-Runs that train the decoder on end with the same tables as the coprocessor's,
-over the same tokens. By default they learn from every token;
+`python -m cacheaug.projects.sweep.equal_cost --config=configs/NAME.py` prints
+what is matched. Runs that train the decoder on end with the same tables as the
+coprocessor's, over the same tokens. By default they learn from every token;
 --config.language_model.loss=traces has them learn from those that the
 coprocessor's traces predict, as often. A learning rate that suits a coprocessor
 need not suit them: try --config.optimizer.learning_rate. Where the config wants
@@ -27,8 +27,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cacheaug import matching
 from cacheaug.errors import UserError
+from cacheaug.projects.sweep import equal_cost
 
 BASELINES = ("continued", "continued_flops", "lora", "larger")
 RANK = 8
@@ -43,12 +43,12 @@ def get_config(which: str = "continued") -> ConfigDict:
   if not path.exists():
     raise UserError(f"{path}: no such config")
   config = runpy.run_path(str(path))["get_config"]()
-  model_config = matching.decoder_config(config)
+  model_config = equal_cost.decoder_config(config)
   if baseline == "larger":
-    return matching.larger(config, model_config)
+    return equal_cost.larger(config, model_config)
   if baseline == "continued_flops":
-    return matching.continued(config, model_config, "flops")
-  config = matching.continued(config, model_config)
+    return equal_cost.continued(config, model_config, "flops")
+  config = equal_cost.continued(config, model_config)
   if baseline == "lora":
     config.language_model.lora_rank = RANK
   return config

@@ -34,12 +34,12 @@ measured; Coda-Forno et al. (arXiv 2510.00494) study this decoder.
 
 from ml_collections import ConfigDict
 
-from cacheaug import decoders
+from cacheaug.weights import published
 
 
 def get_config() -> ConfigDict:
   """See the module docstring."""
-  c = decoders.experiment("qwen3_06b")
+  c = published.experiment("qwen3_06b")
   c.traces.count = 32
   c.data.batch = 64
   c.optimizer.steps = 50_000

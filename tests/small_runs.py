@@ -11,7 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
-from cacheaug import optim, sharding, stepping, train
+from cacheaug import optim, sharding, train
+from cacheaug import step as stepping
 from cacheaug.data import pipeline
 from cacheaug.data.sources import source_defaults
 

@@ -4,14 +4,14 @@ import json
 import sys
 from pathlib import Path
 
-from cacheaug.sweeping import rows
+from cacheaug.projects.sweep import rows
 
 _HERE = Path(__file__).resolve().parent
 
 _FILE = """
 import runpy
 
-from cacheaug.sweeping.rows import Row, Sweep
+from cacheaug.projects.sweep.rows import Row, Sweep
 
 
 def get_config():

@@ -14,13 +14,14 @@ from tolerances import jit
 
 import cacheaug
 from cacheaug import config as configs
-from cacheaug import export, stepping, train
+from cacheaug import export, step, train
 from cacheaug.augment import objective, traces
 from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
 from cacheaug.evals import report
-from cacheaug.model import lora, pretrained
+from cacheaug.model import lora
 from cacheaug.model.transformer import Transformer
+from cacheaug.weights import huggingface
 
 LM = {"objective": "language_model"}
 
@@ -32,7 +33,7 @@ def decoder_path(tmp_path_factory):
   model = configs.model_of(small_runs.get_config(str(root)))
   params = tolerances.make_params(Transformer(model), 4)
   tokenizer = tokenizers.ByteTokenizer()
-  pretrained.save(root / "out", model, params, tokenizer=tokenizer)
+  huggingface.save(root / "out", model, params, tokenizer=tokenizer)
   return str(root / "out")
 
 
@@ -51,7 +52,7 @@ def _size(tree):
 
 
 def _baseline(run) -> float:
-  baseline = stepping.make_baseline(run.config, run.model, run.mesh)
+  baseline = step.make_baseline(run.config, run.model, run.mesh)
   batch = run.batches.at(0)
   nll, tokens = baseline(run.decoder, batch, run.key, np.int32(0))
   return float(nll.sum() / tokens.sum())
@@ -199,7 +200,7 @@ def test_lora_on_a_trained_coprocessor(tmp_path, decoder_path):
   exported = frozen.with_coprocessor(tmp_path / "export").coprocessor
   tolerances.close_trees(found.params, exported.params, tolerances.LOSS)
   kernel = "transformer/blocks/mlp/up/kernel"
-  flat, was = map(pretrained.flatten, (found.params, base.params))
+  flat, was = map(huggingface.flatten, (found.params, base.params))
   assert not np.array_equal(flat[kernel], was[kernel])
   norm = "transformer/blocks/mlp_norm/scale"
   np.testing.assert_array_equal(flat[norm], was[norm])

@@ -10,11 +10,16 @@ from cacheaug import lm as lm_module
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data.tokenizers import ByteTokenizer
 from cacheaug.errors import UserError
-from cacheaug.evals import answering
-from cacheaug.evals.answering import AUGMENTED, FROZEN, Answerer, Asked
 from cacheaug.inference import engine
 from cacheaug.inference.sampling import Sampling
 from cacheaug.lm import LM, Coprocessor
+from cacheaug.projects.lm_eval import answering
+from cacheaug.projects.lm_eval.answering import (
+  AUGMENTED,
+  FROZEN,
+  Answerer,
+  Asked,
+)
 
 CONTEXTS = [
   "def f(x):\n  return",

@@ -19,11 +19,12 @@ from test_generate_engine import (
 from tolerances import far
 
 from cacheaug.errors import UserError
-from cacheaug.inference import background, worker
-from cacheaug.inference.background import BackgroundSession
 from cacheaug.inference.session import Plan, Session
-from cacheaug.inference.worker import Limits, Worker
-from cacheaug.model import decoding
+from cacheaug.model import decode_rows
+from cacheaug.projects.background import session as background
+from cacheaug.projects.background import worker
+from cacheaug.projects.background.session import BackgroundSession
+from cacheaug.projects.background.worker import Limits, Worker
 
 quick = test_generate_engine.quick  # a fixture of this module too
 SPEC = spec_of("replace")
@@ -106,7 +107,7 @@ def session(of=None, **options):
   model, decoder = model_and_params()
   return BackgroundSession(
     model,
-    decoding.split_layers(decoder),
+    decode_rows.split_layers(decoder),
     read(),
     max_new_tokens=NEW,
     worker=of,
@@ -118,7 +119,7 @@ def synchronous(spec=None, **options):
   model, decoder = model_and_params()
   one = Session(
     model,
-    decoding.split_layers(decoder),
+    decode_rows.split_layers(decoder),
     read(),
     max_new_tokens=NEW,
     coproc=spec and coproc_of(spec),

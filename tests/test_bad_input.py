@@ -4,10 +4,11 @@ import jax
 import pytest
 import small_runs
 
-from cacheaug import command, train
 from cacheaug import config as configs
-from cacheaug import workdir as workdirs
+from cacheaug import train
 from cacheaug.errors import UserError
+from cacheaug.run import command
+from cacheaug.run import workdir as workdirs
 
 
 def _one_line(status: int, err: str) -> str:

@@ -25,10 +25,11 @@ from tolerances import (
 
 from cacheaug import benchmark, flops
 from cacheaug import config as configs
-from cacheaug.augment import objective, peers, traces
+from cacheaug.augment import objective, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.kernels import dispatch
+from cacheaug.projects.speed import dense_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = ("structured", "naive", "cached_dense")
@@ -65,7 +66,7 @@ def of_loss(sums, scheme):
 @pytest.mark.parametrize("scheme", traces.SCHEMES)
 def test_peers_are_the_same_loss_and_gradients(scheme):
   loss, gradients = of_loss(objective.coprocessor_loss, scheme)
-  for peer in (peers.naive_loss, peers.cached_dense_loss):
+  for peer in (dense_reference.naive_loss, dense_reference.cached_dense_loss):
     again, their_gradients = of_loss(peer, scheme)
     close(again, loss, LOSS)
     close_trees(their_gradients, gradients, GRADIENT)
@@ -78,8 +79,8 @@ def test_a_peer_with_another_mask_is_found_out(monkeypatch):
     b, m, r = rows.positions.shape
     return jnp.ones((b, 1, m * r, m * r), bool)
 
-  monkeypatch.setattr(peers, "_order", everything)
-  far(of_loss(peers.cached_dense_loss, "replace")[0], loss)
+  monkeypatch.setattr(dense_reference, "_order", everything)
+  far(of_loss(dense_reference.cached_dense_loss, "replace")[0], loss)
 
 
 def test_figures_are_of_what_ran(tmp_path):

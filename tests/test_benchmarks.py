@@ -13,10 +13,10 @@ import cacheaug
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data.tokenizers import ByteTokenizer
 from cacheaug.errors import UserError
-from cacheaug.evals import benchmark_data, benchmarks, programs
-from cacheaug.evals.answering import AUGMENTED, FROZEN
-from cacheaug.evals.benchmark_tasks import BENCHMARKS
 from cacheaug.lm import LM, Coprocessor
+from cacheaug.projects.lm_eval import benchmark_data, benchmarks, programs
+from cacheaug.projects.lm_eval.answering import AUGMENTED, FROZEN
+from cacheaug.projects.lm_eval.benchmark_tasks import BENCHMARKS
 
 WHY = "needs lm_eval: pip install 'cacheaug[eval]'"
 _ROOT = Path(__file__).resolve().parent.parent

@@ -16,8 +16,9 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from cacheaug import checkpoint, sharding
+from cacheaug import sharding
 from cacheaug.errors import UserError
+from cacheaug.run import checkpoint
 
 
 def _mesh(data, fsdp, tensor):

@@ -12,10 +12,11 @@ import small_runs
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
-from cacheaug import optim, sharding, stepping
+from cacheaug import optim, sharding, step
 from cacheaug.errors import UserError
-from cacheaug.model import pretrained, transformer
+from cacheaug.model import transformer
 from cacheaug.model.transformer import Transformer
+from cacheaug.weights import huggingface
 
 _ROOT = Path(__file__).resolve().parent.parent
 _FILES = sorted((_ROOT / "configs").glob("*.py"))
@@ -36,9 +37,9 @@ def test_shipped_config_is_valid_and_has_a_state(path, runlocal):
   config = _load(path)
   config.runlocal = runlocal
   config = configs.resolve(config)
-  if config.decoder.path.startswith(pretrained.SHIPPED):
-    directory = pretrained.resolve(config.decoder.path)
-    model_config = pretrained.read_config(directory)
+  if config.decoder.path.startswith(huggingface.SHIPPED):
+    directory = huggingface.resolve(config.decoder.path)
+    model_config = huggingface.read_config(directory)
   else:
     model_config = configs.model_of(config)
   if config.decoder.how_to_get:
@@ -62,7 +63,7 @@ def test_shipped_config_is_valid_and_has_a_state(path, runlocal):
       }
     )
   )
-  state = stepping.abstract_state(config, model, optimizer, decoder, mesh)
+  state = step.abstract_state(config, model, optimizer, decoder, mesh)
   trained = sum(x.size for x in jax.tree.leaves(state.params))
   if path.stem == "gemma2b" and not runlocal:
     whole = sum(x.size for x in jax.tree.leaves(decoder))

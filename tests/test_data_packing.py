@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cacheaug import errors
-from cacheaug.data import packed, packing, sources, tokenizers
+from cacheaug.data import packing, shards, sources, tokenizers
 
 _S = 16
 
@@ -39,7 +39,7 @@ def _pack(documents, cache_dir, tokenizer=None, **changes):
 
 
 def _rows(directory, split):
-  rows = packed.open_rows(directory, split)
+  rows = shards.open_rows(directory, split)
   return rows, *rows.take(np.arange(len(rows)))
 
 
@@ -70,7 +70,7 @@ def test_every_document_is_in_one_split_and_whole(
   assert len(list(directory.glob("shard-*.json"))) > 3
   tokenizer = tokenizers.ByteTokenizer()
   found = {}
-  for split in packed.SPLITS:
+  for split in shards.SPLITS:
     rows, tokens, numbers = _rows(directory, split)
     assert tokens.dtype == numbers.dtype == np.int32
     assert tokens.shape == numbers.shape == (len(rows), _S)
@@ -92,7 +92,7 @@ def test_every_document_is_in_one_split_and_whole(
 
 def test_only_the_last_row_of_a_shard_is_padded(tmp_path, texts):
   directory = _pack(_documents(tmp_path / "in", texts), tmp_path / "cache")
-  for split in packed.SPLITS:
+  for split in shards.SPLITS:
     _, _, numbers = _rows(directory, split)
     assert (numbers[:-1] >= 0).all()
     # A long document goes on in the next row with the same number.
@@ -108,9 +108,9 @@ def test_rows_read_alike_from_disk_and_memory(
   directory = _pack(_documents(tmp_path / "in", texts), tmp_path / "cache")
   _, tokens, numbers = _rows(directory, "train")
   if on_disk:
-    monkeypatch.setattr(packed, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(shards, "_IN_MEMORY_BYTES", 0)
   order = np.random.default_rng(1).permutation(len(tokens))
-  again = packed.open_rows(directory, "train").take(order)
+  again = shards.open_rows(directory, "train").take(order)
   np.testing.assert_array_equal(again[0], tokens[order])
   np.testing.assert_array_equal(again[1], numbers[order])
 
@@ -152,8 +152,8 @@ def test_one_document_cannot_be_split(tmp_path):
   with pytest.raises(errors.UserError, match="one document"):
     _pack(documents, tmp_path / "cache")
   directory = _pack(documents, tmp_path / "cache", validation_fraction=0.0)
-  assert len(packed.open_rows(directory, "train")) == 1
-  assert len(packed.open_rows(directory, "validation")) == 0
+  assert len(shards.open_rows(directory, "train")) == 1
+  assert len(shards.open_rows(directory, "validation")) == 0
   with pytest.raises(errors.UserError, match="validation_fraction=1"):
     _pack(documents, tmp_path / "cache", validation_fraction=1.0)
 
@@ -190,13 +190,13 @@ def test_resumed_packing_equals_uninterrupted(
 ):
   documents = _documents(tmp_path / "in", texts)
   whole = _pack(documents, tmp_path / "whole")
-  pack_shard, write = packing._pack_shard, packed.write_json
+  pack_shard, write = packing._pack_shard, shards.write_json
   done = []
 
   def interrupted(job, shard):
     done.append(shard)
     if shard == 2:  # After its rows are written, before its JSON file is.
-      monkeypatch.setattr(packed, "write_json", None)
+      monkeypatch.setattr(shards, "write_json", None)
     pack_shard(job, shard)
 
   monkeypatch.setattr(packing, "_pack_shard", interrupted)
@@ -205,9 +205,9 @@ def test_resumed_packing_equals_uninterrupted(
   cut = tmp_path / "cut" / whole.name
   names = set(_files(cut))
   assert "meta.json" not in names and "train-00002.array_record" in names
-  assert not packed.is_complete(cut)
+  assert not shards.is_complete(cut)
   (cut / "left-over.tmp").write_text("half a shard")
-  monkeypatch.setattr(packed, "write_json", write)
+  monkeypatch.setattr(shards, "write_json", write)
   done.clear()
   monkeypatch.setattr(
     packing, "_pack_shard", lambda j, i: (done.append(i), pack_shard(j, i))
@@ -258,7 +258,7 @@ def test_kill_leaves_no_cache_and_two_at_once_agree(
   os.kill(process.pid, signal.SIGKILL)
   process.communicate()
   assert not (cut / "meta.json").exists()
-  assert not packed.is_complete(cut)
+  assert not shards.is_complete(cut)
   # Its lock died with it; now two processes go on at once.
   processes = [_start(tmp_path / "in", tmp_path / "cut") for _ in range(2)]
   outputs = [process.communicate(timeout=60)[1] for process in processes]
@@ -302,21 +302,21 @@ def test_damaged_shards_are_packed_again(
     path.write_bytes(content)
     # The size is right, so only reading finds it.
     assert _pack(documents, tmp_path / "cache") == directory
-    assert packed.open_rows(directory, "train") is None
+    assert shards.open_rows(directory, "train") is None
     assert f"{path} is damaged" in capfd.readouterr().err
   elif damage == "cut":
     path.write_bytes(content[:-100])
   else:
     path.unlink()
-  assert not packed.is_complete(directory)
+  assert not shards.is_complete(directory)
   _pack(documents, tmp_path / "cache")
   assert _files(directory) == before
 
 
 def test_damage_after_opening_names_the_directory(tmp_path, texts, monkeypatch):
   directory = _pack(_documents(tmp_path / "in", texts), tmp_path / "cache")
-  monkeypatch.setattr(packed, "_IN_MEMORY_BYTES", 0)
-  rows = packed.open_rows(directory, "train")
+  monkeypatch.setattr(shards, "_IN_MEMORY_BYTES", 0)
+  rows = shards.open_rows(directory, "train")
   path = directory / "train-00000.array_record"
   content = bytearray(path.read_bytes())
   content[100:-100] = bytes(len(content) - 200)
@@ -334,7 +334,7 @@ def test_a_directory_that_cannot_be_written(tmp_path, texts):
 def test_a_disk_that_is_full(tmp_path, texts, monkeypatch):
   # What the writer says when it cannot write, here for a missing directory.
   absent = tmp_path / "absent" / "x.tmp"
-  monkeypatch.setattr(packed, "_temporary", lambda path: absent)
+  monkeypatch.setattr(shards, "_temporary", lambda path: absent)
   with pytest.raises(errors.UserError, match="data.cache_dir") as raised:
     _pack(_documents(tmp_path / "in", texts), tmp_path / "cache")
   assert "\n" not in str(raised.value)
@@ -346,7 +346,7 @@ def test_packing_without_file_locks(tmp_path, texts, monkeypatch):
 
   monkeypatch.setattr(packing.fcntl, "flock", refuse)
   directory = _pack(_documents(tmp_path / "in", texts), tmp_path / "cache")
-  assert packed.is_complete(directory)
+  assert shards.is_complete(directory)
 
 
 def test_meta_tells_what_was_packed(tmp_path, texts):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cacheaug import errors
-from cacheaug.data import packed, pipeline, sources, tokenizers
+from cacheaug.data import pipeline, shards, sources, tokenizers
 
 _S, _B = 96, 8
 
@@ -142,7 +142,7 @@ def test_iterators_leave_no_thread(config):
 def test_one_process_equals_two(config, on_disk, monkeypatch):
   whole = _open(config)
   if on_disk:
-    monkeypatch.setattr(packed, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(shards, "_IN_MEMORY_BYTES", 0)
   parts = [_open(config, process_index=p, process_count=2) for p in range(2)]
   for step in (0, 5):
     halves = [part.at(step) for part in parts]
@@ -180,7 +180,7 @@ def test_an_epoch_of_training_reads_each_row_once(corpora):
 def test_train_and_validation_share_no_document(corpora):
   config = _config(corpora, x=_text(corpora, "x"), y=_text(corpora, "y"))
   found = {}
-  for split in packed.SPLITS:
+  for split in shards.SPLITS:
     batches = _open(config, split)
     documents = np.concatenate([e["documents"] for e in batches.examples])
     found[split] = set(documents[documents >= 0].tolist())
@@ -273,7 +273,7 @@ def test_problem_rows_hold_whole_problems(corpora):
   )
   tokenizer = tokenizers.ByteTokenizer()
   questions = {}
-  for split in packed.SPLITS:
+  for split in shards.SPLITS:
     batch = _open(config, split).at(0)
     questions[split] = set()
     for tokens, documents in zip(*batch.values(), strict=True):

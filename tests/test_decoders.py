@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from cacheaug import config as configs
-from cacheaug import decoders
 from cacheaug.errors import UserError
-from cacheaug.model import pretrained
+from cacheaug.weights import huggingface, published
 
 # As the files on huggingface.co count them, tied heads once.
 PARAMETERS = {
@@ -20,14 +19,14 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", decoders.PUBLISHED)
+@pytest.mark.parametrize("name", published.PUBLISHED)
 def test_published_shape(name):
-  config = decoders.experiment(name)
-  leaves = pretrained.leaves_of(configs.model_of(config))
+  config = published.experiment(name)
+  leaves = huggingface.leaves_of(configs.model_of(config))
   assert sum(math.prod(leaf.shape) for leaf in leaves) == PARAMETERS[name]
   root = Path(__file__).resolve().parent.parent
   text = (root / "configs" / f"{name}.py").read_text()
-  repository = decoders.PUBLISHED[name][0]
+  repository = published.PUBLISHED[name][0]
   assert f"download {repository} --local-dir" in text
   assert repository in config.decoder.how_to_get
   with pytest.raises(UserError, match="decoder.path is empty: .*download"):
@@ -35,10 +34,10 @@ def test_published_shape(name):
 
 
 def test_licences_to_accept_are_named():
-  assert "accept Meta's licence" in decoders.how_to_get("llama32_1b")
-  assert "licence" not in decoders.how_to_get("qwen3_06b")
+  assert "accept Meta's licence" in published.how_to_get("llama32_1b")
+  assert "licence" not in published.how_to_get("qwen3_06b")
 
 
 def test_unknown_name():
   with pytest.raises(UserError, match="'gpt' is not one of gemma2_2b, "):
-    decoders.experiment("gpt")
+    published.experiment("gpt")

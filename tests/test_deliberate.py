@@ -18,9 +18,13 @@ from cacheaug.augment.traces import TraceSpec
 from cacheaug.data.tokenizers import ByteTokenizer
 from cacheaug.errors import UserError
 from cacheaug.inference.session import Plan
-from cacheaug.inference.store import Store
-from cacheaug.inference.stored import context_of, entries_of, with_store
 from cacheaug.lm import LM, Coprocessor
+from cacheaug.projects.context_store.lm import (
+  context_of,
+  entries_of,
+  with_store,
+)
+from cacheaug.projects.context_store.store import Store
 
 _ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["the first of two documents, and its end", "the second"]

@@ -15,10 +15,10 @@ from tolerances import ATTENTION, NLL, close, far, jit, make_coprocessor
 from cacheaug.augment import objective, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
-from cacheaug.evals import diagnosis, diagnostics, paired, perplexity
-from cacheaug.evals.diagnostics import MEAN, NOTHING, RIGHT, ZEROED
+from cacheaug.evals import bootstrap, diagnose, latent_stats, perplexity
+from cacheaug.evals.latent_stats import MEAN, NOTHING, RIGHT, ZEROED
 from cacheaug.kernels.dispatch import Kernel
-from cacheaug.model import attention, decoding, layers, transformer
+from cacheaug.model import attention, decode_rows, layers, transformer
 
 N = 4
 
@@ -27,9 +27,9 @@ N = 4
 def compiled_quickly():
   """The package's programs as it compiles them, but for optimisation."""
   programs = [
-    (diagnostics, "contributions"),
-    (diagnostics, "latents_nll"),
-    (diagnostics, "mass_sums"),
+    (latent_stats, "contributions"),
+    (latent_stats, "latents_nll"),
+    (latent_stats, "mass_sums"),
     (perplexity, "both_nll"),
     (perplexity, "plain_nll"),
   ]
@@ -47,7 +47,7 @@ def latents(start="harmless", scheme="replace"):
   """(model, spec, decoder, coproc, text, placed, contributed, valid)."""
   model, spec, decoder, coproc, tokens = setup(N, start, scheme)
   text = {"tokens": tokens, "documents": DOCUMENTS}
-  place, out = diagnostics.contributions(
+  place, out = latent_stats.contributions(
     model, decoder, coproc, tokens, DOCUMENTS, spec=spec
   )
   valid = np.asarray(traces.valid_points(DOCUMENTS, spec))
@@ -57,7 +57,7 @@ def latents(start="harmless", scheme="replace"):
 def nll_of(z, start="harmless", scheme="replace"):
   model, spec, decoder, _, text, *_ = latents(start, scheme)
   return np.asarray(
-    diagnostics.latents_nll(model, decoder, *text.values(), z, spec=spec)
+    latent_stats.latents_nll(model, decoder, *text.values(), z, spec=spec)
   )
 
 
@@ -66,7 +66,7 @@ def rows_of(sources=None, start="harmless", mean=None):
   if mean is None:
     mean = np.asarray(out)[valid].mean(0)
   return dict(
-    diagnostics.interventions(
+    latent_stats.interventions(
       place, out, mean, sources or {}, start == "harmless"
     )
   )
@@ -106,7 +106,7 @@ def test_zeroed_is_the_frozen_decoder_by_the_harmless_start():
 
 def test_shuffled_stays_within_documents_and_is_a_permutation():
   *_, valid = latents()
-  source = diagnostics.shuffled(DOCUMENTS, valid, np.random.default_rng(0))
+  source = latent_stats.shuffled(DOCUMENTS, valid, np.random.default_rng(0))
   flat, index = DOCUMENTS.reshape(-1), np.arange(DOCUMENTS.size)
   there = valid.reshape(-1)
   source = source.reshape(-1)
@@ -123,9 +123,9 @@ def test_shuffled_with_one_trace_a_document_is_right():
     rows, points = np.nonzero((DOCUMENTS == document) & valid)
     alone[rows[3], points[3]] = True
   rng = np.random.default_rng(0)
-  rows = rows_of({"shuffled": diagnostics.shuffled(DOCUMENTS, alone, rng)})
+  rows = rows_of({"shuffled": latent_stats.shuffled(DOCUMENTS, alone, rng)})
   np.testing.assert_array_equal(rows["shuffled"], rows[RIGHT])
-  rows = rows_of({"shuffled": diagnostics.shuffled(DOCUMENTS, valid, rng)})
+  rows = rows_of({"shuffled": latent_stats.shuffled(DOCUMENTS, valid, rng)})
   far(np.asarray(rows["shuffled"])[alone], np.asarray(rows[RIGHT])[alone])
 
 
@@ -135,19 +135,19 @@ def test_swapped_comes_from_other_documents():
   seen = set()
   for seed in range(40):
     rng = np.random.default_rng(seed)
-    source = diagnostics.swapped(DOCUMENTS, valid, rng).reshape(-1)[there]
+    source = latent_stats.swapped(DOCUMENTS, valid, rng).reshape(-1)[there]
     assert there[source].all()
     assert (flat[source] != flat[there]).all()
     seen |= set(source)
   assert seen == set(np.nonzero(there)[0])  # nobody is left out
   one = np.where(DOCUMENTS >= 0, 5, -1)
-  assert diagnostics.swapped(one, valid, np.random.default_rng(0)) is None
+  assert latent_stats.swapped(one, valid, np.random.default_rng(0)) is None
 
 
 def test_contributions_of_others_are_put_in_place():
   *_, place, out, valid = latents()
   rng = np.random.default_rng(3)
-  source = diagnostics.swapped(DOCUMENTS, valid, rng)
+  source = latent_stats.swapped(DOCUMENTS, valid, rng)
   z = np.asarray(rows_of({"swapped": source})["swapped"])
   b, p = np.argwhere(valid)[5]
   there = np.asarray(out).reshape(-1, *out.shape[2:])[source[b, p]]
@@ -159,7 +159,7 @@ def test_contributions_of_others_are_put_in_place():
 
 def test_effective_rank_of_known_matrices():
   def rank(x):
-    return diagnostics.effective_rank(np.linalg.eigvalsh(x.T @ x))
+    return latent_stats.effective_rank(np.linalg.eigvalsh(x.T @ x))
 
   rng = np.random.default_rng(0)
   turned = np.linalg.qr(rng.normal(size=(6, 6)))[0]
@@ -172,7 +172,7 @@ def test_effective_rank_of_known_matrices():
     np.diag([2.0, 1.0, 1.0, 0.0]) @ np.linalg.qr(rng.normal(size=(4, 4)))[0]
   )
   assert rank(known) == pytest.approx(2**1.5)
-  assert diagnostics.effective_rank(np.zeros(3)) == 0.0
+  assert latent_stats.effective_rank(np.zeros(3)) == 0.0
 
 
 def test_moments_are_of_all_pairs():
@@ -180,7 +180,7 @@ def test_moments_are_of_all_pairs():
   x = rng.normal(0.3, 1.0, (2, 7, 3, 5)).astype(np.float32)
   valid = rng.random((2, 7)) < 0.6
   x[~valid] = 1e6
-  parts = [diagnostics.moments(x[i : i + 1], valid[i : i + 1]) for i in (0, 1)]
+  parts = [latent_stats.moments(x[i : i + 1], valid[i : i + 1]) for i in (0, 1)]
   found = jax.tree.map(np.add, *parts)
   rows = x[valid].astype(np.float64)  # [T, N, D]
   t = len(rows)
@@ -208,7 +208,7 @@ def test_moments_are_of_all_pairs():
 
 def test_cosines_want_pairs():
   x = np.ones((1, 1, 1, 5), np.float32)
-  found = jax.device_get(diagnostics.moments(x, np.ones((1, 1), bool)))
+  found = jax.device_get(latent_stats.moments(x, np.ones((1, 1), bool)))
   assert np.isnan(found.overlap_of_traces())
   assert np.isnan(found.overlap_of_slots())
 
@@ -225,12 +225,12 @@ def test_attention_mass_is_what_the_decoders_own_attention_gives(
   tokens = text["tokens"]
   points = np.array([[-1, 8, 20], [-1, 8, 23]], np.int32)
   laid = traces.lay_out(tokens, DOCUMENTS, points, spec)
-  z = diagnostics._at(place + out, points)
+  z = latent_stats._at(place + out, points)
 
   @jit
   def measured():
     _, cache = objective.context_pass(model, decoder, tokens, DOCUMENTS, spec)
-    return diagnostics.attention_mass(model, decoder, cache, z, laid), cache
+    return latent_stats.attention_mass(model, decoder, cache, z, laid), cache
 
   mass, cache = measured()
   assert mass.shape == (2, 2, 3, spec.ahead - 1, N + 2)
@@ -255,7 +255,7 @@ def test_attention_mass_is_what_the_decoders_own_attention_gives(
   @jit
   def direct():
     x = jnp.concatenate([z, transformer.embed(model, decoder, laid.ahead)], 2)
-    apart = decoding.split_layers(decoder)
+    apart = decode_rows.split_layers(decoder)
     transformer.run(model, apart, x, laid.rows, cache)
     return tuple(traced)
 
@@ -270,7 +270,7 @@ def test_attention_mass_is_what_the_decoders_own_attention_gives(
 def test_mass_is_summed_over_traces():
   model, spec, decoder, _, text, place, out, valid = latents()
   args = model, decoder, *text.values(), place + out
-  sums, counts = diagnostics.mass_sums(*args, valid, spec=spec)
+  sums, counts = latent_stats.mass_sums(*args, valid, spec=spec)
   weights = np.asarray(perplexity.point_weights(DOCUMENTS, spec))
   np.testing.assert_array_equal(counts, weights[..., :-1].sum((0, 1)))
   close(sums.sum(-1) / counts[None], np.ones((2, spec.ahead - 1)), 1e-5)
@@ -280,11 +280,11 @@ def test_mass_is_summed_over_traces():
 
 
 def test_nearest_tokens_are_found_in_both_senses(monkeypatch):
-  monkeypatch.setattr(diagnostics, "_VECTORS_AT_ONCE", 1)  # in two turns
+  monkeypatch.setattr(latent_stats, "_VECTORS_AT_ONCE", 1)  # in two turns
   model, spec, decoder, *_ = latents()
   table = np.asarray(transformer.embed(model, decoder, np.arange(37)))
   z = 3.0 * table[np.array([5, 11])] + 1e-3
-  lens, near = diagnostics.nearest(model, decoder, z, 4)
+  lens, near = latent_stats.nearest(model, decoder, z, 4)
   assert near[:, 0].tolist() == [5, 11]
   cosine = z @ (table / np.linalg.norm(table, axis=-1, keepdims=True)).T
   np.testing.assert_array_equal(near, np.argsort(-cosine, -1)[:, :4])
@@ -302,7 +302,7 @@ def _diagnose(documents=DOCUMENTS, answers=None, **kw):
   batches = [text | {"documents": documents}]
   if answers is not None:
     batches[0]["answers"] = answers
-  return diagnosis.diagnose(
+  return diagnose.diagnose(
     model, decoder, coproc, lambda: batches, spec, positions=(1, 4, 8), **kw
   )
 
@@ -316,12 +316,12 @@ def test_diagnosis_has_every_row_on_the_same_tokens():
   model, spec, decoder, coproc, text, place, out, valid = latents()
   found = whole()
   assert list(found.sums.nll) == [
-    paired.FROZEN,
+    bootstrap.FROZEN,
     RIGHT,
     ZEROED,
     NOTHING,
-    diagnostics.SHUFFLED,
-    diagnostics.SWAPPED,
+    latent_stats.SHUFFLED,
+    latent_stats.SWAPPED,
     MEAN,
   ]
   assert found.sums.positions == (1, 4) and not found.left_out
@@ -329,8 +329,8 @@ def test_diagnosis_has_every_row_on_the_same_tokens():
     model, decoder, coproc, [text], spec, positions=(1, 4)
   )
   np.testing.assert_array_equal(found.sums.checksum, plain.checksum)
-  close(found.sums.nll[RIGHT], plain.nll[paired.AUGMENTED], 30 * NLL)
-  close(found.sums.nll[ZEROED], plain.nll[paired.FROZEN], 30 * NLL)
+  close(found.sums.nll[RIGHT], plain.nll[bootstrap.AUGMENTED], 30 * NLL)
+  close(found.sums.nll[ZEROED], plain.nll[bootstrap.FROZEN], 30 * NLL)
   assert found.contribution.count == valid.sum()
   np.testing.assert_allclose(
     found.contribution.mean, np.asarray(out)[valid].mean(0), 1e-4, 1e-5
@@ -347,9 +347,9 @@ def test_diagnosis_has_every_row_on_the_same_tokens():
 def test_one_document_cannot_be_swapped_and_it_is_said():
   one = np.where(DOCUMENTS >= 0, DOCUMENTS // 2 * 0, -1)
   found = _diagnose(one)
-  assert "one document" in found.left_out[diagnostics.SWAPPED]
-  assert diagnostics.SWAPPED not in found.sums.nll
-  assert diagnostics.SHUFFLED in found.sums.nll
+  assert "one document" in found.left_out[latent_stats.SWAPPED]
+  assert latent_stats.SWAPPED not in found.sums.nll
+  assert latent_stats.SHUFFLED in found.sums.nll
 
 
 def test_text_without_room_for_a_trace_is_refused():
@@ -362,7 +362,7 @@ def test_kinds_that_hand_over_keys_are_refused():
   for kind in ("prefix", "handover"):
     other = dataclasses.replace(spec, kind=kind)
     with pytest.raises(UserError, match=f"{kind}.* --nodiagnostics"):
-      diagnosis.diagnose(model, decoder, coproc, lambda: [], other)
+      diagnose.diagnose(model, decoder, coproc, lambda: [], other)
 
 
 @pytest.mark.parametrize("kind", ["pause", "activations"])
@@ -371,8 +371,8 @@ def test_right_latents_of_other_kinds_are_the_tables(kind):
   spec = dataclasses.replace(spec, kind=kind)
   coproc = make_coprocessor(model, spec)
   args = model, decoder, coproc, *text.values()
-  place, out = diagnostics.contributions(*args, spec=spec)
-  nll = diagnostics.latents_nll(
+  place, out = latent_stats.contributions(*args, spec=spec)
+  nll = latent_stats.latents_nll(
     model, decoder, *text.values(), place + out, spec=spec
   )
   _, augmented, weights = perplexity.both_nll(*args, spec=spec)

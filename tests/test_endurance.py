@@ -14,13 +14,13 @@ import small_runs
 from etils import epath
 from fsspec.implementations import memory
 
-from cacheaug import heartbeat as heartbeats
-from cacheaug import metrics, profiling
-from cacheaug import workdir as workdirs
-from cacheaug.data import packed, pipeline, tokenizers
+from cacheaug.data import pipeline, shards, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.evals import report
-from cacheaug.evals.paired import DocumentSums
+from cacheaug.evals.bootstrap import DocumentSums
+from cacheaug.run import heartbeat as heartbeats
+from cacheaug.run import metrics, profiling
+from cacheaug.run import workdir as workdirs
 
 
 def _read(directory):
@@ -133,7 +133,7 @@ def test_a_hung_step_ends_the_process_in_one_clear_line(tmp_path, what):
 @pytest.fixture
 def on_disk(tmp_path, monkeypatch):
   """A run's batches, read from disk record by record."""
-  monkeypatch.setattr(packed, "_IN_MEMORY_BYTES", 0)
+  monkeypatch.setattr(shards, "_IN_MEMORY_BYTES", 0)
   config = small_runs.get_config(str(tmp_path))
   tokenizer = tokenizers.load("byte")
   return pipeline.open_batches(config.data, tokenizer, split="train", seed=0)
@@ -143,7 +143,7 @@ def _failing(monkeypatch, waits_needed):
   """Reads of packed data fail until so many waits; returns the waits."""
   waits = []
   monkeypatch.setattr(pipeline.time, "sleep", waits.append)
-  take = packed.PackedRows.take
+  take = shards.PackedRows.take
 
   def read(self, rows):
     source = self._source
@@ -157,7 +157,7 @@ def _failing(monkeypatch, waits_needed):
     self._source = Broken()
     return take(self, rows)
 
-  monkeypatch.setattr(packed.PackedRows, "take", read)
+  monkeypatch.setattr(shards.PackedRows, "take", read)
   return waits
 
 

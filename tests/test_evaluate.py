@@ -21,7 +21,7 @@ from cacheaug import config as configs
 from cacheaug import evaluate, export, lm
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
-from cacheaug.evals import finish, page, paired, perplexity
+from cacheaug.evals import bootstrap, page, perplexity, run_report
 
 N, A = 2, 4
 
@@ -111,7 +111,7 @@ def test_report_is_whole(whole):
 
 def test_columns_are_of_the_same_tokens(whole):
   _, written = whole
-  rows = paired.compare(
+  rows = bootstrap.compare(
     written.parent / "documents.csv", written.parent / "documents_n1.csv"
   )
   assert [r.position for r in rows] == [1, 2, 4]
@@ -124,12 +124,12 @@ def test_streamed_equals_all_at_once(whole, pair):
   config.eval.batch = config.eval.sequences
   found = pair[1]
   spec = evaluate.adapt(config, found)
-  (batch,) = finish.held_out(config, found.tokenizer, "text")
+  (batch,) = run_report.held_out(config, found.tokenizer, "text")
   assert len(batch["tokens"]) > 4  # more than a batch of the run
   sums = perplexity.coprocessor_sums(
     found.model, found.decoder, found.coprocessor.params, [batch], spec
   )
-  there = paired.read_csv(written.parent)
+  there = bootstrap.read_csv(written.parent)
   assert len(there) == (sums.tokens > 0).sum()
   for t, document in enumerate(sums.documents):
     for j, position in enumerate(sums.positions):
@@ -146,7 +146,7 @@ def test_own_text_is_read_whole(pair, tmp_path):
   with gzip.open(path, "wt") as file:
     file.writelines(json.dumps({"body": t}) + "\n" for t in texts)
   written = run(pair, tmp_path, text=str(path), field="body")
-  lines = paired.read_csv(written.parent)
+  lines = bootstrap.read_csv(written.parent)
   assert {document for _, document, _ in lines} == {0, 1}
   sizes = [len(pair[1].tokenizer.encode(t)) for t in texts]
   tokens = sum(x.tokens for (_, _, j), x in lines.items() if j == 1)

@@ -16,8 +16,8 @@ from cacheaug.augment import objective, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
-from cacheaug.model import pretrained
 from cacheaug.model.transformer import Transformer
+from cacheaug.weights import huggingface
 
 SPEC = TraceSpec(latents=3, ahead=4)
 
@@ -160,7 +160,7 @@ def test_oracle(scheme, start, decoders, tmp_path):
     model_config=model.config,
     spec=spec,
     params=coproc,
-    decoder_fingerprint=pretrained.fingerprint(params),
+    decoder_fingerprint=huggingface.fingerprint(params),
     source=str(directory),
   )
   tokens = np.random.default_rng(3).integers(

@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from cacheaug import chips, decoders, flops
 from cacheaug import config as configs
+from cacheaug import flops
 from cacheaug.augment import coprocessor, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.flops import Sizes
-from cacheaug.inference import generate
+from cacheaug.inference import context
 from cacheaug.model import config as model_config
-from cacheaug.model import decoding, transformer
+from cacheaug.model import decode_rows, transformer
 from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Transformer
+from cacheaug.run import machine
+from cacheaug.weights import published
 
 # Gemma-2 2B, S=2048, A=16, M=128, TFLOP a sequence: N -> naive, cached-dense
 # (both with recomputation), structured with and without.
@@ -30,7 +32,7 @@ _TABLE = {
 
 
 def _gemma():
-  return configs.model_of(decoders.experiment("gemma2_2b"))
+  return configs.model_of(published.experiment("gemma2_2b"))
 
 
 def _sizes(n=16, **changes):
@@ -126,7 +128,7 @@ def test_forward_agrees_with_xla():
 
 
 def test_of_step_follows_the_objective():
-  config = decoders.experiment("gemma2_2b")
+  config = published.experiment("gemma2_2b")
   config.data.batch, config.traces.count = 1, 128
   model = _gemma()
   assert flops.of_step(config, model) == flops.useful(model, _sizes())
@@ -149,14 +151,14 @@ def test_of_step_follows_the_objective():
   ],
 )
 def test_chip_of_a_device(kind, name):
-  assert chips.of_device_kind(kind) is chips.CHIPS[name]
+  assert machine.of_device_kind(kind) is machine.CHIPS[name]
 
 
 @pytest.mark.parametrize(
   "kind", ["cpu", "NVIDIA H100 PCIe", "NVIDIA H200 NVL", "Tesla V100", ""]
 )
 def test_no_peak_where_it_is_not_known(kind):
-  assert chips.of_device_kind(kind) is None
+  assert machine.of_device_kind(kind) is None
 
 
 # --- kinds of coprocessor -----------------------------------------------------
@@ -203,7 +205,7 @@ def test_augmentation_agrees_with_xla(kind):
     shapes = nn.unbox(jax.eval_shape(function, key))
     body = shapes.get("transformer", shapes)
     if "blocks" in body:
-      body = jax.eval_shape(decoding.split_layers, body)
+      body = jax.eval_shape(decode_rows.split_layers, body)
     return shapes | ({"transformer": body} if "transformer" in shapes else body)
 
   decoder = make(lambda k: transformer.init(model, k))
@@ -212,7 +214,7 @@ def test_augmentation_agrees_with_xla(kind):
   def augment(decoder, coproc, cache, tokens, states):
     documents = jnp.zeros_like(tokens)
     args = model, decoder, coproc, cache, tokens, documents, spec
-    return generate.augment(*args, states=states)
+    return context.augment(*args, states=states)
 
   kv = jax.ShapeDtypeStruct((2, 1, s, 2, 32), jnp.float32)
   tokens = jax.ShapeDtypeStruct((1, s), jnp.int32)
@@ -237,7 +239,7 @@ def test_tokens_see_latents_and_parameters_are_counted():
   frozen = flops.token(model, dataclasses.replace(sizes, latents=0))
   more = flops.token(model, sizes).attention - frozen.attention
   assert more == 8 * flops.attention_per_pair(model) / 2  # not by the window
-  config = decoders.experiment("gemma2_2b")
+  config = published.experiment("gemma2_2b")
   one = {}
   for kind in traces.KINDS:
     config.coprocessor.kind = kind

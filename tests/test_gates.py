@@ -22,9 +22,15 @@ from tolerances import (
 from cacheaug.augment import objective
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
-from cacheaug.evals import gating
-from cacheaug.evals.gating import BEST, ENTROPY, LEARNED, RANDOM, Contexts
 from cacheaug.inference import gates
+from cacheaug.projects.gating import report
+from cacheaug.projects.gating.report import (
+  BEST,
+  ENTROPY,
+  LEARNED,
+  RANDOM,
+  Contexts,
+)
 
 DOCUMENTS = np.array([[0] * 6 + [1] * 8, [2] * 5 + [3] * 6 + [-1] * 3])
 S, A, N = 14, 3, 2
@@ -120,7 +126,7 @@ def test_contexts_are_those_that_can_bear_a_trace():
   decoder, coproc = make_params(model), make_coprocessor(model, spec)
   tokens = tokens_of(model, 2, S)
   batch = {"tokens": tokens, "documents": DOCUMENTS.astype(np.int32)}
-  found = gating.measure(model, decoder, coproc, [batch, batch], spec)
+  found = report.measure(model, decoder, coproc, [batch, batch], spec)
   where = [
     (b, p)
     for b in range(2)
@@ -160,7 +166,7 @@ def test_contexts_are_those_that_can_bear_a_trace():
   assert np.abs(found.gain).max() > 0.1
   short = batch | {"documents": np.arange(2 * S).reshape(2, S)}
   with pytest.raises(UserError, match="no token has room"):
-    gating.measure(model, decoder, coproc, [short], spec)
+    report.measure(model, decoder, coproc, [short], spec)
 
 
 def contexts(gain, documents=None, **more):
@@ -177,20 +183,20 @@ def contexts(gain, documents=None, **more):
 def test_gain_reached_by_share_worked_by_hand():
   gain = np.array([1.0, -2.0, 4.0, 3.0, -1.0])  # 5 in all
   score = np.array([5, 4, 3, 2, 1])
-  shares = gating.reached(score, gain, (0, 20, 40, 60, 80, 100))
+  shares = report.reached(score, gain, (0, 20, 40, 60, 80, 100))
   np.testing.assert_allclose(shares, [0, 20, -20, 60, 120, 100])
-  best = gating.reached(gain, gain, (0, 20, 40, 60, 80, 100))
+  best = report.reached(gain, gain, (0, 20, 40, 60, 80, 100))
   np.testing.assert_allclose(best, [0, 80, 140, 160, 140, 100])
   # Where all together lose, so says the sign.
-  lost = gating.reached(score, -gain, (100,))
+  lost = report.reached(score, -gain, (100,))
   np.testing.assert_allclose(lost, [-100])
 
 
 def test_every_k_and_join():
   some = contexts([1.0, 2.0, 3.0, 4.0], [0, 0, 1, 1])
-  rows = {k: (share, gained) for k, share, gained in gating.periodic(some)}
+  rows = {k: (share, gained) for k, share, gained in report.periodic(some)}
   assert rows[1] == (100, 100) and rows[2] == (50, 60) and rows[4] == (25, 40)
-  both = gating.join([some, some])
+  both = report.join([some, some])
   assert both.documents.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
   assert both.gain.tolist() == [1, 2, 3, 4] * 2
 
@@ -203,7 +209,7 @@ def test_table_ranks_thresholds_and_intervals():
     gain, documents, hidden=hidden, entropy=gain + rng.normal(size=1000)
   )
   rows = {
-    r.gate: r for r in gating.table(some, head, {LEARNED: 0.1, ENTROPY: 99.0})
+    r.gate: r for r in report.table(some, head, {LEARNED: 0.1, ENTROPY: 99.0})
   }
   half = {name: row.percent[5] for name, row in rows.items()}
   assert half[BEST] >= half[LEARNED] > half[ENTROPY] > half[RANDOM]
@@ -216,27 +222,27 @@ def test_table_ranks_thresholds_and_intervals():
   reached = 100 * gain[on].sum() / abs(gain.sum())
   assert abs(rows[LEARNED].gained - reached) < 1e-6
   assert rows[ENTROPY].share == 0 and rows[RANDOM].share is None
-  low, high = gating.gain_interval(some)
+  low, high = report.gain_interval(some)
   assert low < gain.mean() < high and low > 0
-  text = gating.format_table(some, list(rows.values()))
+  text = report.format_table(some, list(rows.values()))
   assert "may be nothing" not in text
   nothing = gain - gain.mean()
   none = contexts(nothing, documents, hidden=hidden)
-  assert "may be nothing" in gating.format_table(
-    none, gating.table(none, head, {})
+  assert "may be nothing" in report.format_table(
+    none, report.table(none, head, {})
   )
   assert re.search(r"learned head: at 50 % \d+\.\d % of the gain", text)
 
 
 def test_training_text_is_not_the_held_out(tmp_path):
   from cacheaug import train
-  from cacheaug.evals import finish
+  from cacheaug.evals import run_report
 
   config = small_runs.get_config(str(tmp_path))
   _, tokenizer = train.open_model(config)
-  batches = list(gating.training_text(config, tokenizer, "text"))
+  batches = list(report.training_text(config, tokenizer, "text"))
   assert [b["tokens"].shape for b in batches] == [(4, 32)]
-  held = list(finish.held_out(config, tokenizer, "text"))
+  held = list(run_report.held_out(config, tokenizer, "text"))
 
   def numbers(batches):
     return {int(d) for b in batches for d in np.unique(b["documents"])} - {-1}

@@ -10,7 +10,7 @@ from tolerances import jit, make_coprocessor, make_model, make_params, tokens_of
 from cacheaug.augment import traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
-from cacheaug.inference import generate
+from cacheaug.inference import context
 from cacheaug.model import transformer
 
 N, NEW, PAD = 3, 6, 36
@@ -37,7 +37,7 @@ def greedy(prompts, spec=None, stop_id=-1, length=None):
   coproc = None
   if spec is not None:
     coproc = make_coprocessor(model, TraceSpec(N, 2, "insert", spec.start))
-  tokens, documents = generate.pad_left(prompts, PAD, length)
+  tokens, documents = context.pad_left(prompts, PAD, length)
   run = compiled(spec, stop_id)
   return np.asarray(run(decoder, coproc, tokens, documents)).tolist()
 
@@ -47,7 +47,7 @@ def compiled(spec, stop_id):
   model, _ = model_and_params()
   return jit(
     functools.partial(
-      generate.greedy, model, spec=spec, max_new_tokens=NEW, stop_id=stop_id
+      context.greedy, model, spec=spec, max_new_tokens=NEW, stop_id=stop_id
     )
   )
 
@@ -203,7 +203,7 @@ def test_more_padding_changes_nothing():
 def test_a_prompt_of_n_tokens_may_be_replaced_whole():
   spec = spec_of("replace")
   short = prompts()[0][:N]
-  generate.check_prompts([short], spec)
+  context.check_prompts([short], spec)
   assert greedy([short], spec, length=9) == [naive(short, spec)]
 
 
@@ -218,7 +218,7 @@ def test_stop_token_ends_a_sequence_and_not_the_others():
 
 
 def test_pad_left():
-  tokens, documents = generate.pad_left([[5, 6, 7], [8]], 9, 4)
+  tokens, documents = context.pad_left([[5, 6, 7], [8]], 9, 4)
   assert tokens.tolist() == [[9, 5, 6, 7], [9, 9, 9, 8]]
   assert documents.tolist() == [[-1, 0, 0, 0], [-1, -1, -1, 0]]
   assert tokens.dtype == documents.dtype == np.int32
@@ -226,21 +226,21 @@ def test_pad_left():
 
 def test_prompts_that_cannot_be_used_are_refused():
   with pytest.raises(UserError, match="prompt 1 is empty"):
-    generate.pad_left([[1], []], PAD)
+    context.pad_left([[1], []], PAD)
   with pytest.raises(UserError, match="3 tokens, room for 2"):
-    generate.pad_left([[1, 2, 3]], PAD, 2)
+    context.pad_left([[1, 2, 3]], PAD, 2)
 
 
 @pytest.mark.parametrize("scheme", traces.SCHEMES)
 @pytest.mark.parametrize("start", traces.STARTS)
 def test_prompts_shorter_than_the_latents_are_refused(scheme, start):
   spec = spec_of(scheme, start)
-  generate.check_prompts([[1] * N, [1] * 9], spec)
+  context.check_prompts([[1] * N, [1] * 9], spec)
   if (scheme, start) == ("insert", "as_is"):  # stands on no context token
-    return generate.check_prompts([[1]], spec)
+    return context.check_prompts([[1]], spec)
   message = f"prompt 1 has 2 tokens: with latents=3 .*'{scheme}'.*at least 3"
   with pytest.raises(UserError, match=message):
-    generate.check_prompts([[1] * N, [1, 2]], spec)
+    context.check_prompts([[1] * N, [1, 2]], spec)
 
 
 def test_last_latent_predicts_and_next_position_follows():
@@ -248,13 +248,13 @@ def test_last_latent_predicts_and_next_position_follows():
   for scheme, expected in (("insert", 9 + N), ("overlay", 9), ("replace", 9)):
     spec = spec_of(scheme)
     coproc = make_coprocessor(model, spec_of("insert"))
-    tokens, documents = generate.pad_left(prompts(), PAD)
+    tokens, documents = context.pad_left(prompts(), PAD)
 
     @jit
     def run(tokens, spec=spec, documents=documents, coproc=coproc):
       segments = traces.segments_of(documents, True)
       _, cache = transformer.prefill(model, decoder, tokens, segments=segments)
-      return generate.augment(
+      return context.augment(
         model, decoder, coproc, cache, tokens, documents, spec
       )
 

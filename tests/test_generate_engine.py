@@ -20,11 +20,12 @@ from test_generate import (
 from tolerances import HIDDEN, close, far, make_coprocessor
 
 from cacheaug.errors import UserError
-from cacheaug.inference import engine, generate
+from cacheaug.inference import context as generate
+from cacheaug.inference import engine
 from cacheaug.inference.sampling import Sampling
 from cacheaug.inference.session import Plan, Session
-from cacheaug.model import decoding, transformer
-from cacheaug.model.slots import SlotCache
+from cacheaug.model import decode_rows, transformer
+from cacheaug.model.static_cache import SlotCache
 
 NEW = 6  # as in test_generate, whose functions these are
 
@@ -52,13 +53,13 @@ def read():
   model, decoder = model_and_params()
   tokens, documents = generate.pad_left(prompts(), PAD)
   run = tolerances.jit(functools.partial(generate.read, model))
-  return run(decoding.split_layers(decoder), tokens, documents)
+  return run(decode_rows.split_layers(decoder), tokens, documents)
 
 
 def coproc_of(spec):
   model, _ = model_and_params()
   params = make_coprocessor(model, spec_of("insert", spec.start))
-  split = decoding.split_layers(params["transformer"])
+  split = decode_rows.split_layers(params["transformer"])
   return {**params, "transformer": split}
 
 
@@ -67,7 +68,7 @@ def session(spec=None, **options):
   coproc = None if spec is None else coproc_of(spec)
   return Session(
     model,
-    decoding.split_layers(decoder),
+    decode_rows.split_layers(decoder),
     read(),
     max_new_tokens=NEW,
     coproc=coproc,
@@ -101,7 +102,7 @@ def test_decoding_equals_forward_at_every_split():
     cache, found = SlotCache.of(cache, 13, model.dtype), []
     for t in range(split, tokens.shape[1], step):
       rows = slice(t, t + step)
-      hidden, cache = decoding.write_rows(
+      hidden, cache = decode_rows.write_rows(
         model,
         params,
         cache,
@@ -114,7 +115,7 @@ def test_decoding_equals_forward_at_every_split():
     return jnp.concatenate(found, 1), cache.stacked()
 
   expected, kv = whole(decoder)
-  apart = decoding.split_layers(decoder)
+  apart = decode_rows.split_layers(decoder)
   for split, step, params in ((1, 1, apart), (4, 5, decoder), (6, 3, apart)):
     hidden, cache = parts(params, split, step)
     real = segments[:, split:, None]

@@ -20,7 +20,7 @@ from tolerances import (
 
 from cacheaug.kernels import context_attention
 from cacheaug.kernels.dispatch import Kernel
-from cacheaug.model import decoding, transformer
+from cacheaug.model import decode_rows, transformer
 from cacheaug.model.attention import Rows
 
 B, M, R, G, S = 2, 3, 6, 2, 12
@@ -99,7 +99,7 @@ def test_given_rows_are_the_blocks_first(kernel, trained, monkeypatch):
 
 def test_layers_apart_take_given_rows_too():
   model, params, _, x = setup()
-  split = decoding.split_layers(params)
+  split = decode_rows.split_layers(params)
   found = jit(lambda x: forward(model, split, x, False))(x)
   close(found, results("plain", True, False)[0], HIDDEN)
 

@@ -19,8 +19,8 @@ from test_pretrained import PUBLISHED
 
 from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
-from cacheaug.model import families, google_gemma, pretrained
 from cacheaug.model.transformer import Transformer
+from cacheaug.weights import families, google_gemma, huggingface
 
 H, K, E = 4, 2, 8  # of make_golden's shapes
 
@@ -74,7 +74,7 @@ def nested(tree):
     for leaf, array in leaves.items():
       path = f"{name.removeprefix('transformer/')}/{leaf}"
       flat[re.sub(r"(/mlp/.*)/w", r"\1", path)] = array
-  return pretrained._nest(flat)
+  return huggingface._nest(flat)
 
 
 def save(directory, tree, **options):
@@ -84,8 +84,8 @@ def save(directory, tree, **options):
 
 
 def load(directory, **changes):
-  config = pretrained.read_config(directory)
-  return config, pretrained.load(
+  config = huggingface.read_config(directory)
+  return config, huggingface.load(
     directory, config, **{"dtype": jnp.float32} | changes
   )
 
@@ -144,7 +144,7 @@ def test_equals_hugging_face(layout, reference, expected, tmp_path):
   assert jax.tree.structure(params) == jax.tree.structure(expected[1])
   jax.tree.map(np.testing.assert_array_equal, params, expected[1])
   # One level up, as it is downloaded.
-  assert pretrained.read_config(tmp_path) == config
+  assert huggingface.read_config(tmp_path) == config
 
 
 def test_logits(reference, plain):

@@ -23,14 +23,16 @@ from tolerances import (
 )
 
 from cacheaug import config as configs
-from cacheaug import export, sharding, stepping
+from cacheaug import export, sharding
+from cacheaug import step as stepping
 from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
-from cacheaug.inference import engine, generate
+from cacheaug.inference import context as generate
+from cacheaug.inference import engine
 from cacheaug.inference.session import Plan, Session
-from cacheaug.inference.worker import Worker
-from cacheaug.model import decoding, transformer
+from cacheaug.model import decode_rows, transformer
+from cacheaug.projects.background.worker import Worker
 
 NEW = 5
 KINDS = tuple(k for k in traces.KINDS if k != "coprocessor")
@@ -76,12 +78,14 @@ def context(kind):
   model, decoder, *_, spec = setup(kind)
   tokens, documents = generate.pad_left(prompts(), PAD)
   run = functools.partial(generate.read, model, keep_states=spec.reads_states)
-  return tolerances.jit(run)(decoding.split_layers(decoder), tokens, documents)
+  return tolerances.jit(run)(
+    decode_rows.split_layers(decoder), tokens, documents
+  )
 
 
 def session(kind, scheme="replace", **options):
   model, decoder, coproc, spec = setup(kind, scheme)
-  apart = decoding.split_layers(decoder)
+  apart = decode_rows.split_layers(decoder)
   args = model, apart, context(kind)
   kw = dict(coproc=coproc, spec=spec, scored=True, max_new_tokens=NEW)
   return Session(*args, **kw | options)

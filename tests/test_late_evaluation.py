@@ -14,7 +14,7 @@ from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import tokenizers
 from cacheaug.data.problems import Options
 from cacheaug.evals import exact_match, perplexity
-from cacheaug.inference import generate
+from cacheaug.inference import context as generate
 from cacheaug.model import transformer
 
 N = 4

@@ -40,12 +40,13 @@ from tolerances import (
 )
 
 from cacheaug import config as configs
-from cacheaug import export, stepping
-from cacheaug.augment import coprocessor, drawing, objective, peers, traces
+from cacheaug import export, step
+from cacheaug.augment import coprocessor, drawing, objective, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import attention, transformer
+from cacheaug.projects.speed import dense_reference
 
 N = 4
 POINTS = np.array([[-1, 8, 20], [12, 14, 23]], np.int32)
@@ -214,7 +215,7 @@ def dense(start, scheme):
   @jit
   def run(coproc):
     def loss(coproc):
-      nll, count = peers.cached_dense_loss(
+      nll, count = dense_reference.cached_dense_loss(
         model, decoder, coproc, batch, POINTS, spec
       )
       return nll.sum() / count.sum()
@@ -351,11 +352,11 @@ def test_training_draws_lateness_and_no_other_points(tmp_path):
   config.traces.late_max = 3
   late = small_runs.Steps(config)
   batch = on_time.batches.at(0)
-  drawn = stepping.add_points(config, batch, on_time.key, 0)
-  plain = stepping.add_points(on_time.config, batch, on_time.key, 0)
+  drawn = step.add_points(config, batch, on_time.key, 0)
+  plain = step.add_points(on_time.config, batch, on_time.key, 0)
   np.testing.assert_array_equal(drawn["points"], plain["points"])
   assert "late" not in plain and 0 < np.asarray(drawn["late"]).max() <= 3
-  other = stepping.add_points(config, batch, on_time.key, 1)
+  other = step.add_points(config, batch, on_time.key, 1)
   assert (np.asarray(other["late"]) != np.asarray(drawn["late"])).any()
   a, b = on_time.take(3), late.take(3)
   # At the harmless start latents say nothing, late or not.

@@ -47,11 +47,11 @@ _NEVER = {
   "config": _TRAINER | {"evals", "inference"},
 }
 # The one module that stands above its part: an LM with a store.
-_ABOVE = {("cacheaug.inference.stored", "cacheaug.lm")}
+_ABOVE = {("cacheaug.projects.context_store.lm", "cacheaug.lm")}
 # Edges inside functions that would close a cycle were they at the top.
 _LATE = {
   # google_gemma builds on pretrained, which hands a directory of that kind on.
-  ("cacheaug.model.pretrained", "cacheaug.model.google_gemma"),
+  ("cacheaug.weights.huggingface", "cacheaug.weights.google_gemma"),
   # traces.py is the command that users know; its drawing builds on it.
   ("cacheaug.augment.traces", "cacheaug.augment.drawing"),
 }
@@ -140,7 +140,7 @@ def test_arrows_point_one_way():
   bad = {
     "cacheaug.model.cache": {"cacheaug.augment.traces": True},
     "cacheaug.evals.report": {"cacheaug.train": False},
-    "cacheaug.inference.store": {"cacheaug.lm": True},
+    "cacheaug.projects.context_store.store": {"cacheaug.lm": True},
     "cacheaug.train": {"cacheaug.evals.report": True},
   }
   assert len(_wrong(bad)) == 3

@@ -8,10 +8,12 @@ import jax
 import pytest
 
 from cacheaug import config as configs
-from cacheaug import decoders, flops, matching
+from cacheaug import flops
 from cacheaug.errors import UserError
-from cacheaug.model import lora, pretrained, transformer
+from cacheaug.model import lora, transformer
 from cacheaug.model.transformer import Transformer
+from cacheaug.projects.sweep import equal_cost
+from cacheaug.weights import huggingface, published
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = ("tiny_coprocessor", "tinystories656k", "gemma2b", "quickstart")
@@ -31,7 +33,7 @@ def _numbers(model_config):
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_flop_is_equal_to_half_a_step(name):
   config = _load(name)
-  model = matching.decoder_config(config)
+  model = equal_cost.decoder_config(config)
   other = _load("matched", f"continued_flops,{name}")
   each = flops.of_step(other, model).total
   whole = flops.of_step(config, model).total * config.optimizer.steps
@@ -46,14 +48,14 @@ def test_equal_flop_is_equal_to_half_a_step(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_larger_model_has_the_layers_nearest_in_parameters(name):
   config = _load(name)
-  model = matching.decoder_config(config)
+  model = equal_cost.decoder_config(config)
   other = _load("matched", f"larger,{name}")
   deep = configs.model_of(other)
   found = flops.parameters(config, model)
   assert found.decoder == _numbers(model)
 
   def apart(layers):
-    return abs(_numbers(matching._deep(model, layers)) - found.total)
+    return abs(_numbers(equal_cost._deep(model, layers)) - found.total)
 
   assert apart(deep.layers) == min(apart(deep.layers + i) for i in (-1, 0, 1))
   assert deep.width == model.width and deep.layers > model.layers
@@ -61,7 +63,7 @@ def test_larger_model_has_the_layers_nearest_in_parameters(name):
 
 
 def test_lora_costs_no_gradient_of_what_it_adapts():
-  config = decoders.experiment("gemma2_2b")
+  config = published.experiment("gemma2_2b")
   config.data.batch, config.traces.count = 1, 128
   model = configs.model_of(config)
   whole = flops.of_step(config, model).body
@@ -106,6 +108,6 @@ def test_configs_are_valid(name, argument, runlocal):
   config = configs.resolve(config)
   configs.validate(config, 1)
   model = configs.model_of(config)
-  if config.decoder.path.startswith(pretrained.SHIPPED):
-    model = matching.decoder_config(config)
+  if config.decoder.path.startswith(huggingface.SHIPPED):
+    model = equal_cost.decoder_config(config)
   configs.validate_model(config, model)

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from cacheaug import metrics
 from cacheaug.errors import UserError
+from cacheaug.run import metrics
 
 
 def _figures(step):

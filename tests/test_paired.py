@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cacheaug.errors import UserError
-from cacheaug.evals import paired
-from cacheaug.evals.paired import DocumentSums, paired_interval
+from cacheaug.evals import bootstrap
+from cacheaug.evals.bootstrap import DocumentSums, paired_interval
 
 
 def tokens(seed, documents, each, effect, spread):
@@ -34,7 +34,7 @@ def sums_of(by_position):
 
   counts = [[(o == d).sum() for d in documents] for o in owners]
   counts = np.array(counts, np.int64).reshape(len(by_position), -1).T
-  nll = {paired.FROZEN: stack(0), paired.AUGMENTED: stack(1)}
+  nll = {bootstrap.FROZEN: stack(0), bootstrap.AUGMENTED: stack(1)}
   return DocumentSums(tuple(by_position), documents, counts, 7 * counts, nll)
 
 
@@ -83,7 +83,7 @@ def test_interval_from_sums_is_that_of_the_tokens_arrays():
 def test_interval_in_turns_is_the_same(monkeypatch):
   data = tokens(0, 30, 5, -0.02, 0.1)
   whole = interval(*data, seed=1)
-  monkeypatch.setattr(paired, "_DRAWN_AT_ONCE", 30 * 7)
+  monkeypatch.setattr(bootstrap, "_DRAWN_AT_ONCE", 30 * 7)
   assert interval(*data, seed=1) == pytest.approx(whole, rel=1e-12)
 
 
@@ -163,7 +163,7 @@ def _batch():
 
 def test_sums_are_of_the_tokens_that_count():
   text, nll, weights = _batch()
-  sums = paired.sums_of_batch(text, nll, weights, (1, 3))
+  sums = bootstrap.sums_of_batch(text, nll, weights, (1, 3))
   assert sums.documents.tolist() == [2, 4, 9]
   for t, document in enumerate(sums.documents):
     for j, position in enumerate((1, 3)):
@@ -178,9 +178,9 @@ def test_sums_are_of_the_tokens_that_count():
 
 def test_batches_add_up():
   text, nll, weights = _batch()
-  whole = paired.sums_of_batch(text, nll, weights, (1, 2))
+  whole = bootstrap.sums_of_batch(text, nll, weights, (1, 2))
   parts = [
-    paired.sums_of_batch(
+    bootstrap.sums_of_batch(
       {k: v[b : b + 1] for k, v in text.items()},
       {k: v[b : b + 1] for k, v in nll.items()},
       weights[b : b + 1],
@@ -188,7 +188,7 @@ def test_batches_add_up():
     )
     for b in (1, 0)
   ]
-  both = paired.merge(parts)
+  both = bootstrap.merge(parts)
   for name in ("documents", "tokens", "checksum"):
     np.testing.assert_array_equal(getattr(both, name), getattr(whole, name))
   np.testing.assert_allclose(both.nll["other"], whole.nll["other"], 1e-12)
@@ -198,7 +198,7 @@ def test_checksum_is_of_which_tokens_stand_where():
   text, nll, weights = _batch()
 
   def checksum(text):
-    return paired.sums_of_batch(text, nll, weights, (1,)).checksum[:, 0]
+    return bootstrap.sums_of_batch(text, nll, weights, (1,)).checksum[:, 0]
 
   before = checksum(text)
   # 2nd and 3rd token of document 4 are targets; its first is context only.
@@ -220,7 +220,7 @@ def test_checksum_is_of_which_tokens_stand_where():
 
 def _write(path, sums, source="text"):
   path.mkdir(parents=True)
-  (path / "documents.csv").write_bytes(paired.to_csv({source: sums}))
+  (path / "documents.csv").write_bytes(bootstrap.to_csv({source: sums}))
   return path
 
 
@@ -231,7 +231,7 @@ def _three(seed=0, effect=-0.05):
 
 def test_file_holds_every_digit(tmp_path):
   sums = _three()
-  found = paired.read_csv(_write(tmp_path / "a", sums))
+  found = bootstrap.read_csv(_write(tmp_path / "a", sums))
   assert len(found) == 60
   line = found["text", 3, 2]
   assert line.frozen == sums.nll["frozen"][3, 1]
@@ -251,7 +251,7 @@ def test_runs_are_compared_on_common_documents(tmp_path):
     {k: v[keep] for k, v in second.nll.items()},
   )
   b = _write(tmp_path / "run" / "report", fewer).parent
-  rows = paired.compare(a, b, seed=2)
+  rows = bootstrap.compare(a, b, seed=2)
   assert [(r.source, r.position) for r in rows] == [
     ("text", 1),
     ("text", 2),
@@ -262,9 +262,9 @@ def test_runs_are_compared_on_common_documents(tmp_path):
   row = rows[1]
   assert (row.change_percent, row.low, row.high) == expected
   assert row.change_percent < 0 and row.documents == 15 and row.tokens == 60
-  frozen = paired.compare(a, b, seed=2, against_frozen=True)[1]
+  frozen = bootstrap.compare(a, b, seed=2, against_frozen=True)[1]
   assert frozen.base_nll == fewer.nll["frozen"][:, 1].sum() / 60
-  same = paired.compare(a, a)[0]
+  same = bootstrap.compare(a, a)[0]
   assert (same.change_percent, same.low, same.high) == (0.0, 0.0, 0.0)
 
 
@@ -278,11 +278,11 @@ def test_runs_on_other_tokens_are_refused(tmp_path):
     other = DocumentSums(sums.positions, sums.documents, nll=sums.nll, **fields)
     b = _write(tmp_path / name, other)
     with pytest.raises(UserError, match="document 7 .* position 2;") as e:
-      paired.compare(a, b)
+      bootstrap.compare(a, b)
     assert ("tokens in both" in str(e.value)) == (name == "checksum")
   elsewhere = _write(tmp_path / "c", sums, source="code")
   with pytest.raises(UserError, match="in common"):
-    paired.compare(a, elsewhere)
+    bootstrap.compare(a, elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -292,8 +292,8 @@ def test_runs_on_other_tokens_are_refused(tmp_path):
     (b"\xff\xfe\x00", "no documents.csv that can be read"),
     (b"", "line 1 is not source,document"),
     (b"a,b\n1,2\n", "line 1 is not source,document"),
-    (paired.to_csv({}) + b"text,1,1,0.5,0.5,3\n", "line 2 is damaged"),
-    (paired.to_csv({}) + b"text,x,1,0.5,0.5,3,4\n", "line 2 is damaged"),
+    (bootstrap.to_csv({}) + b"text,1,1,0.5,0.5,3\n", "line 2 is damaged"),
+    (bootstrap.to_csv({}) + b"text,x,1,0.5,0.5,3,4\n", "line 2 is damaged"),
   ],
 )
 def test_files_of_another_form_are_refused(tmp_path, content, says):
@@ -301,4 +301,4 @@ def test_files_of_another_form_are_refused(tmp_path, content, says):
   if content is not None:
     path.write_bytes(content)
   with pytest.raises(UserError, match=says):
-    paired.compare(tmp_path, tmp_path)
+    bootstrap.compare(tmp_path, tmp_path)

@@ -19,19 +19,26 @@ from ml_collections import ConfigDict
 from tolerances import jit, make_model
 
 from cacheaug import config as configs
-from cacheaug import decoders, sharding
+from cacheaug import sharding
 from cacheaug.data.sources import source_defaults
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
-from cacheaug.planning import collectives, compiling, memory, planner, times
-from cacheaug.planning import topology as topologies
-from cacheaug.planning.table import table
+from cacheaug.projects.planning import (
+  collectives,
+  compiling,
+  memory,
+  planner,
+  times,
+)
+from cacheaug.projects.planning import topology as topologies
+from cacheaug.projects.planning.table import table
+from cacheaug.weights import published
 
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 def _gemma(**changes):
-  config = decoders.experiment("gemma2_2b")
+  config = published.experiment("gemma2_2b")
   config.mesh.fsdp = 16
   config.optimizer.accumulation = 4
   config.update(changes)

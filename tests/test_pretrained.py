@@ -16,8 +16,8 @@ import safetensors.numpy
 
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
-from cacheaug.model import pretrained, safetensor_files
 from cacheaug.model.config import GLOBAL, SLIDING
+from cacheaug.weights import huggingface, safetensors_io
 
 LLAMA3 = {
   "factor": 32.0,
@@ -162,7 +162,7 @@ def write_config(directory, entries):
 def test_published_configs(name, tmp_path):
   entries, expected = PUBLISHED[name]
   write_config(tmp_path, entries)
-  assert pretrained.read_config(tmp_path) == expected
+  assert huggingface.read_config(tmp_path) == expected
 
 
 def test_old_and_new_keys_agree(tmp_path):
@@ -177,9 +177,9 @@ def test_old_and_new_keys_agree(tmp_path):
     "sliding_window_pattern": 6,
   }
   del old["layer_types"]
-  config = pretrained.read_config(tmp_path)
+  config = huggingface.read_config(tmp_path)
   write_config(tmp_path, old)
-  assert pretrained.read_config(tmp_path) == config
+  assert huggingface.read_config(tmp_path) == config
   assert config.layer_kinds == (SLIDING,) * 5 + (GLOBAL, SLIDING)
   assert config.query_scale == 24**-0.5
 
@@ -197,7 +197,9 @@ def golden(tmp_path):
 
 def load(directory, **changes):
   kwargs = {"dtype": jnp.float32} | changes
-  return pretrained.load(directory, pretrained.read_config(directory), **kwargs)
+  return huggingface.load(
+    directory, huggingface.read_config(directory), **kwargs
+  )
 
 
 def test_shardings_dtype_and_fingerprint(golden):
@@ -224,10 +226,10 @@ def test_shardings_dtype_and_fingerprint(golden):
     jax.tree.map(np.testing.assert_array_equal, placed, params)
     assert jax.tree.map(lambda x: x.sharding, placed) == shardings
     assert all(x.dtype == dtype for x in jax.tree.leaves(placed))
-    assert pretrained.fingerprint(placed) == pretrained.fingerprint(params)
+    assert huggingface.fingerprint(placed) == huggingface.fingerprint(params)
   q = params["blocks"]["attention"]["q"]
   q["kernel"] = q["kernel"].at[1, 2, 3, 4].add(0.01)
-  assert pretrained.fingerprint(placed) != pretrained.fingerprint(params)
+  assert huggingface.fingerprint(placed) != huggingface.fingerprint(params)
 
 
 class Tokenizer:
@@ -238,9 +240,9 @@ class Tokenizer:
 
 
 def test_save_round_trip(golden, tmp_path):
-  config, params = pretrained.read_config(golden), load(golden)
+  config, params = huggingface.read_config(golden), load(golden)
   for name in "ab":
-    pretrained.save(tmp_path / name, config, params, tokenizer=Tokenizer())
+    huggingface.save(tmp_path / name, config, params, tokenizer=Tokenizer())
   a, b = tmp_path / "a", tmp_path / "b"
   assert sorted(p.name for p in a.iterdir()) == [
     "config.json",
@@ -250,8 +252,8 @@ def test_save_round_trip(golden, tmp_path):
   ]
   for file in a.iterdir():
     assert file.read_bytes() == (b / file.name).read_bytes()
-  assert pretrained.read_config(a) == config
-  assert pretrained.stop_ids(a) == (6,)
+  assert huggingface.read_config(a) == config
+  assert huggingface.stop_ids(a) == (6,)
   jax.tree.map(np.testing.assert_array_equal, load(a), params)
   theirs = safetensors.numpy.load_file(golden / "model.safetensors")
   ours = safetensors.numpy.load_file(a / "model.safetensors")
@@ -261,19 +263,19 @@ def test_save_round_trip(golden, tmp_path):
 
 
 def test_save_bfloat16(golden, tmp_path):
-  config, params = pretrained.read_config(golden), load(golden)
-  pretrained.save(tmp_path / "a", config, params, dtype="bfloat16")
-  found = safetensor_files.headers([tmp_path / "a" / "model.safetensors"])
+  config, params = huggingface.read_config(golden), load(golden)
+  huggingface.save(tmp_path / "a", config, params, dtype="bfloat16")
+  found = safetensors_io.headers([tmp_path / "a" / "model.safetensors"])
   assert {code for _, code in found.values()} == {"BF16"}
   jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "a"), params)
 
 
 def test_failed_save_leaves_the_old_file(golden):
   before = (golden / "model.safetensors").read_bytes()
-  config, params = pretrained.read_config(golden), load(golden)
+  config, params = huggingface.read_config(golden), load(golden)
   params["head"]["kernel"] = params["head"]["kernel"][:, :5]
   with pytest.raises(ValueError, match="reshape"):
-    pretrained.save(golden, config, params)
+    huggingface.save(golden, config, params)
   assert (golden / "model.safetensors").read_bytes() == before
   assert not list(golden.glob(".*"))
 
@@ -281,7 +283,7 @@ def test_failed_save_leaves_the_old_file(golden):
 def test_save_refuses_what_the_family_cannot_say(tmp_path):
   config = model_config.make("llama", final_softcap=30.0)
   with pytest.raises(UserError, match="final_softcap=30.0 cannot be written"):
-    pretrained.save(tmp_path, config, {})
+    huggingface.save(tmp_path, config, {})
 
 
 # --- memory -----------------------------------------------------------------
@@ -321,15 +323,15 @@ def test_no_second_copy_on_the_host(layers, width, tmp_path):
     "qwen3", width=width, layers=layers, heads=8, head_dim=width // 8,
     kv_heads=8, mlp_width=4 * width, vocab_size=8000,
   )  # fmt: skip
-  leaves = pretrained.leaves_of(config)
+  leaves = huggingface.leaves_of(config)
   shapes = {
     name: (leaf.tensor_shape, np.dtype(np.float32))
     for leaf in leaves
     for name in leaf.names
   }
   tensors = (np.ones(shape, dtype) for shape, dtype in shapes.values())
-  safetensor_files.write(tmp_path / "model.safetensors", shapes, tensors)
-  entries = pretrained.families.config_entries(config)
+  safetensors_io.write(tmp_path / "model.safetensors", shapes, tensors)
+  entries = huggingface.families.config_entries(config)
   write_config(tmp_path, entries)
   child = subprocess.run(
     [sys.executable, "-c", CHILD, str(tmp_path)],
@@ -352,11 +354,11 @@ def refuses(message):
 
 
 def test_resolve(tmp_path):
-  assert pretrained.resolve(str(tmp_path)) == tmp_path
+  assert huggingface.resolve(str(tmp_path)) == tmp_path
   with refuses(f"{tmp_path}/absent: no such directory"):
-    pretrained.resolve(f"{tmp_path}/absent")
+    huggingface.resolve(f"{tmp_path}/absent")
   with refuses("shipped:absent: no such decoder in the package ("):
-    pretrained.resolve("shipped:absent")
+    huggingface.resolve("shipped:absent")
 
 
 @pytest.mark.parametrize(
@@ -376,15 +378,15 @@ def test_refused_configs(changes, message, golden):
   entries = json.loads((golden / "config.json").read_text())
   write_config(golden, entries | changes)
   with refuses(f"{golden / 'config.json'}: {message}"):
-    pretrained.read_config(golden)
+    huggingface.read_config(golden)
 
 
 def test_no_config_and_no_json(tmp_path):
   with refuses("config.json: missing"):
-    pretrained.read_config(tmp_path)
+    huggingface.read_config(tmp_path)
   (tmp_path / "config.json").write_text("{")
   with refuses("config.json: cannot be read as JSON"):
-    pretrained.read_config(tmp_path)
+    huggingface.read_config(tmp_path)
 
 
 def edit_tensors(directory, change):
@@ -421,9 +423,9 @@ def test_refused_tensors(change, message, golden):
 
 def test_another_family(golden):
   """A Llama's weights under a Qwen3 config: the first missing name."""
-  config = pretrained.read_config(make_golden.GOLDEN / "qwen3")
+  config = huggingface.read_config(make_golden.GOLDEN / "qwen3")
   with refuses("has no tensor model.layers.0.self_attn.k_norm.weight and"):
-    pretrained.load(golden, config, dtype=jnp.float32)
+    huggingface.load(golden, config, dtype=jnp.float32)
 
 
 @pytest.mark.parametrize("keep", (5, 1000, -1))
@@ -436,7 +438,7 @@ def test_truncated(keep, golden):
 
 def test_index(golden):
   path = golden / "model.safetensors"
-  names = safetensor_files.headers([path])
+  names = safetensors_io.headers([path])
   path.rename(golden / "model-1.safetensors")
   index = golden / "model.safetensors.index.json"
   weights = dict.fromkeys(names, "model-1.safetensors")

@@ -68,7 +68,7 @@ _HOW = {
   "python -m cacheaug.sweep": Elsewhere(
     "test_sweep.py::test_the_command_trains_reports_and_goes_on"
   ),
-  "python -m cacheaug.evals.gating": "here: test_gating_command",
+  "python -m cacheaug.projects.gating.report": "here: test_gating_command",
   "python -m cacheaug.plan": Elsewhere(
     "test_plan.py::test_table_without_a_compiler"
   ),
@@ -224,7 +224,7 @@ def test_training_commands(command, tmp_path):
 
 @pytest.mark.timeout(900)
 def test_gating_command(tmp_path):
-  words = _matching("python -m cacheaug.evals.gating")[0]
+  words = _matching("python -m cacheaug.projects.gating.report")[0]
   words = [w for w in words if not w.startswith("--out")]
   more = ["--sequences=4", f"--config.data.cache_dir={tmp_path}/cache"]
   out = _run([*words, *more, f"--out={tmp_path}/gating"])
@@ -313,10 +313,10 @@ _NAMED = {
     "coprocessor": "augment.coprocessor",
     "objective": "augment.objective",
     "rounds": "augment.rounds",
-    "stepping": "stepping",
+    "step": "step",
     "transformer": "model.transformer",
     "attention": "model.attention",
-    "stored": "inference.stored",
+    "lm": "projects.context_store.lm",
   }.items()
 }
 

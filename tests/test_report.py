@@ -9,7 +9,7 @@ import pytest
 from test_paired import sums_of, tokens
 
 from cacheaug.errors import UserError
-from cacheaug.evals import paired, report
+from cacheaug.evals import bootstrap, report
 
 
 def _sums():
@@ -92,7 +92,7 @@ def test_report_files_hold_the_rows(tmp_path):
   assert [float(r["high"]) for r in table] == [r.high for r in rows]
   png = (directory / "perplexity_by_position.png").read_bytes()
   assert png[:8] == b"\x89PNG\r\n\x1a\n"
-  assert len(paired.read_csv(tmp_path)) == sum(r.documents for r in rows)
+  assert len(bootstrap.read_csv(tmp_path)) == sum(r.documents for r in rows)
   assert sorted(p.name for p in directory.iterdir()) == [
     "documents.csv",
     "perplexity_by_position.csv",

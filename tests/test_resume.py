@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import small_runs
 
-from cacheaug import workdir as workdirs
 from cacheaug.errors import UserError
+from cacheaug.run import workdir as workdirs
 
 STEPS = 120
 EVERY = 10

@@ -27,14 +27,16 @@ from tolerances import (
 )
 
 from cacheaug import config as configs
-from cacheaug import flops, stepping
-from cacheaug.augment import objective, peers, rounds
+from cacheaug import flops, step
+from cacheaug.augment import objective, rounds
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
-from cacheaug.inference import engine, generate
+from cacheaug.inference import context as generate
+from cacheaug.inference import engine
 from cacheaug.inference.session import Plan, Session
-from cacheaug.inference.worker import Worker
 from cacheaug.model import transformer
+from cacheaug.projects.background.worker import Worker
+from cacheaug.projects.speed import dense_reference
 
 N, A = 3, 3
 # Of the trace after 8 three tokens are left in its document, the first round's
@@ -328,7 +330,7 @@ def test_training_takes_rounds(tmp_path):
   """At the harmless start none changes what the frozen decoder says."""
   again = steps_of(tmp_path, rounds=2, stride=3)
   batch = again.batches.at(0)
-  batch = stepping.add_points(again.config, batch, again.key, 0)
+  batch = step.add_points(again.config, batch, again.key, 0)
   spec = configs.spec_of(again.config)
 
   @jit
@@ -382,7 +384,7 @@ def test_other_ways_refuse_rounds():
     rounds.lay_out(tokens, DOCUMENTS, POINTS, spec, 0 * POINTS)
   batch = {"tokens": tokens, "documents": DOCUMENTS}
   with pytest.raises(UserError, match="no dense way"):
-    peers.naive_loss(None, None, None, batch, POINTS, spec)
+    dense_reference.naive_loss(None, None, None, batch, POINTS, spec)
   with pytest.raises(UserError, match="computes one round"):
     Worker(None, {}, TraceSpec(N, A, rounds=2))
 

@@ -12,12 +12,13 @@ from test_generate import N, model_and_params, naive, prompts, spec_of
 from test_generate_engine import NEW, coproc_of
 
 from cacheaug.errors import UserError
-from cacheaug.inference import generate, serve
+from cacheaug.inference import context
 from cacheaug.inference.sampling import Sampling
-from cacheaug.inference.serve import Server
 from cacheaug.inference.session import Plan
-from cacheaug.inference.worker import Worker
-from cacheaug.model import decoding
+from cacheaug.model import decode_rows
+from cacheaug.projects.background import serve
+from cacheaug.projects.background.serve import Server
+from cacheaug.projects.background.worker import Worker
 
 quick, quick_too = test_background.quick, test_background.quick_too
 warnings = test_background.warnings
@@ -27,7 +28,7 @@ B = 3
 @pytest.fixture(autouse=True, scope="module")
 def quick_read(quick):
   patch = pytest.MonkeyPatch()
-  read = tolerances.jit(generate.read, static_argnames="model")
+  read = tolerances.jit(context.read, static_argnames="model")
   patch.setattr(serve, "_read", read)
   yield
   patch.undo()
@@ -37,7 +38,7 @@ def server(worker=None, **options):
   model, decoder = model_and_params()
   return Server(
     model,
-    decoding.split_layers(decoder),
+    decode_rows.split_layers(decoder),
     worker=worker,
     **{"max_new_tokens": NEW, "batch": B, "look": 2} | options,
   )

@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 
 from cacheaug.errors import UserError
-from cacheaug.inference.store import Entry, Identity, Store
+from cacheaug.projects.context_store.store import Entry, Identity, Store
 
 _ROOT = Path(__file__).resolve().parent.parent
 OWNER = Identity("decoder", "float32", "coprocessor", '{"latents": 4}')

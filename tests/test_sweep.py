@@ -13,7 +13,7 @@ import pytest
 import small_sweep
 
 from cacheaug.errors import UserError
-from cacheaug.sweeping import plan, rows, runner
+from cacheaug.projects.sweep import plan, rows, runner
 
 
 def _go(tmp_path, runs, command, *, workers=1):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cacheaug import config as configs
-from cacheaug.model import families
-from cacheaug.sweeping import rows
+from cacheaug.projects.sweep import rows
+from cacheaug.weights import families
 
 _SWEEPS = Path(__file__).resolve().parent.parent / "configs" / "sweeps"
 _LETTERS = ("latents", "ahead", "traces", "steps", "decoders", "decoder")

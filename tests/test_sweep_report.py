@@ -8,8 +8,8 @@ import pytest
 import small_sweep
 
 from cacheaug.errors import UserError
-from cacheaug.evals import exact_match, finish
-from cacheaug.sweeping import comparison, curves, page, rows
+from cacheaug.evals import exact_match, run_report
+from cacheaug.projects.sweep import comparison, curves, page, rows
 
 _HEADER = "source,document,position,frozen,augmented,tokens,checksum\n"
 # Of two documents with 4 tokens and 1: nll of the frozen decoder and of each
@@ -203,7 +203,7 @@ def test_answers_of_a_trained_decoder_are_its_reports(tmp_path):
   nll = {"model-seed0": "", "model-seed1": ""}
   sweep = _Sweep(tmp_path, *lines, nll=nll, given=given, reference="", axis="")
   for run, right in zip(sweep.runs, (4, 5), strict=True):
-    text = finish.percent((right, 8))
+    text = run_report.percent((right, 8))
     figures = {"problems held-out tokens": 9, "problems all": text}
     (run.workdir / "report.json").write_text(json.dumps(figures))
   assert "| model | 2 | 56.2<br>50.0 to 62.5 |" in sweep.write()

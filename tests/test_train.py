@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import small_runs
 
-from cacheaug import chips, stepping, train
+from cacheaug import step as stepping
+from cacheaug import train
 from cacheaug.errors import UserError
+from cacheaug.run import machine
 
 
 def _bytes(tree):
@@ -106,5 +108,5 @@ def test_mfu_where_the_devices_peak_is_known(tmp_path):
     train.log_step(config, Writer(), floor, 1, metrics, None, (2, 4), times)
   assert found[0]["mfu"] == 0.5 and "mfu" not in found[1]
   tpu = types.SimpleNamespace(device_kind="TPU v5 lite")
-  assert chips.peak_flops([tpu, tpu]) == 2 * chips.CHIPS["v5e"].flops
-  assert chips.peak_flops(jax.devices()) is None
+  assert machine.peak_flops([tpu, tpu]) == 2 * machine.CHIPS["v5e"].flops
+  assert machine.peak_flops(jax.devices()) is None

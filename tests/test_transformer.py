@@ -24,7 +24,7 @@ from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
 from cacheaug.model.layers import Block, RMSNorm
 from cacheaug.model.rope import rope_table
-from cacheaug.model.slots import SlotCache
+from cacheaug.model.static_cache import SlotCache
 
 T = 7  # beyond the window of 5, so that decoding drops keys
 

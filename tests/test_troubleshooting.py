@@ -16,12 +16,13 @@ import small_runs
 from ml_collections import ConfigDict
 
 import cacheaug
-from cacheaug import checkpoint, command, decoders, sharding, train
 from cacheaug import config as configs
-from cacheaug import workdir as workdirs
+from cacheaug import sharding, train
 from cacheaug.data import pipeline, tokenizers
 from cacheaug.errors import UserError
-from cacheaug.model import pretrained
+from cacheaug.run import checkpoint, command
+from cacheaug.run import workdir as workdirs
+from cacheaug.weights import huggingface, published
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PAGE = (_ROOT / "docs" / "troubleshooting.md").read_text()
@@ -33,23 +34,23 @@ def _batches(config: ConfigDict) -> None:
 
 
 def no_weights(config, directory):
-  configs.validate(configs.resolve(decoders.experiment("gemma2_2b")), 1)
+  configs.validate(configs.resolve(published.experiment("gemma2_2b")), 1)
 
 
 def no_such_directory(config, directory):
   config.decoder.path = "/models/gemma-2-2b"
-  config.decoder.how_to_get = decoders.how_to_get("gemma2_2b")
+  config.decoder.how_to_get = published.how_to_get("gemma2_2b")
   train.open_model(config)
 
 
 def no_config_json(config, directory):
   (directory / "weights").mkdir()
-  pretrained.read_config(directory / "weights")
+  huggingface.read_config(directory / "weights")
 
 
 def another_family(config, directory):
   _weights(directory, model_type="mistral")
-  pretrained.read_config(directory / "weights")
+  huggingface.read_config(directory / "weights")
 
 
 def another_shape(config, directory):
@@ -82,12 +83,12 @@ def truncated(config, directory):
 
 
 def _load(found: Path) -> None:
-  pretrained.load(found, pretrained.read_config(found), dtype="float32")
+  huggingface.load(found, huggingface.read_config(found), dtype="float32")
 
 
 def _weights(directory: Path, **changes) -> Path:
   """The nano decoder's files, with entries of config.json changed."""
-  source, found = pretrained.resolve("shipped:nano"), directory / "weights"
+  source, found = huggingface.resolve("shipped:nano"), directory / "weights"
   found.mkdir()
   for path in source.iterdir():
     (found / path.name).write_bytes(path.read_bytes())

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from cacheaug.augment import coprocessor
 from cacheaug.model import config as model_config
-from cacheaug.model import decoding, transformer
+from cacheaug.model import decode_rows, transformer
 from cacheaug.model.transformer import Transformer
 
 # Mean nll in nats, itself of order 3: the project's own bound. Seen: 1e-6.
@@ -110,7 +110,7 @@ def write_token(model, params, cache, token, position, slot):
   """Hidden [B, D] of one more token a sequence [B], and the cache with it."""
   x = transformer.embed(model, params, token[:, None])
   seen = jnp.ones_like(position)[:, None]
-  hidden, cache = decoding.write_rows(
+  hidden, cache = decode_rows.write_rows(
     model, params, cache, x, position[:, None], segments=seen, slot=slot
   )
   return hidden[:, 0], cache

@@ -5,7 +5,7 @@ on. Documents are cut into contiguous shards; each shard is packed on its own,
 so shards are made in parallel and an interrupted run goes on with those that
 are missing. Documents follow one another without a gap and go on into the next
 row; only the last row of a shard is padded. Prompts with their answers stay in
-one row, and rows are padded. See packed.py for the files.
+one row, and rows are padded. See shards.py for the files.
 """
 
 import collections.abc
@@ -26,7 +26,8 @@ import typing
 import numpy as np
 
 from cacheaug import errors
-from cacheaug.data import packed, sources, tokenizers
+from cacheaug.data import shards as packed
+from cacheaug.data import sources, tokenizers
 
 # Part of the address: raise it when the bytes of a cache change.
 _FORMAT = 1

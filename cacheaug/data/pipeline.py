@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from cacheaug import errors
-from cacheaug.data import packed, packing, problem_rows, sources, tokenizers
+from cacheaug.data import packing, problem_rows, shards, sources, tokenizers
 
 if typing.TYPE_CHECKING:
   import grain
@@ -31,7 +31,7 @@ _THREADS = 2
 _PREFETCH = 16
 
 
-Rows = packed.PackedRows | problem_rows.ProblemRows
+Rows = shards.PackedRows | problem_rows.ProblemRows
 
 
 class Examples(collections.abc.Sequence):
@@ -148,7 +148,7 @@ class Batches:
     while True:
       try:
         batch = next(stream)
-      except packed.UnreadableError as error:
+      except shards.UnreadableError as error:
         if failures == retries:
           raise
         seconds = 2**failures
@@ -203,11 +203,11 @@ class Batches:
         tokens[here], found = self._parts[k].take(
           examples[here] - self._starts[k]
         )
-      except packed.UnreadableError as error:
-        raise packed.UnreadableError(f"{self._labels[k]}: {error}") from error
+      except shards.UnreadableError as error:
+        raise shards.UnreadableError(f"{self._labels[k]}: {error}") from error
       offset = np.int32(self._offsets[k])
-      answers[here] = found >= packed.ANSWER
-      found = np.where(answers[here], found - packed.ANSWER, found)
+      answers[here] = found >= shards.ANSWER
+      found = np.where(answers[here], found - shards.ANSWER, found)
       documents[here] = np.where(found < 0, found, found + offset)
       if self._results:
         steps = self._parts[k].results(examples[here] - self._starts[k])
@@ -293,8 +293,8 @@ def open_batches(
   Raises:
     UserError: for a bad config or unreadable text, naming the key or file.
   """
-  if split not in packed.SPLITS:
-    raise errors.UserError(f"split={split!r}: use one of {packed.SPLITS}")
+  if split not in shards.SPLITS:
+    raise errors.UserError(f"split={split!r}: use one of {shards.SPLITS}")
   sequence, batch = data_config.sequence, data_config.batch
   if sequence < 2:
     raise errors.UserError(f"data.sequence={sequence}: need at least 2")
@@ -373,7 +373,7 @@ def _open_rows(
       workers=data_config.workers,
       label=label,
     )
-    rows = packed.open_rows(directory, split)
+    rows = shards.open_rows(directory, split)
     if rows is not None:
       break
   else:

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 
 from cacheaug import errors
-from cacheaug.data import packed, problems, serial, tokenizers
+from cacheaug.data import problems, serial, shards, tokenizers
 
 if typing.TYPE_CHECKING:
   import ml_collections
@@ -200,7 +200,7 @@ class ProblemRows:
       parts = [(turn.question, turn.ending) for turn in problem.turns]
     ids, marks = list(self._bos), [0] * len(self._bos)
     for question, answer in parts:
-      for text, mark in ((question, 0), (answer, packed.ANSWER)):
+      for text, mark in ((question, 0), (answer, shards.ANSWER)):
         new = encode(text)
         ids += new
         marks += [mark] * len(new)

@@ -8,13 +8,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from cacheaug import storage
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import problems
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
-from cacheaug.inference import generate
+from cacheaug.inference import context
 from cacheaug.model.transformer import Params, Transformer
+from cacheaug.run import files
 
 ANSWER_TOKENS = 6
 BATCH = 128
@@ -41,8 +41,8 @@ def _greedy(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     # Of questions too short for latents the answer is not used.
     delay = np.clip(lengths - spec.context_needed, 0, late)
-  tokens, documents = generate.pad_left(prompts, pad_id, length)
-  out = generate.greedy(
+  tokens, documents = context.pad_left(prompts, pad_id, length)
+  out = context.greedy(
     model,
     decoder,
     coproc,
@@ -161,7 +161,7 @@ def save(directory: epath.Path, columns: Mapping[str, Answers]) -> None:
   found = {k: {name: c[k] for name, c in columns.items()} for k in kinds}
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    storage.write_whole(directory / FILE, json.dumps(found, indent=2).encode())
+    files.write_whole(directory / FILE, json.dumps(found, indent=2).encode())
   except OSError as e:
     raise UserError(
       f"{directory / FILE} cannot be written ({e.strerror or e}): free space "

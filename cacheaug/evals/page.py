@@ -16,23 +16,24 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from cacheaug import storage
 from cacheaug.errors import UserError
-from cacheaug.evals import benchmarks, diagnostics, paired, report
-from cacheaug.evals.benchmarks import Score
-from cacheaug.evals.diagnosis import Diagnosis
-from cacheaug.evals.diagnostics import Moments
-from cacheaug.evals.paired import DocumentSums
+from cacheaug.evals import bootstrap, latent_stats, report
+from cacheaug.evals.bootstrap import DocumentSums
+from cacheaug.evals.diagnose import Diagnosis
+from cacheaug.evals.latent_stats import Moments
 from cacheaug.evals.report import PositionRow, markdown_table
+from cacheaug.projects.lm_eval import benchmarks
+from cacheaug.projects.lm_eval.benchmarks import Score
+from cacheaug.run import files as storage
 
 _MEANING = {
-  diagnostics.RIGHT: "as trained",
-  diagnostics.ZEROED: "the coprocessor's contribution is 0: z = copied "
+  latent_stats.RIGHT: "as trained",
+  latent_stats.ZEROED: "the coprocessor's contribution is 0: z = copied "
   "embedding",
-  diagnostics.NOTHING: "z = 0",
-  diagnostics.SHUFFLED: "contribution of another trace of the same document",
-  diagnostics.SWAPPED: "contribution of a trace of another document",
-  diagnostics.MEAN: "mean contribution of the slot over this text",
+  latent_stats.NOTHING: "z = 0",
+  latent_stats.SHUFFLED: "contribution of another trace of the same document",
+  latent_stats.SWAPPED: "contribution of a trace of another document",
+  latent_stats.MEAN: "mean contribution of the slot over this text",
 }
 
 
@@ -76,11 +77,11 @@ def contents(
       continue
     sums = found.diagnosis.sums
     for column in sums.nll:
-      if column != paired.FROZEN:
+      if column != bootstrap.FROZEN:
         kw = dict(seed=seed, column=column)
         rows[name]["interventions"][column] = report.make_rows(sums, **kw)
         rows[name]["against right"][column] = report.make_rows(
-          sums, base=diagnostics.RIGHT, **kw
+          sums, base=latent_stats.RIGHT, **kw
         )
   files: dict[str, bytes] = benchmarks.contents(scores) if scores else {}
   if by_source:
@@ -97,8 +98,8 @@ def contents(
   if by_source:
     parts.append(
       "documents.csv holds the sums that tables and intervals are made of: "
-      "with `cacheaug.evals.paired.compare` two evaluations of the same tokens "
-      "are compared directly."
+      "with `cacheaug.evals.bootstrap.compare` two evaluations of the same "
+      "tokens are compared directly."
     )
   if scores:
     parts += ["## Benchmarks", benchmarks.format_scores(scores)]
@@ -120,7 +121,7 @@ def _tables(by_source, rows) -> dict[str, bytes]:
   sizes = next(iter(by_source.values())).tables
   for n in sizes:
     name = "documents.csv" if n == max(sizes) else f"documents_n{n}.csv"
-    files[name] = paired.to_csv(
+    files[name] = bootstrap.to_csv(
       {source: found.tables[n] for source, found in by_source.items()}
     )
   return files
@@ -171,11 +172,11 @@ def _interventions(name, rows, diagnosis, files) -> list[str]:
     )
 
   against = {
-    k: v for k, v in rows["against right"].items() if k != diagnostics.RIGHT
+    k: v for k, v in rows["against right"].items() if k != latent_stats.RIGHT
   }
   file = f"interventions_{name}.png"
   # z = 0 is far above all others and would flatten them.
-  shown = {k: v for k, v in tables.items() if k != diagnostics.NOTHING}
+  shown = {k: v for k, v in tables.items() if k != latent_stats.NOTHING}
   files[file] = _lines(shown, f"{name}: other latents in the same places")
   parts = [
     f"## {name}: other latents in the same places",
@@ -196,7 +197,11 @@ def _interventions(name, rows, diagnosis, files) -> list[str]:
 def _verdicts(sums: DocumentSums, against) -> list[str]:
   """What the tables say, in words; a worse row has its interval above zero."""
   lines = []
-  for column in (diagnostics.SHUFFLED, diagnostics.SWAPPED, diagnostics.MEAN):
+  for column in (
+    latent_stats.SHUFFLED,
+    latent_stats.SWAPPED,
+    latent_stats.MEAN,
+  ):
     if column not in against:
       continue
     rows = against[column]
@@ -209,8 +214,8 @@ def _verdicts(sums: DocumentSums, against) -> list[str]:
     if better:
       text += f", better at {', '.join(better)}"
     lines.append(text + f"; no difference shown at {others} of {len(rows)}")
-  if diagnostics.ZEROED in sums.nll:
-    apart = sums.nll[diagnostics.ZEROED] - sums.nll[paired.FROZEN]
+  if latent_stats.ZEROED in sums.nll:
+    apart = sums.nll[latent_stats.ZEROED] - sums.nll[bootstrap.FROZEN]
     mean = np.abs(apart.sum(0) / np.maximum(sums.tokens.sum(0), 1)).max()
     lines.append(
       f"- zeroed: at most {mean:.1g} nats from the frozen decoder, in the mean "
@@ -266,7 +271,7 @@ def _attention(name, diagnosis, files) -> list[str]:
   if not diagnosis.mass:
     return []
   mass = {k: v[..., :-2].sum(-1) for k, v in diagnosis.mass.items()}
-  right = mass[diagnostics.RIGHT]
+  right = mass[latent_stats.RIGHT]
   rows = [j for j in (1, 2, 4, 8, 16, 32, 64) if j <= right.shape[1]]
   header = ["layer", *(f"token {j}" for j in rows)]
   lines = [
@@ -291,9 +296,9 @@ def _attention(name, diagnosis, files) -> list[str]:
 
 
 def _shares(mass, layer, j):
-  text = f"{mass[diagnostics.RIGHT][layer, j]:.3f}"
-  if diagnostics.ZEROED in mass:
-    text += f" ({mass[diagnostics.ZEROED][layer, j]:.3f})"
+  text = f"{mass[latent_stats.RIGHT][layer, j]:.3f}"
+  if latent_stats.ZEROED in mass:
+    text += f" ({mass[latent_stats.ZEROED][layer, j]:.3f})"
   return text
 
 

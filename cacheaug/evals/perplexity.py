@@ -21,8 +21,8 @@ import numpy as np
 from cacheaug.augment import coprocessor, objective, rounds, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
-from cacheaug.evals import paired
-from cacheaug.evals.paired import DocumentSums
+from cacheaug.evals import bootstrap
+from cacheaug.evals.bootstrap import DocumentSums
 from cacheaug.evals.report import PositionRow, make_rows
 from cacheaug.model.transformer import Params, Transformer
 
@@ -178,8 +178,8 @@ def document_sums(
   total = None
   for batch in batches:
     nll, weights = measure(batch)
-    part = paired.sums_of_batch(batch, nll, np.asarray(weights), positions)
-    total = part if total is None else paired.merge([total, part])
+    part = bootstrap.sums_of_batch(batch, nll, np.asarray(weights), positions)
+    total = part if total is None else bootstrap.merge([total, part])
   if total is None:
     raise UserError("config.eval: no text to compare on: give documents")
   return total
@@ -228,7 +228,7 @@ def coprocessor_sums(
     frozen, augmented, weights = both_nll(
       model, decoder, coproc, *text, spec=spec, context=context, **delay
     )
-    nll = {paired.FROZEN: frozen, paired.AUGMENTED: augmented}
+    nll = {bootstrap.FROZEN: frozen, bootstrap.AUGMENTED: augmented}
     return nll, of_answers(weights, batch)
 
   positions = tuple(j for j in positions if j <= spec.reach)

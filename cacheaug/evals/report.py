@@ -13,15 +13,15 @@ from typing import Any
 
 from etils import epath
 
-from cacheaug import storage
 from cacheaug.errors import UserError
-from cacheaug.evals import paired
-from cacheaug.evals.paired import (
+from cacheaug.evals import bootstrap
+from cacheaug.evals.bootstrap import (
   AUGMENTED,
   FROZEN,
   DocumentSums,
   paired_interval,
 )
+from cacheaug.run import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +269,7 @@ def write_report(
   contents = {
     "perplexity_by_position.csv": _csv(rows),
     "perplexity_by_position.png": _plot(rows, title, name),
-    "documents.csv": paired.to_csv(documents),
+    "documents.csv": bootstrap.to_csv(documents),
     # Last, because it refers to the others.
     "report.md": _page(rows, title, meta, extras or {}, name),
   }
@@ -287,7 +287,7 @@ def write_files(directory: epath.Path, contents: Mapping[str, bytes]) -> None:
   try:
     directory.mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():
-      storage.write_whole(directory / name, data)
+      files.write_whole(directory / name, data)
   except OSError as e:
     raise UserError(
       f"{directory}: the report cannot be written ({e.strerror or e}): free "

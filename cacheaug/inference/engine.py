@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from cacheaug.augment import coprocessor, traces
 from cacheaug.augment.traces import Traces, TraceSpec
 from cacheaug.inference.sampling import GREEDY, Sampling, choose
-from cacheaug.model import decoding, transformer
+from cacheaug.model import decode_rows, transformer
 from cacheaug.model.attention import NO_LIMIT, Rows
 from cacheaug.model.cache import KVCache
-from cacheaug.model.slots import SlotCache
+from cacheaug.model.static_cache import SlotCache
 from cacheaug.model.transformer import Params, Transformer
 
 # Caches come in multiples of it: few programs, and reductions over slots that
@@ -300,7 +300,7 @@ def write_latents(
   if spec.scheme == "replace":
     limits = jnp.where(on, positions[:, 0] - 1, NO_LIMIT)
     cache = cache.hide_after(limits)
-  hidden, cache = decoding.write_rows(
+  hidden, cache = decode_rows.write_rows(
     model,
     decoder,
     cache,
@@ -386,7 +386,7 @@ def _say(model, decoder, state, sampling, stop_ids, pause_ids, scored, forced):
     here = jnp.where(state.done[:, None], 0.0, here)
     nll = jax.lax.dynamic_update_slice(nll, here, (0, state.step))
   x = transformer.embed(model, decoder, jnp.maximum(token, 0)[:, None])
-  hidden, cache = decoding.write_rows(
+  hidden, cache = decode_rows.write_rows(
     model,
     decoder,
     state.cache,

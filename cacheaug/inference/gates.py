@@ -10,7 +10,7 @@ computed anyway: the last row's hidden state `hidden` [..., D], as of
   worthwhile      the gain that a learned head predicts is above a threshold
 
 What each of them gains, and which threshold to take, is measured by
-`python -m cacheaug.evals.gating`, which also says how to use them:
+`python -m cacheaug.projects.gating.report`, which also says how to use them:
 `LM.generate(gate="entropy:1.2")`, `python -m cacheaug.generate --gate=...`.
 Answers for whole prompts fit `LM.generate(latents=...)`.
 """
@@ -28,9 +28,10 @@ import numpy as np
 import optax
 
 from cacheaug.errors import UserError
-from cacheaug.model import pretrained, transformer
-from cacheaug.model import safetensor_files as files
+from cacheaug.model import transformer
 from cacheaug.model.transformer import Params, Transformer
+from cacheaug.weights import huggingface
+from cacheaug.weights import safetensors_io as files
 
 # Hidden states [B, D] of rows that predict the next token -> [B] bool.
 Gate = Callable[[jax.Array], jax.Array]
@@ -118,7 +119,7 @@ def parse(
     raise UserError(
       f"gate {text!r}: its head was learned for decoder "
       f"{meta.get('decoder_fingerprint')}, the one loaded is {fingerprint}: "
-      "make one with cacheaug.evals.gating"
+      "make one with cacheaug.projects.gating.report"
     )
   threshold = _threshold(text, last) if last else float(meta["threshold"])
   return functools.partial(_worthwhile, head, threshold=threshold)
@@ -243,7 +244,7 @@ def save_head(
   directory = pathlib.Path(directory).expanduser()
   flat = {
     k: np.asarray(v, np.float32).reshape(v.shape or (1,))
-    for k, v in pretrained.flatten(head).items()
+    for k, v in huggingface.flatten(head).items()
   }
   shapes = {k: (v.shape, v.dtype) for k, v in flat.items()}
   files.write(directory / _WEIGHTS, shapes, flat.values())
@@ -261,7 +262,9 @@ def load_head(
   directory = pathlib.Path(directory).expanduser()
   path = directory / _CONFIG
   if not path.exists():
-    raise UserError(f"{path}: missing; make it with cacheaug.evals.gating")
+    raise UserError(
+      f"{path}: missing; make it with cacheaug.projects.gating.report"
+    )
   meta = files.read_json(path)
   if meta.pop("format", None) != FORMAT:
     raise UserError(f"{path}: not a gate's head ({FORMAT})")

@@ -13,7 +13,7 @@ from cacheaug.model import attention, placement
 from cacheaug.model.cache import KVCache
 from cacheaug.model.config import SLIDING, ModelConfig
 from cacheaug.model.rope import Rope, rotate
-from cacheaug.model.slots import SlotLayer, SlotRows
+from cacheaug.model.static_cache import SlotLayer, SlotRows
 
 KV = tuple[jax.Array, jax.Array]  # keys, values [..., K, E]
 

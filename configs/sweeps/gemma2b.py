@@ -11,7 +11,7 @@ with this code yet.
 
 from ml_collections import ConfigDict
 
-from cacheaug.sweeping.rows import Row, Sweep, base_of
+from cacheaug.projects.sweep.rows import Row, Sweep, base_of
 
 _MODEL = {"objective": "language_model", "language_model.loss": "traces"}
 

@@ -10,7 +10,7 @@ minutes on one 80 GB GPU; not measured.
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
-from cacheaug.sweeping.rows import Row, Sweep, base_of
+from cacheaug.projects.sweep.rows import Row, Sweep, base_of
 
 
 def get_config() -> ConfigDict:

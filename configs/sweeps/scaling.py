@@ -16,7 +16,7 @@ a laptop, about half an hour on a core each, by configs/sweeps/tiny.py's times.
 
 from ml_collections import ConfigDict
 
-from cacheaug.sweeping.rows import Row, Sweep, base_of
+from cacheaug.projects.sweep.rows import Row, Sweep, base_of
 
 _AXES = {
   "latents": ("coprocessor.latents", (1, 2, 4, 8, 16, 32)),

@@ -11,7 +11,7 @@ N8's training takes; `base_steps` for as many steps. Figures: RESULTS.md.
 
 from ml_collections import ConfigDict
 
-from cacheaug.sweeping.rows import Row, Sweep, base_of
+from cacheaug.projects.sweep.rows import Row, Sweep, base_of
 
 _SEEDS = (0, 1, 2)
 # Over the same tokens, each as often as the rows with latents train on it.

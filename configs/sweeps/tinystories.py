@@ -10,7 +10,7 @@ own. Rows as in configs/sweeps/tiny.py. Figures: RESULTS.md.
 
 from ml_collections import ConfigDict
 
-from cacheaug.sweeping.rows import Row, Sweep, base_of
+from cacheaug.projects.sweep.rows import Row, Sweep, base_of
 
 _SEEDS = (0, 1, 2)
 _MODEL = {"objective": "language_model", "language_model.loss": "traces"}

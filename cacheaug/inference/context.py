@@ -1,0 +1,274 @@
+"""Prompts in, tokens out: reading, augmenting once at the end, decoding.
+
+Prompts are padded on the left, so that a batch's last tokens and its free
+slots line up; slots double as positions, which RoPE, being relative, allows.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacheaug.augment import coprocessor, objective, traces
+from cacheaug.augment.traces import TraceSpec
+from cacheaug.errors import UserError
+from cacheaug.inference import engine
+from cacheaug.inference.engine import Context
+from cacheaug.model import decode_rows, transformer
+from cacheaug.model.cache import KVCache
+from cacheaug.model.transformer import Params, Transformer
+
+_split = jax.jit(decode_rows.split_layers)
+
+
+def apart(params: Params) -> Params:
+  """On the CPU a copy with the layers apart; see `decoding.split_layers`."""
+  return _split(params) if jax.default_backend() == "cpu" else params
+
+
+def pad_left(
+  prompts: list[list[int]], pad_id: int, length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Ragged prompts -> tokens [B, S] and documents [B, S] (-1 = padding).
+
+  Raises:
+    UserError: an empty prompt, or one longer than `length`.
+  """
+  for i, prompt in enumerate(prompts):
+    if not prompt:
+      raise UserError(f"prompt {i} is empty: give at least one token")
+  longest = max(map(len, prompts))
+  length = longest if length is None else length
+  if longest > length:
+    raise UserError(f"a prompt has {longest} tokens, room for {length}")
+  tokens = np.full((len(prompts), length), pad_id, np.int32)
+  documents = np.full((len(prompts), length), -1, np.int32)
+  for row, prompt in enumerate(prompts):
+    tokens[row, length - len(prompt) :] = prompt
+    documents[row, length - len(prompt) :] = 0
+  return tokens, documents
+
+
+def check_prompts(
+  prompts: list[list[int]],
+  spec: TraceSpec,
+  *,
+  on: Sequence[bool] | None = None,
+  said: int = 0,
+) -> None:
+  """Refuses what cannot be augmented at its end, before any device work.
+
+  Args:
+    prompts: tokens of each.
+    spec: of the coprocessor.
+    on: which of them get latents; all by default.
+    said: new tokens before the first latents; -2: they stand two before the
+      prompt's end.
+
+  Raises:
+    UserError: a prompt with fewer tokens than the latents stand on.
+  """
+  for i, prompt in enumerate(prompts):
+    if said < 0 and len(prompt) + said < 1:
+      raise UserError(
+        f"prompt {i} has {len(prompt)} tokens: latents of its batch stand "
+        f"{-said} before its end; lengthen it, or give it apart"
+      )
+    if (on is None or on[i]) and len(prompt) + said < spec.context_needed:
+      raise UserError(
+        f"prompt {i} has {len(prompt)} tokens: with latents={spec.latents} "
+        f"(positions={spec.scheme!r}, start={spec.start!r}) it needs at least "
+        f"{spec.context_needed - said}; lengthen it, or decode without latents"
+      )
+
+
+def augment(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  cache: KVCache,
+  tokens: jax.Array,  # [B, S]
+  documents: jax.Array,  # [B, S], -1 = padding
+  spec: TraceSpec,
+  *,
+  position: jax.Array | None = None,  # [B], of the next token; S by default
+  late: jax.Array | None = None,  # [B]
+  states: jax.Array | None = None,  # [B, S, D], of coprocessor.reading
+) -> tuple[jax.Array, KVCache, jax.Array]:
+  """Inserts N latents at the end of the context.
+
+  The coprocessor has read all of it, or all but its last `late` tokens.
+  Returns the hidden state [B, D] that predicts the next token (the last
+  latent's, or of the last token again where latents are keys and values), the
+  cache with N more slots, and the next token's position [B].
+  """
+  b, s = tokens.shape
+  if position is None:
+    position = jnp.full((b,), s, jnp.int32)
+  args = model, decoder, coproc, cache, tokens, documents
+  point = dict(position=position, spec=spec)
+  if late is not None:
+    spec.check_late()
+    z, positions = _late_latents(*args, **point, late=late, states=states)
+  elif spec.given:
+    rows, x = engine.hand_over(*args, **point, last=s - 1)
+    positions = rows.positions
+  else:
+    z, positions = engine.deliberate(*args, **point, last=s - 1, states=states)
+  if spec.scheme == "replace":
+    cache = cache.hide_after(positions[:, 0] - 1)
+  if spec.given:
+    cache = cache.concat(rows)
+    hidden = engine.ask(model, decoder, cache, x, positions[:, -1])
+    return hidden, cache, positions[:, -1] + 1
+  hidden, rows = transformer.extend(model, decoder, cache, z, positions)
+  return hidden[:, -1], cache.concat(rows), positions[:, -1] + 1
+
+
+def _late_latents(
+  model,
+  decoder,
+  coproc,
+  cache,
+  tokens,
+  documents,
+  *,
+  position,
+  spec,
+  late,
+  states,
+):
+  """As engine.deliberate, of a cache as it was `late` tokens ago.
+
+  No latents may have been inserted since.
+  """
+  b, s = tokens.shape
+  points = jnp.full((b, 1), s - 1, jnp.int32)
+  laid = traces.lay_out(tokens, documents, points, spec, late[:, None])
+  pushed = (position - s)[:, None, None]
+  rows = laid.latent_rows
+  rows = rows.replace(
+    positions=rows.positions + pushed, limits=rows.limits + pushed, starts=None
+  )
+  laid = laid.replace(latent_rows=rows)
+  copied, repeated = objective.embedded(model, decoder, laid)
+  cache = coprocessor.reading(model, coproc, cache, states, spec)
+  z = coprocessor.latents(model, coproc, cache, laid, copied, repeated)
+  return z[:, 0], (laid.rows.positions + pushed)[:, 0, : spec.latents]
+
+
+def read(
+  model: Transformer,
+  decoder: Params,
+  tokens: jax.Array,  # [B, S] from pad_left
+  documents: jax.Array,  # [B, S]
+  keep_states: bool = False,
+) -> Context:
+  """The decoder reads the prompts, each one document.
+
+  With `keep_states` its hidden states stay for a coprocessor to read.
+  """
+  b, s = tokens.shape
+  plain = TraceSpec(latents=1, ahead=1)
+  hidden, cache = objective.context_pass(
+    model, decoder, tokens, documents, plain
+  )
+  position = jnp.full((b,), s, jnp.int32)
+  last = cache, tokens, documents, hidden[:, -1], position
+  return Context(*last, states=hidden if keep_states else None)
+
+
+def augment_context(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  context: Context,
+  spec: TraceSpec,
+  late: jax.Array | None = None,  # [B]
+) -> Context:
+  """`augment`, of all that `decode` needs; in as many rounds as trained.
+
+  Raises:
+    UserError: several rounds that come late.
+  """
+  if late is not None and spec.at_once > 1:
+    raise UserError(
+      f"traces.rounds={spec.rounds}: latents of several rounds cannot come late"
+    )
+  for _ in range(spec.at_once):
+    hidden, cache, position = augment(
+      model,
+      decoder,
+      coproc,
+      context.cache,
+      context.tokens,
+      context.documents,
+      spec,
+      position=context.position,
+      late=late,
+      states=context.states,
+    )
+    context = context.replace(
+      cache=cache, hidden=hidden, position=position, augmented=True
+    )
+  return context
+
+
+def decode(
+  model: Transformer,
+  decoder: Params,
+  context: Context,
+  *,
+  max_new_tokens: int,
+  stop_ids: tuple[int, ...] = (-1,),
+) -> jax.Array:  # [B, max_new_tokens]
+  """The most likely continuation.
+
+  A sequence ends with the first of `stop_ids` that it says, and is filled up
+  with stop_ids[0]; the -1 by default is no token and ends none.
+  """
+  # The barrier: once a call in place of once a step.
+  decoder = jax.lax.optimization_barrier(apart(decoder))
+  keys = jax.random.split(jax.random.key(0), len(context.tokens))  # unused
+  state = engine.start(model, context, keys, max_new_tokens=max_new_tokens)
+  state = engine.advance(
+    model, decoder, state, max_new_tokens, stop_ids=stop_ids
+  )
+  # All sequences may be done before the last step.
+  said = jnp.arange(max_new_tokens)[None] < state.step
+  return jnp.where(said, state.said, stop_ids[0])
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("model", "spec", "max_new_tokens", "stop_id"),
+)
+def greedy(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params | None,
+  tokens: jax.Array,  # [B, S] from pad_left
+  documents: jax.Array,  # [B, S]
+  *,
+  spec: TraceSpec | None,
+  max_new_tokens: int,
+  stop_id: int = -1,
+  late: jax.Array | None = None,  # [B]
+) -> jax.Array:  # [B, max_new_tokens], stop_id from the first one on
+  """All three in one program; `coproc` None decodes without latents.
+
+  With `late` the coprocessor has not read the prompts' last so many tokens.
+  """
+  reads = coproc is not None and spec.reads_states
+  context = read(model, decoder, tokens, documents, reads)
+  if coproc is not None:
+    context = augment_context(model, decoder, coproc, context, spec, late)
+  return decode(
+    model,
+    decoder,
+    context,
+    max_new_tokens=max_new_tokens,
+    stop_ids=(stop_id,),
+  )

@@ -1,0 +1,1 @@
+"""Ideas around the method, each with its command; none imports another."""

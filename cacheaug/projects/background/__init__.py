@@ -1,0 +1,1 @@
+"""The coprocessor works in a thread while the decoder goes on."""

@@ -1,0 +1,1 @@
+"""Latents of stored contexts: deliberate once, answer many times."""

@@ -1,0 +1,1 @@
+"""Gates: where an augmentation pays."""

@@ -1,0 +1,1 @@
+"""The paper's benchmarks, with lm_eval's own metrics."""

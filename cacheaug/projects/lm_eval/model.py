@@ -1,0 +1,194 @@
+"""An LM as lm_eval's harness asks it: the model named 'cacheaug'.
+
+  import cacheaug.projects.lm_eval.model
+  lm_eval.simple_evaluate(model="cacheaug", model_args={"decoder": DIR, ...})
+
+Tokens are those of lm_eval's own Hugging Face class: context and continuation
+are encoded together and cut at the context's length, its trailing spaces
+counted to the continuation; too long ones lose their left. Differences: text
+that spells a special token stays text, and stop strings end a text alone,
+whatever stands in its batch.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval import utils as lm_eval_utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from cacheaug.errors import UserError
+from cacheaug.inference.sampling import Sampling
+from cacheaug.opening import open_lm
+from cacheaug.projects.lm_eval.answering import (
+  AUGMENTED,
+  FROZEN,
+  Answerer,
+  Asked,
+)
+
+# New tokens where a task does not say, as lm_eval's own class.
+_MAX_NEW_TOKENS = 256
+
+
+@register_model("cacheaug")
+class AugmentedLM(TemplateLM):
+  """One column of an `Answerer`.
+
+  Two over one Answerer share all work: the second finds its answers ready.
+  """
+
+  def __init__(
+    self,
+    decoder: str = "",
+    coprocessor: str = "",
+    *,
+    workdir: str = "",
+    latents: bool | str = True,
+    batch_size: int | str = 8,
+    answerer: Answerer | None = None,
+    **ignored: Any,
+  ):
+    """Opens a decoder, or takes an Answerer.
+
+    Args:
+      decoder: a Hugging Face directory, or shipped:NAME.
+      coprocessor: an exported coprocessor, a run, or shipped:NAME.
+      workdir: a run: its coprocessor and its decoder.
+      latents: answer with them; False is the frozen decoder.
+      batch_size: contexts at a time.
+      answerer: in place of all but `latents`.
+      **ignored: what lm_eval gives to every model (device, max_batch_size).
+
+    Raises:
+      UserError: paths that do not fit together, or an unknown argument.
+    """
+    super().__init__()
+    unknown = set(ignored) - {"device", "max_batch_size"}
+    if unknown:
+      raise UserError(f"model_args: {sorted(unknown)[0]!r} is no argument")
+    latents = str(latents).lower() not in ("false", "off", "0")
+    if answerer is None:
+      answerer = Answerer(
+        open_lm(workdir, decoder, coprocessor, latents),
+        latents=latents,
+        batch=int(batch_size),
+      )
+    self.answerer = answerer
+    self.column = AUGMENTED if latents else FROZEN
+    self._tokenizer = answerer.lm.tokenizer
+    # A context comes with each of its continuations, for each column.
+    self._encoded = functools.lru_cache(1 << 14)(
+      lambda text: tuple(answerer.lm.encode(text))
+    )
+
+  @property
+  def eot_token_id(self) -> int:
+    """The token that ends a text."""
+    return _first(self._tokenizer.eos_id, self._tokenizer.bos_id)
+
+  @property
+  def prefix_token_id(self) -> int:
+    """The token that stands for an empty context."""
+    return _first(self._tokenizer.bos_id, self._tokenizer.eos_id)
+
+  @property
+  def tokenizer_name(self) -> str:
+    """Identifies the mapping from text to tokens."""
+    return self._tokenizer.name
+
+  def tok_encode(
+    self, string: str, add_special_tokens: bool | None = None, **_: Any
+  ) -> list[int]:
+    """Tokens, a BOS first where the tokenizer has one."""
+    if add_special_tokens is False:
+      return self._tokenizer.encode(string)
+    return list(self._encoded(string))
+
+  def loglikelihood(
+    self, requests: list[Instance], disable_tqdm: bool = False
+  ) -> list[tuple[float, bool]]:
+    """(log-probability in nats, every token the most likely) of each."""
+    self.answerer.met["empty"] += sum(not r.args[0] for r in requests)
+    return super().loglikelihood(requests, disable_tqdm=True)
+
+  def _loglikelihood_tokens(
+    self,
+    requests: list[tuple[Any, list[int], list[int]]],
+    disable_tqdm: bool = False,
+    **_: Any,
+  ) -> list[tuple[float, bool]]:
+    answers = self.answerer.loglikelihoods(
+      [
+        (tuple(context), tuple(continuation))
+        for _, context, continuation in requests
+      ]
+    )
+    return self._hand_out("loglikelihood", [r[0] for r in requests], answers)
+
+  def loglikelihood_rolling(
+    self, requests: list[Instance], disable_tqdm: bool = False
+  ) -> list[float]:
+    """Log-probability of each text, in windows of the decoder's positions."""
+    windows, owners = [], []
+    for i, (text,) in enumerate(r.args for r in requests):
+      for window in lm_eval_utils.get_rolling_token_windows(
+        token_list=self.tok_encode(text),
+        prefix_token=self.prefix_token_id,
+        max_seq_len=self.answerer.max_length,
+        context_len=1,
+      ):
+        before, scored = lm_eval_utils.make_disjoint_window(window)
+        windows.append((tuple(before), tuple(scored)))
+        owners.append(i)
+    totals = [0.0] * len(requests)
+    for i, answer in zip(owners, self.answerer.running(windows), strict=True):
+      totals[i] += answer[self.column]
+    for request, total in zip(requests, totals, strict=True):
+      self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+    return totals
+
+  def generate_until(
+    self, requests: list[Instance], disable_tqdm: bool = False
+  ) -> list[str]:
+    """Text after each prompt, up to a stop string."""
+    answers = self.answerer.texts([self._asked(*r.args) for r in requests])
+    args = [r.args for r in requests]
+    return self._hand_out("generate_until", args, answers)
+
+  def _asked(self, prompt: str, gen_kwargs: dict[str, Any]) -> Asked:
+    wanted = dict(normalize_gen_kwargs(gen_kwargs, _MAX_NEW_TOKENS))
+    new, stop = wanted.pop("max_gen_toks"), wanted.pop("until")
+    draw = wanted.pop("do_sample")
+    law = {k: wanted.pop(k) for k in ("top_k", "top_p") if k in wanted}
+    law["temperature"] = float(wanted.pop("temperature", 1.0))
+    if wanted:
+      raise UserError(f"generation_kwargs: {sorted(wanted)[0]!r} is not known")
+    sampling = Sampling(**law) if draw else Sampling()
+    ids = self.tok_encode(prompt) or [self.prefix_token_id]
+    # Spelled out, too: a small model may write it letter by letter.
+    eos = self._tokenizer.eos_id
+    stop += [] if eos is None else [self._tokenizer.spell(eos)]
+    return Asked(tuple(ids), new, tuple(stop), sampling)
+
+  def _hand_out(
+    self, kind: str, args: Sequence[Any], answers: Sequence[dict[str, Any]]
+  ) -> list[Any]:
+    """The column's own, entered into lm_eval's cache where it keeps one."""
+    mine = [answer[self.column] for answer in answers]
+    for arg, answer in zip(args, mine, strict=True):
+      if arg is not None:
+        self.cache_hook.add_partial(kind, arg, answer)
+    return mine
+
+
+def _first(*ids: int | None) -> int:
+  for token in ids:
+    if token is not None:
+      return token
+  raise UserError(
+    "the tokenizer has neither a BOS nor an EOS, which an empty context needs"
+  )

@@ -1,0 +1,304 @@
+"""Bytes on each device, by kind, from shapes and shardings alone.
+
+Exact for what is passed in and out (parameters, optimizer state, batch, cache,
+gradients). What the backward pass keeps is exact before the compiler's own
+savings; working memory is an estimate. Where the compiler has spoken, its
+figure for all temporaries together is the one that counts.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from cacheaug import config as configs
+from cacheaug import optim, sharding, step, train, trainable
+from cacheaug.augment import objective
+from cacheaug.kernels import cross_entropy
+from cacheaug.model import transformer
+from cacheaug.model.config import LAYER_PATTERNS, ModelConfig
+from cacheaug.model.transformer import Transformer
+
+_MANY = 4096  # sequences
+
+# Kinds that are the step's arguments, and those it makes as it goes.
+ARGUMENTS = (
+  "frozen decoder",
+  "trained parameters",
+  "optimizer state",
+  "averaged weights",
+  "batch",
+)
+TEMPORARIES = (
+  "gradients",
+  "kv-cache",
+  "kept for the backward pass",
+  "working memory (estimate)",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on one device, by the kinds above."""
+
+  kinds: dict[str, float]
+
+  def sum(self, names: tuple[str, ...]) -> float:
+    """Bytes of some kinds together."""
+    return sum(self.kinds[name] for name in names)
+
+  @property
+  def arguments(self) -> float:
+    """Bytes that are there before a step begins."""
+    return self.sum(ARGUMENTS)
+
+  @property
+  def temporaries(self) -> float:
+    """Bytes that a step makes and frees."""
+    return self.sum(TEMPORARIES)
+
+  @property
+  def total(self) -> float:
+    """Bytes that must fit."""
+    return self.arguments + self.temporaries
+
+
+def abstract_arguments(
+  config: ConfigDict, model_config: ModelConfig, mesh: sharding.AnyMesh
+) -> tuple[Any, Any, dict[str, jax.ShapeDtypeStruct]]:
+  """(state, decoder, batch) of one step as shapes with shardings.
+
+  Args:
+    config: checked.
+    model_config: the decoder's.
+    mesh: of devices, or an AbstractMesh where none are needed.
+  """
+  model = _model(config, model_config)
+  decoder = None
+  if configs.has_decoder(config):
+    decoder = train.abstract_decoder(config, model, mesh)
+  optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
+  state = step.abstract_state(config, model, optimizer, decoder, mesh)
+  rows = jax.ShapeDtypeStruct(
+    (config.data.batch, config.data.sequence),
+    jnp.int32,
+    sharding=sharding.batch_sharding(mesh),
+  )
+  return state, decoder, {"tokens": rows, "documents": rows}
+
+
+def _model(config: ConfigDict, model_config: ModelConfig) -> Transformer:
+  """For shapes, which no kernel changes; those of TPUs do not load anywhere."""
+  if config.attention != "plain":
+    config = _copy(config, attention="xla")
+  return train.make_model(config, model_config)
+
+
+def abstract_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
+  """The config's mesh over so many devices, without any."""
+  sizes = sharding.mesh_sizes(config.mesh, devices)
+  return AbstractMesh(sizes, sharding.MESH_AXES)
+
+
+def on_device(tree: Any) -> float:
+  """Bytes of one device's shards of a tree of shapes with shardings."""
+  return float(
+    sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+      for x in jax.tree.leaves(tree)
+    )
+  )
+
+
+def arithmetic(
+  config: ConfigDict, model_config: ModelConfig, devices: int
+) -> Memory:
+  """Bytes on one of so many devices, as far as shapes say.
+
+  Raises:
+    UserError: a mesh that does not divide devices or shapes.
+  """
+  mesh = abstract_mesh(config, devices)
+  state, decoder, batch = abstract_arguments(config, model_config, mesh)
+  params = on_device(state.params)
+  sequences = micro_batch(config, mesh)
+  kept = kept_per_sequence(config, model_config)
+  cache = cache_per_sequence(config, model_config)
+  accumulates = config.optimizer.accumulation > 1
+  return Memory(
+    {
+      # And what else a LoRA adapts.
+      "frozen decoder": on_device((decoder, state.frozen)),
+      "trained parameters": params,
+      "optimizer state": on_device(state.opt_state),
+      "averaged weights": on_device(state.average),
+      "batch": on_device(batch),
+      # One micro-batch's are added to the sum of those before it.
+      "gradients": params * (2 if accumulates else 1),
+      "kv-cache": sequences * cache / mesh.shape["tensor"],
+      "kept for the backward pass": sequences * max(kept - cache, 0.0),
+      "working memory (estimate)": _working(
+        config, model_config, mesh, decoder if decoder else state.params
+      ),
+    }
+  )
+
+
+def micro_batch(config: ConfigDict, mesh: sharding.AnyMesh) -> int:
+  """Sequences that one device computes at once."""
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  return config.data.batch // parts // config.optimizer.accumulation
+
+
+def cache_per_sequence(config: ConfigDict, model_config: ModelConfig) -> float:
+  """Bytes of one sequence's keys and values in all layers."""
+  if config.objective == "language_model":
+    return 0.0
+  c = model_config
+  itemsize = jnp.dtype(config.precision.compute).itemsize
+  return float(
+    2 * c.layers * config.data.sequence * c.kv_heads * c.head_dim * itemsize
+  )
+
+
+def _working(
+  config: ConfigDict, model_config: ModelConfig, mesh: Any, decoder: Any
+) -> float:
+  """A layer computed again, weights gathered for use, a chunk of logits."""
+  c = model_config
+  itemsize = jnp.dtype(config.precision.compute).itemsize
+  tensor = mesh.shape["tensor"]
+  again = 0.0
+  if config.remat != "none":
+    plain = _copy(config, remat="none")
+    again = micro_batch(config, mesh) * (
+      kept_per_sequence(plain, c) / c.layers / tensor
+    )
+  gathered = 0.0
+  if mesh.shape["fsdp"] > 1:
+    blocks = sum(x.size for x in jax.tree.leaves(decoder["blocks"]))
+    # One layer's in use, the next one's under way; the embedding whole.
+    gathered = 2 * blocks / c.layers + c.vocab_size * c.width
+    gathered *= itemsize / tensor
+  # A chunk's logits, their exponentials, their gradient.
+  rows = max(
+    cross_entropy.CHUNK_ROWS, cross_entropy.CHUNK_ELEMENTS // c.vocab_size
+  )
+  wanted = config.data.sequence
+  if config.objective == "coprocessor":
+    wanted = config.traces.count * configs.spec_of(config).reach
+  rows = min(rows, micro_batch(config, mesh) * wanted)
+  logits = 3 * 4 * rows * c.vocab_size / tensor
+  return again + gathered + logits
+
+
+def kept_per_sequence(config: ConfigDict, model_config: ModelConfig) -> float:
+  """Bytes that one sequence's forward pass leaves for the backward pass.
+
+  What jax.vjp holds on to, the cache included, parameters not. Layers cost
+  the same, so two small depths give every depth.
+  """
+  keys = (
+    "objective",
+    "remat",
+    "attention",
+    "traces",
+    "coprocessor",
+    "language_model",
+    "lora",
+    "precision",
+  )
+  chosen = {key: config[key] for key in keys}
+  chosen["sequence"] = config.data.sequence
+  text = json.dumps(
+    chosen,
+    sort_keys=True,
+    default=lambda x: x.to_dict() if isinstance(x, ConfigDict) else str(x),
+  )
+  period = len(LAYER_PATTERNS[model_config.family])
+  one, two = (
+    _residuals(
+      _Hashable(text, config),
+      dataclasses.replace(model_config, layers=layers, layer_kinds=()),
+    )
+    for layers in (period, 2 * period)
+  )
+  return one + (two - one) * (model_config.layers - period) / period
+
+
+class _Hashable:
+  """A config as a key of the cache below: equal where `text` is."""
+
+  def __init__(self, text: str, config: ConfigDict):
+    self.text, self.config = text, config
+
+  def __hash__(self):
+    return hash(self.text)
+
+  def __eq__(self, other):
+    return self.text == other.text
+
+
+@functools.cache
+def _residuals(key: _Hashable, model_config: ModelConfig) -> float:
+  config = key.config
+  model = _model(config, model_config)
+  spec = configs.spec_of(config)
+  mask = config.traces.mask_documents
+  random = jax.random.key(0)
+  decoder = jax.eval_shape(partial(transformer.init, model), random)
+  trained, frozen = jax.eval_shape(
+    lambda key: trainable.init(config, model, key, None, boxed=True), random
+  )
+  storage = jnp.dtype(config.precision.decoder)
+  decoder = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, storage), nn.unbox(decoder)
+  )
+
+  def residuals(trained, frozen, decoder, batch, points):
+    def loss(trained):
+      whole = trainable.effective(config, trained, frozen, decoder)
+      if config.objective == "language_model":
+        sums = objective.language_model_loss(model, whole, batch, mask)
+      else:
+        sums = objective.coprocessor_loss(
+          model, decoder, whole, batch, points, spec
+        )
+      return sums[0].sum()
+
+    return jax.vjp(loss, trained)[1]
+
+  def held(sequences: int) -> float:
+    def rows(n):
+      return jax.ShapeDtypeStruct((sequences, n), jnp.int32)
+
+    s = config.data.sequence
+    batch = {"tokens": rows(s), "documents": rows(s)}
+    found = jax.eval_shape(
+      residuals,
+      nn.unbox(trained),
+      nn.unbox(frozen),
+      decoder,
+      batch,
+      rows(spec.count),
+    )
+    leaves = jax.tree.leaves(found)
+    return float(sum(x.size * x.dtype.itemsize for x in leaves))
+
+  # Parameters are among them once, so many sequences make them nothing; and
+  # shapes cost the same for any number.
+  return held(_MANY) / _MANY
+
+
+def _copy(config: ConfigDict, **changes: Any) -> ConfigDict:
+  config = ConfigDict(config.copy_and_resolve_references())
+  config.update(changes)
+  return config

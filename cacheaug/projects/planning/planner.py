@@ -1,0 +1,203 @@
+"""One plan: everything that the command prints, as plain numbers."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cacheaug import config as configs
+from cacheaug import flops
+from cacheaug.errors import UserError
+from cacheaug.model.config import ModelConfig
+from cacheaug.projects.planning import (
+  advice,
+  collectives,
+  compiling,
+  memory,
+  times,
+)
+from cacheaug.projects.planning import topology as topologies
+from cacheaug.projects.planning.collectives import Traffic
+from cacheaug.projects.planning.compiling import Compiled, Refused
+from cacheaug.projects.planning.memory import Memory
+from cacheaug.projects.planning.topology import Topology
+from cacheaug.weights import huggingface
+
+
+def prepare(
+  config: ConfigDict, *, slices: int = 0
+) -> tuple[ConfigDict, ModelConfig]:
+  """(config, model_config) to plan with; no weights, no device.
+
+  Raises:
+    UserError: a shape that is not known.
+  """
+  config = ConfigDict(config.copy_and_resolve_references())
+  # On accelerators, which is where plans are for.
+  for key in ("compute", "decoder"):
+    if config.precision[key] == "auto":
+      config.precision[key] = "bfloat16"
+  if slices:
+    config.mesh.slices = slices
+  if config.decoder.path:
+    model_config = huggingface.read_config(
+      huggingface.resolve(config.decoder.path)
+    )
+  else:
+    config.decoder.how_to_get = ""
+    if all(value is None for value in config.decoder.shape.values()):
+      raise UserError(
+        "decoder.shape is empty: give its keys, or decoder.path of a directory "
+        "with config.json"
+      )
+    model_config = configs.model_of(config)
+  configs.validate_model(config, model_config)
+  return config, model_config
+
+
+def plan(
+  config: ConfigDict,
+  topology: Topology,
+  *,
+  mfu: float = 0.4,
+  use_compiler: bool = True,
+) -> dict[str, Any]:
+  """Everything that the command prints, as one JSON-like dictionary.
+
+  Args:
+    config: resolved (see config.resolve).
+    topology: of planning.topology.parse.
+    mfu: useful FLOP/s over peak that the estimate assumes.
+    use_compiler: ask the compiler where there is one.
+
+  Raises:
+    UserError: what would stop the run itself too.
+  """
+  config, model_config = prepare(config, slices=topology.slices)
+  configs.validate(config, topology.devices)
+  shapes = memory.arithmetic(config, model_config, topology.devices)
+  said, reason = None, "--compile=False"
+  if use_compiler:
+    try:
+      devices = topologies.compiler_devices(topology)
+      said = compiling.compile_step(config, model_config, devices)
+    except topologies.NoCompiler as e:
+      reason = str(e)
+  expected = times.expected_traffic(config, model_config, topology)
+  traffic = expected
+  if isinstance(said, Compiled) and said.text is not None:
+    traffic = collectives.of_program(said.text, topology.slices)
+  return {
+    **_subject(config, model_config, topology),
+    "compiled": _describe(said, reason),
+    **_memory(config, model_config, topology, shapes=shapes, said=said),
+    "collectives": [dataclasses.asdict(t) for t in traffic],
+    "collectives_expected": [dataclasses.asdict(t) for t in expected],
+    **_times(config, model_config, topology, traffic=traffic, mfu=mfu),
+  }
+
+
+def _subject(
+  config: ConfigDict, model_config: ModelConfig, topology: Topology
+) -> dict[str, Any]:
+  """What is planned, in numbers."""
+  mesh = memory.abstract_mesh(config, topology.devices)
+  state, decoder, _ = memory.abstract_arguments(config, model_config, mesh)
+  return {
+    "topology": topology.name,
+    "slices": topology.slices,
+    "devices": topology.devices,
+    "mesh": dict(mesh.shape),
+    "parameters": {
+      "frozen": times.parameters(decoder),
+      "trained": times.parameters(state.params),
+    },
+    "batch": {
+      "sequences": config.data.batch,
+      "accumulation": config.optimizer.accumulation,
+      "on_device_at_once": memory.micro_batch(config, mesh),
+      "tokens": config.data.batch * config.data.sequence,
+    },
+  }
+
+
+def _describe(said: Compiled | Refused | None, reason: str) -> dict[str, Any]:
+  if said is None:
+    return {"done": False, "reason": reason}
+  found = dataclasses.asdict(said)
+  found["collectives_read"] = found.pop("text", None) is not None
+  return {"done": True, "fits": isinstance(said, Compiled)} | found
+
+
+def _memory(
+  config: ConfigDict,
+  model_config: ModelConfig,
+  topology: Topology,
+  *,
+  shapes: Memory,
+  said: Compiled | Refused | None,
+) -> dict[str, Any]:
+  """Bytes by kind, whether they fit, and what would make them."""
+  arguments, temporaries, others = shapes.arguments, shapes.temporaries, 0.0
+  limit = topology.chip.memory
+  fits = shapes.total <= limit
+  if isinstance(said, Compiled):
+    arguments, temporaries = said.arguments, said.temporaries
+    others, fits = said.others, True  # or it would have been refused
+  elif isinstance(said, Refused):
+    fits, limit = False, said.limit or limit
+    # Its number is of temporaries alone, or of everything.
+    needed = said.needed or 0.0
+    if "temporaries" not in said.message:
+      needed -= arguments
+    temporaries = max(needed, 1.01 * limit - arguments)
+  remedies = []
+  if not fits:
+    remedies = advice.remedies(
+      config,
+      model_config,
+      topology.devices,
+      temporaries=temporaries,
+      others=others,
+      limit=limit,
+    )
+  return {
+    "memory": {
+      "kinds": shapes.kinds,
+      "arguments": shapes.arguments,
+      "temporaries": shapes.temporaries,
+      "arithmetic": shapes.total,
+      "total": arguments + temporaries + others,
+      "limit": limit,
+      "fits": fits,
+    },
+    "remedies": [dataclasses.asdict(r) for r in remedies],
+  }
+
+
+def _times(
+  config: ConfigDict,
+  model_config: ModelConfig,
+  topology: Topology,
+  *,
+  traffic: Sequence[Traffic],
+  mfu: float,
+) -> dict[str, Any]:
+  """Seconds of a step, days and device-hours of the run."""
+  found = times.of_step(config, model_config, topology, traffic, mfu=mfu)
+  steps = config.optimizer.steps
+  days = times.days(found.estimate, steps)
+  return {
+    "flops": {
+      "useful": flops.of_step(config, model_config).total,
+      "peak": topology.chip.flops * topology.devices,
+    },
+    "seconds": dataclasses.asdict(found)
+    | {"floor": found.floor, "bound": found.bound},
+    "mfu_assumed": mfu,
+    "steps": steps,
+    "days": days,
+    "days_at_the_floor": times.days(found.floor, steps),
+    "device_hours": 24 * topology.devices * days,
+  }

@@ -1,0 +1,1 @@
+"""The training step beside the loss as most would write it first."""

@@ -1,0 +1,1 @@
+"""A run's files and its process: checkpoints, metrics, heartbeat, flags."""

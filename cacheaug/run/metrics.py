@@ -1,0 +1,266 @@
+"""What a run writes while it goes: metrics, speed, and a progress line.
+
+metrics.jsonl holds only what is a function of the config and the step, so
+that a killed and resumed run's file equals the uninterrupted one's byte for
+byte; wall-clock figures are in speed.jsonl beside it.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from typing import IO, Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from cacheaug.errors import UserError
+from cacheaug.run import files
+
+_FILES = ("metrics.jsonl", "speed.jsonl")
+
+
+def _plain(value: Any) -> Any:
+  """A JSON value that reads back to the same bits: Python's repr of floats."""
+  if isinstance(value, (str, bool, int, float)) or value is None:
+    return value
+  return np.asarray(value).tolist()
+
+
+def _keep_until(path: epath.Path, step: int) -> None:
+  """Drops lines of later steps, and a last line that a kill tore."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_bytes().splitlines(keepends=True):
+    try:
+      record = json.loads(line)
+    except ValueError:
+      break
+    if record["step"] > step:
+      break
+    # A kill may have torn off just the newline of a whole object.
+    kept.append(line.rstrip(b"\n") + b"\n")
+  files.write_whole(path, b"".join(kept))
+
+
+class MetricWriter:
+  """Appends to metrics.jsonl, speed.jsonl and TensorBoard; process 0 only.
+
+  On object storage, which cannot append, each line sends its file anew, and
+  TensorBoard's files, which hold nothing else, are left out.
+
+  Args:
+    workdir: of the run, local or gs://; created if absent.
+
+  Raises:
+    UserError: a workdir that cannot be written to.
+  """
+
+  def __init__(self, workdir: str | epath.Path) -> None:
+    self._workdir = epath.Path(workdir)
+    self._active = jax.process_index() == 0
+    self._remote = files.is_remote(self._workdir)
+    self._files: dict[str, IO[str]] = {}
+    self._texts: dict[str, str] = {}  # of the files on object storage
+    self._board: Any = None
+    self._purge_step: int | None = None
+    if self._active:
+      try:
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+          if not (self._workdir / name).exists():
+            (self._workdir / name).write_text("")
+          if not self._remote:
+            (self._workdir / name).open("a").close()
+      except OSError as e:
+        raise UserError(
+          f"{self._workdir}: cannot be written to ({e.strerror or e}): give "
+          "another --workdir"
+        ) from e
+      if self._remote:
+        logging.info("%s: no TensorBoard files on object storage", workdir)
+
+  def __enter__(self) -> "MetricWriter":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def truncate_after(self, step: int) -> None:
+    """Makes the files those of a run that stopped right after `step`.
+
+    Call it before the first `write`, with the step that was restored, or -1
+    for a fresh start. A run must write the metrics of all steps up to k
+    before it saves checkpoint k: then nothing is missing after a kill.
+    """
+    if self._active:
+      self.close()
+      for name in _FILES:
+        _keep_until(self._workdir / name, step)
+      self._purge_step = step + 1
+
+  def write(
+    self,
+    step: int,
+    metrics: Mapping[str, Any],
+    speed: Mapping[str, Any] | None = None,
+  ) -> None:
+    """Appends one line a file and flushes it.
+
+    Args:
+      step: steps taken; not below the step of the line before.
+      metrics: name -> number or array, on the host; deterministic ones only.
+      speed: step_time, tokens_per_second, memory_peak and the like.
+    """
+    if not self._active:
+      return
+    self._append("metrics.jsonl", step, metrics)
+    if speed is not None:
+      self._append("speed.jsonl", step, speed)
+    self._draw(step, {**metrics, **(speed or {})})
+
+  def close(self) -> None:
+    """Closes the files; another `write` reopens them."""
+    for file in self._files.values():
+      file.close()
+    self._files, self._texts = {}, {}
+    if self._board is not None:
+      self._board.close()
+      self._board = None
+
+  def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+    record = {"step": step, **{k: _plain(v) for k, v in values.items()}}
+    line, path = json.dumps(record) + "\n", self._workdir / name
+    if self._remote:
+      if name not in self._texts:
+        self._texts[name] = path.read_text()
+      self._texts[name] += line
+      path.write_text(self._texts[name])
+      return
+    if name not in self._files:
+      self._files[name] = path.open("a")
+    self._files[name].write(line)
+    # Out of this process's memory, so that a kill loses no whole line.
+    self._files[name].flush()
+
+  def _draw(self, step: int, values: Mapping[str, Any]) -> None:
+    if self._remote:
+      return
+    if self._board is None:
+      # Imported here: it takes half a second that most commands do not need.
+      from tensorboardX import SummaryWriter
+
+      self._board = SummaryWriter(
+        str(self._workdir / "tensorboard"), purge_step=self._purge_step
+      )
+    for name, value in values.items():
+      numbers = np.asarray(value)
+      if numbers.dtype.kind not in "biuf":
+        continue
+      if numbers.ndim == 0:
+        self._board.add_scalar(name, numbers.item(), step)
+      else:
+        for i, number in enumerate(numbers.ravel().tolist(), start=1):
+          self._board.add_scalar(f"{name}/{i}", number, step)
+
+
+class Progress:
+  """How far a loop is, how fast, and how long it still takes.
+
+  A bar on a terminal; elsewhere a plain line at most every ten seconds. Only
+  process 0 shows anything.
+
+  Args:
+    total: steps of the whole run.
+    start: steps already taken; they do not count for the rate.
+    description: a word or two in front.
+    stream: stderr by default.
+    interval: seconds between plain lines.
+  """
+
+  def __init__(
+    self,
+    total: int,
+    start: int,
+    description: str,
+    *,
+    stream: IO[str] | None = None,
+    interval: float = 10.0,
+  ) -> None:
+    self._total, self._start, self._step = total, start, start
+    self._description = description
+    self._stream = sys.stderr if stream is None else stream
+    self._interval = interval
+    self._active = jax.process_index() == 0
+    self._began = self._shown = time.monotonic()
+    self._bar: Any = None
+    if self._active and self._stream.isatty():
+      from tqdm import tqdm
+
+      self._bar = tqdm(
+        total=total,
+        initial=start,
+        desc=description,
+        file=self._stream,
+        dynamic_ncols=True,
+      )
+
+  def __enter__(self) -> "Progress":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def update(self, step: int, **shown: float | str) -> None:
+    """`step` steps are done; `shown` are figures to put beside."""
+    previous, self._step = self._step, step
+    if not self._active:
+      return
+    texts = {
+      k: v if isinstance(v, str) else f"{v:.4g}" for k, v in shown.items()
+    }
+    if self._bar is not None:
+      if texts:
+        self._bar.set_postfix(texts, refresh=False)
+      self._bar.update(step - previous)
+      return
+    now = time.monotonic()
+    if now - self._shown < self._interval and step < self._total:
+      return
+    self._shown = now
+    print(self._line(now, texts), file=self._stream, flush=True)
+
+  def _line(self, now: float, texts: Mapping[str, str]) -> str:
+    rate = (self._step - self._start) / max(now - self._began, 1e-9)
+    parts = [f"{self._description} {self._step}/{self._total}"]
+    if rate > 0.0:
+      left = int((self._total - self._step) / rate)
+      hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
+      parts.append(f"{rate:.3g} steps/s")
+      parts.append(f"{hours}:{minutes:02d}:{seconds:02d} left")
+    parts += [f"{k} {v}" for k, v in texts.items()]
+    return ", ".join(parts)
+
+  def close(self) -> None:
+    """Leaves the bar as it stands."""
+    if self._bar is not None:
+      self._bar.close()
+
+
+def memory_peak() -> int:
+  """Peak bytes on this process's fullest device.
+
+  Where the backend does not count them (CPU), this process's peak resident
+  size.
+  """
+  stats = [d.memory_stats() for d in jax.local_devices()]
+  peaks = [s["peak_bytes_in_use"] for s in stats if s]
+  if peaks:
+    return max(peaks)
+  resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  # Linux counts kibibytes, macOS bytes.
+  return resident if sys.platform == "darwin" else resident * 1024

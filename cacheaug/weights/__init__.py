@@ -1,0 +1,1 @@
+"""Decoders and coprocessors on disk: Hugging Face, Google, our exports."""
