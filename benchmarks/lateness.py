@@ -26,6 +26,7 @@ from typing import Any
 from absl import flags
 
 from cacheaug import build
+from cacheaug.data import problem_rows
 from cacheaug.errors import UserError
 from cacheaug.evals import exact_match, perplexity, run_report
 from cacheaug.lm import LM
@@ -72,8 +73,7 @@ def measure(
       continue
     asked = dict(
       count=problems,
-      kinds=tuple(source.kinds),
-      steps=(source.steps_min, source.steps_max),
+      options=problem_rows.options_of(source, f"data.sources.{name}"),
     )
     rest = found.tokenizer, spec
     out["frozen match"] = exact_match.exact_match(*args, None, *rest, **asked)

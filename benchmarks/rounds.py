@@ -33,7 +33,7 @@ from absl import flags
 
 from cacheaug import build
 from cacheaug.augment.traces import TraceSpec
-from cacheaug.data import problems
+from cacheaug.data import problem_rows, problems
 from cacheaug.errors import UserError
 from cacheaug.evals import exact_match, perplexity, report, run_report
 from cacheaug.inference.session import Plan
@@ -90,15 +90,9 @@ def answered(
   found: LM, source: Any, count: int, plan: Plan | None
 ) -> tuple[int, int]:
   """(right, asked); `plan` None is the frozen decoder."""
+  options = problem_rows.options_of(source, "source")
   asked = [
-    problems.generate(
-      0,
-      i,
-      kinds=tuple(source.kinds),
-      steps=(source.steps_min, source.steps_max),
-      split="validation",
-    )
-    for i in range(count)
+    problems.generate(0, i, options, split="validation") for i in range(count)
   ]
   right = 0
   for first in range(0, count, exact_match.BATCH):

@@ -26,8 +26,12 @@ from cacheaug.lm import DTYPES, LM
 from cacheaug.model import transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
+<<<<<<< HEAD
 from cacheaug.step import abstract_state
 from cacheaug.weights import huggingface, trained
+=======
+from cacheaug.weights import leaves, pretrained, trained
+>>>>>>> main
 from cacheaug.weights import safetensors_io as files
 
 _DECODER, _COPROCESSOR = "shipped:tiny", "shipped:tiny_coprocessor"
@@ -51,11 +55,11 @@ def open_model(
     tokenizer = tokenizers.load("byte" if spec == "decoder" else spec)
   else:
     try:
-      directory = huggingface.resolve(config.decoder.path)
+      directory = pretrained.resolve(config.decoder.path)
     except UserError as e:
       how = config.decoder.how_to_get
       raise UserError(f"decoder.path: {e}{': ' + how if how else ''}") from e
-    model_config = huggingface.read_config(directory)
+    model_config = pretrained.read_config(directory)
     tokenizer = tokenizers.load(str(directory) if spec == "decoder" else spec)
   validate.check_model(config, model_config)
   if tokenizer.vocab_size > model_config.vocab_size:
@@ -103,8 +107,8 @@ def load_decoder(
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   storage = _dtype(config.precision.decoder, _platform(mesh))
   if config.decoder.path:
-    decoder = huggingface.load(
-      huggingface.resolve(config.decoder.path),
+    decoder = pretrained.load(
+      pretrained.resolve(config.decoder.path),
       model.config,
       dtype=storage,
       shardings=shardings,
@@ -112,7 +116,7 @@ def load_decoder(
   else:
     make = partial(trainable.random_decoder, config, model, storage)
     decoder = jax.jit(make, out_shardings=shardings)()
-  return decoder, huggingface.fingerprint(decoder)
+  return decoder, leaves.fingerprint(decoder)
 
 
 def load_initial(
@@ -251,10 +255,10 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
     raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
   if dtype == "auto":
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  directory = huggingface.resolve(str(path))
-  config = huggingface.read_config(directory)
+  directory = pretrained.resolve(str(path))
+  config = pretrained.read_config(directory)
   tokenizer = None
-  stop_ids = set(huggingface.stop_ids(directory))
+  stop_ids = set(pretrained.stop_ids(directory))
   names = ("tokenizer.json", "tokenizer.model")
   if any((directory / name).exists() for name in names):
     tokenizer = tokenizers.load(str(directory))
@@ -264,12 +268,12 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
         f"{directory}: its tokenizer has {tokenizer.vocab_size} entries, the "
         f"decoder's vocabulary {config.vocab_size}: give the decoder's own"
       )
-  decoder = huggingface.load(directory, config, dtype=dtype)
+  decoder = pretrained.load(directory, config, dtype=dtype)
   return LM(
     model=Transformer(config, dtype=jnp.dtype(dtype)),
     decoder=decoder,
     tokenizer=tokenizer,
-    fingerprint=huggingface.fingerprint(decoder),
+    fingerprint=leaves.fingerprint(decoder),
     stop_ids=tuple(sorted(stop_ids)),
   )
 

@@ -97,6 +97,9 @@ def base() -> ConfigDict:
   # answer comes next, first of all where it begins. All sources in use have
   # some: problems, and those with an answer_field.
   c.data.answers_only = False
+  # Batches say what each step of a problem results in, for objectives that
+  # learn it; problems of serial kinds (data/serial.py) alone have that.
+  c.data.results = False
   c.data.cache_dir = ""  # '' is ~/.cache/cacheaug
   c.data.validation_fraction = 0.05  # of documents, never trained on
   c.data.workers = 2  # processes that tokenise

@@ -120,7 +120,8 @@ def use_text(config: ConfigDict, path: str, field: str) -> str:
   source.path = str(Path(path).expanduser())
   config.data.sources = ConfigDict({TEXT: source})
   config.data.validation_fraction = 0.0
-  config.data.answers_only = False  # it has none that stand apart
+  # It has none that stand apart.
+  config.data.answers_only = config.data.results = False
   return "train"
 
 

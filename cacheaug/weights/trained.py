@@ -20,7 +20,7 @@ from cacheaug.model import lora, transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import checkpoint
-from cacheaug.weights import coprocessor_files, huggingface
+from cacheaug.weights import coprocessor_files, leaves, pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def adapts(run: Run) -> bool:
 
 def _tree(run: Run, wanted: Params) -> Params:
   """The run's arrays in the form of `wanted`, whose shapes they must have."""
-  for name, x in huggingface.flatten(wanted).items():
+  for name, x in leaves.flatten(wanted).items():
     shape = list(run.flat[name].shape) if name in run.flat else "absent"
     if shape != list(x.shape):
       raise UserError(
@@ -151,8 +151,8 @@ def _decoder_params(run: Run, model: Transformer) -> Params:
   path = run.config.decoder.path
   if path:
     try:
-      directory = huggingface.resolve(path)
-      decoder = huggingface.load(directory, model.config, dtype="float32")
+      directory = pretrained.resolve(path)
+      decoder = pretrained.load(directory, model.config, dtype="float32")
     except UserError as e:
       raise UserError(
         f"decoder of {run.workdir}: {e}; give --decoder_path=DIR"
@@ -160,7 +160,7 @@ def _decoder_params(run: Run, model: Transformer) -> Params:
   else:
     make = partial(trainable.random_decoder, run.config, model, "float32")
     decoder = jax.jit(make)()
-  if huggingface.fingerprint(decoder) != run.decoder_fingerprint:
+  if leaves.fingerprint(decoder) != run.decoder_fingerprint:
     raise UserError(
       f"{run.workdir} adapts decoder {run.decoder_fingerprint}, {path!r} holds "
       "another now: give --decoder_path=DIR"
@@ -216,8 +216,8 @@ def open_coprocessor(
 
 
 def _directory(path: str) -> pathlib.Path:
-  if path.startswith(huggingface.SHIPPED):
-    return huggingface.resolve(path)
+  if path.startswith(pretrained.SHIPPED):
+    return pretrained.resolve(path)
   directory = pathlib.Path(path).expanduser()
   if not directory.is_dir():
     raise UserError(
