@@ -26,12 +26,8 @@ from cacheaug.lm import DTYPES, LM
 from cacheaug.model import transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
-<<<<<<< HEAD
 from cacheaug.step import abstract_state
-from cacheaug.weights import huggingface, trained
-=======
 from cacheaug.weights import leaves, pretrained, trained
->>>>>>> main
 from cacheaug.weights import safetensors_io as files
 
 _DECODER, _COPROCESSOR = "shipped:tiny", "shipped:tiny_coprocessor"
@@ -203,8 +199,8 @@ def described_model(config: ConfigDict) -> ModelConfig:
     UserError: neither says what the decoder is, or they do not agree.
   """
   if config.decoder.path:
-    model_config = huggingface.read_config(
-      huggingface.resolve(config.decoder.path)
+    model_config = pretrained.read_config(
+      pretrained.resolve(config.decoder.path)
     )
   elif all(value is None for value in config.decoder.shape.values()):
     raise UserError(
