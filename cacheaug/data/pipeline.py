@@ -77,7 +77,6 @@ class ProblemRows:
     self._steps = (source.steps_min, source.steps_max)
     problems.check_options(self._kinds, self._steps, label=label)
     self._tokenizer = tokenizer
-    self._bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     self._sequence = sequence
     self._answers = answers
     self._split = split
@@ -142,10 +141,11 @@ class ProblemRows:
   def _encode(self, problem: problems.Problem) -> tuple[int, list[int]]:
     """Tokens of a problem, and how many come before its answer's."""
     if not self._answers:
-      return 0, self._bos + self._tokenizer.encode(problem.text)
-    question = self._bos + self._tokenizer.encode(problem.question)
+      return 0, tokenizers.with_special(self._tokenizer, problem.text)
+    question = [*self._tokenizer.prefix]
+    question += self._tokenizer.encode(problem.question)
     answer = self._tokenizer.encode(f"{problem.answer}\n")
-    return len(question), question + answer
+    return len(question), question + answer + [*self._tokenizer.suffix]
 
 
 Rows = shards.PackedRows | ProblemRows
