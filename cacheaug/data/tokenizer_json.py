@@ -220,7 +220,9 @@ def _is_earlier_byte_tokenizer(path: pathlib.Path, content: bytes) -> bool:
   config = path.parent / "tokenizer_config.json"
   if len(content) > 10_000 or not config.exists():
     return False
-  earlier = json.loads(byte_tokenizer().to_str()) | {"post_processor": None}
+  earlier = json.loads(byte_tokenizer().to_str())
+  # It was written by hand then: the decoder as the pre-tokenizer.
+  earlier |= {"post_processor": None, "decoder": earlier["pre_tokenizer"]}
   try:
     same = json.loads(content) == earlier
   except ValueError:

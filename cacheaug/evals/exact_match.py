@@ -103,8 +103,7 @@ def exact_match(
     problems.generate(seed, i, options, split="validation")
     for i in range(count)
   ]
-  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  prompts = [bos + tokenizer.encode(p.question) for p in asked]
+  prompts = [[*tokenizer.prefix, *tokenizer.encode(p.question)] for p in asked]
   said = 0 if early or coproc is None else min(late, ANSWER_TOKENS)
   short = np.zeros(count, bool)
   if coproc is not None:
