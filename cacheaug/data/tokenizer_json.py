@@ -21,6 +21,16 @@ from cacheaug.data import chat
 # The files that name special tokens; the first that names one decides.
 _NAMING = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
 _SPECIALS = ("bos", "eos", "pad", "unk")
+# What lies beside the byte tokenizer's tokenizer.json.
+BYTE_CONFIG = {
+  "tokenizer_class": "PreTrainedTokenizerFast",
+  "pad_token": "<pad>",
+  "eos_token": "<eos>",
+  "bos_token": "<bos>",
+  "unk_token": "<unk>",
+  "clean_up_tokenization_spaces": False,
+  "model_max_length": 10**9,
+}
 # Texts of which a vocabulary knows at least one.
 _PROBES = ("a", "e", "1", " ", "the")
 
@@ -227,7 +237,7 @@ def _is_earlier_byte_tokenizer(path: pathlib.Path, content: bytes) -> bool:
     same = json.loads(content) == earlier
   except ValueError:
     return False
-  return same and read_json(config).get("bos_token") == "<bos>"
+  return same and read_json(config) == BYTE_CONFIG
 
 
 def _parse(path: pathlib.Path, content: bytes) -> Any:

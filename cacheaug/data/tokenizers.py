@@ -85,10 +85,9 @@ class ByteTokenizer:
   prefix, suffix = (2,), ()
   _special_tokens = ("<pad>", "<eos>", "<bos>", "<unk>")
   special_tokens = {
-    "pad_token": "<pad>",
-    "eos_token": "<eos>",
-    "bos_token": "<bos>",
-    "unk_token": "<unk>",
+    key: token
+    for key, token in tokenizer_json.BYTE_CONFIG.items()
+    if key.endswith("_token")
   }
   chat_templates: dict[str, str] = {}
 
@@ -114,12 +113,7 @@ class ByteTokenizer:
     tokenizer_json.byte_tokenizer().save(str(directory / "tokenizer.json"))
     tokenizer_json.write_json(
       directory / "tokenizer_config.json",
-      {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **self.special_tokens,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**9,
-      },
+      tokenizer_json.BYTE_CONFIG,
     )
 
 
