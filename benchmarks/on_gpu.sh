@@ -9,7 +9,7 @@
 # it comes, a part that is run again goes on where it was stopped:
 #   kernels        errors against float64, useful TFLOP/s       45 s
 #   step           Gemma-2 2B and Gemma-3 270M, and peers       130 s
-#   deterministic  the same step twice, with and without        2 x 20 s
+#   deterministic  the same step twice, with and without        40 s
 #   flex           the step in PyTorch with FlexAttention       70 s
 #   cross_entropy  V = 256,128 and 262,144 against float64      25 s
 #   decode         tokens a second, beside the memory's         40 s
@@ -92,11 +92,7 @@ for part in "${parts[@]}"; do
   case $part in
     kernels) measure 45 kernels ;;
     step) measure 130 step ;;
-    deterministic)
-      measure 20 deterministic
-      XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_deterministic_ops=true" \
-        measure 20 deterministic
-      ;;
+    deterministic) measure 40 deterministic ;;
     # JAX only checks the loss there: PyTorch has the GPU to itself.
     flex) JAX_PLATFORMS=cpu measure 70 flex ;;
     cross_entropy) measure 25 cross_entropy ;;

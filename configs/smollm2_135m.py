@@ -6,9 +6,9 @@
 Anywhere, in under a minute, through the same code: --config.runlocal=True.
 
 Weights: no licence to accept (Apache-2.0):
-`huggingface-cli download HuggingFaceTB/SmolLM2-135M --local-dir=DIR`. A .gguf file of the
-same model serves as well (--config.decoder.path=FILE.gguf); quantised weights are
-expanded to precision.decoder when they are read.
+`huggingface-cli download HuggingFaceTB/SmolLM2-135M --local-dir=DIR`.
+A .gguf file of the same model serves as well (--config.decoder.path=FILE.gguf);
+quantised weights are expanded to precision.decoder when they are read.
 
 Text: C4's English part, prepared once as configs/gemma2b.py says, then
 --config.data.sources.c4.path=DATA/allenai__c4/en/VERSION; or your own files:

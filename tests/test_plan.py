@@ -400,6 +400,8 @@ def test_a_program_that_jaxlib_cannot_read(tmp_path, monkeypatch):
   found = planner.plan(config, topology, mfu=0.4, use_compiler=True)
   assert found["collectives"] == found["collectives_expected"]
   assert "jaxlib cannot read the compiled program" in table(found)
+  assert found["compiled"]["by"] == compiling.versions("tpu")
+  assert f"compiled by {compiling.versions('tpu')} in 1 s" in table(found)
 
   def unreadable():
     raise jax.errors.JaxRuntimeError("async-update")
@@ -438,5 +440,5 @@ def test_what_does_not_fit_is_said_with_keys(tmp_path):
     config=config,
   )
   assert done.returncode == 0, done.stderr
-  assert "DOES NOT FIT" in done.stdout and "the compiler, in" in done.stdout
+  assert "DOES NOT FIT" in done.stdout and "the compiler (libtpu" in done.stdout
   assert re.search(r"optimizer.accumulation=\d+: saves .*: fits", done.stdout)

@@ -22,6 +22,7 @@ FREE_KEYS = (
   "data.retries",
   "optimizer.accumulation",
   "remat",
+  "deterministic",
   "eval.",
   "export",
   "local.",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,11 @@ from cacheaug.step import make_step
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What the compiler says about one step on one device."""
+  """What the compiler says about one step on one device.
+
+  Its figures are of one version of it: others place weights, choose layouts
+  and overlap traffic otherwise.
+  """
 
   arguments: float  # bytes
   temporaries: float
@@ -61,11 +66,19 @@ def compile_step(
   key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
   reset = jax.ShapeDtypeStruct((), jnp.bool_, sharding=whole)
   began = time.monotonic()
-  traced = step.trace(state, decoder, batch, key, reset)
+  platform, options, context = "tpu", {}, contextlib.nullcontext()
+  if devices[0].platform != "tpu":
+    # Nothing can be timed here, so nothing is chosen by timing; and kernels
+    # ask the context which GPU they are for.
+    platform, options = "cuda", {"xla_gpu_autotune_level": 0}
+    context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+  with context:
+    traced = step.trace(state, decoder, batch, key, reset)
+    lowered = traced.lower(lowering_platforms=(platform,))
   try:
     # Nothing of it could run here, so there is nothing worth keeping.
     with _no_cache():
-      compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+      compiled = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
@@ -80,6 +93,22 @@ def compile_step(
     seconds=time.monotonic() - began,
     text=_text(compiled),
   )
+
+
+def versions(platform: str) -> str:
+  """The compiler's and jax's, which every figure of theirs belongs to.
+
+  Args:
+    platform: 'tpu' or 'gpu'.
+  """
+  compiler = "libtpu" if platform == "tpu" else "jaxlib"
+  found = []
+  for name in (compiler, "jax"):
+    try:
+      found.append(f"{name} {importlib.metadata.version(name)}")
+    except importlib.metadata.PackageNotFoundError:
+      found.append(f"{name} of unknown version")
+  return ", ".join(found)
 
 
 def _text(compiled: jax.stages.Compiled) -> str | None:

@@ -76,7 +76,7 @@ def plan(
     traffic = collectives.of_program(said.text, topology.slices)
   return {
     **_subject(config, model_config, topology),
-    "compiled": _describe(said, reason),
+    "compiled": _describe(said, reason, topology.chip.kind),
     **_memory(config, model_config, topology, shapes=shapes, said=said),
     "collectives": [dataclasses.asdict(t) for t in traffic],
     "collectives_expected": [dataclasses.asdict(t) for t in expected],
@@ -108,11 +108,14 @@ def _subject(
   }
 
 
-def _describe(said: Compiled | Refused | None, reason: str) -> dict[str, Any]:
+def _describe(
+  said: Compiled | Refused | None, reason: str, kind: str
+) -> dict[str, Any]:
   if said is None:
     return {"done": False, "reason": reason}
   found = dataclasses.asdict(said)
   found["collectives_read"] = found.pop("text", None) is not None
+  found["by"] = compiling.versions(kind)
   return {"done": True, "fits": isinstance(said, Compiled)} | found
 
 
@@ -130,7 +133,11 @@ def _memory(
   fits = shapes.total <= limit
   if isinstance(said, Compiled):
     arguments, temporaries = said.arguments, said.temporaries
-    others, fits = said.others, True  # or it would have been refused
+    others = said.others
+    # A TPU's compiler would have refused it, a GPU's does not look.
+    fits = topology.chip.kind == "tpu" or (
+      arguments + temporaries + others <= limit
+    )
   elif isinstance(said, Refused):
     fits, limit = False, said.limit or limit
     # Its number is of temporaries alone, or of everything.

@@ -55,9 +55,11 @@ def _memory_lines(p: dict[str, Any]) -> list[str]:
   if not c["done"]:
     lines.append(f"nothing was compiled ({c['reason']}): shapes alone")
   elif not c["fits"]:
-    lines.append(f"the compiler, in {c['seconds']:.0f} s: {c['message']}")
+    lines.append(
+      f"the compiler ({c['by']}), in {c['seconds']:.0f} s: {c['message']}"
+    )
   else:
-    lines.append(f"compiled in {c['seconds']:.0f} s")
+    lines.append(f"compiled by {c['by']} in {c['seconds']:.0f} s")
   if p["remedies"]:
     lines += ["", "keys that would help, GiB (by shapes; ask again with them):"]
   for r in p["remedies"]:
