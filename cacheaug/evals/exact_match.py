@@ -54,14 +54,15 @@ def of_problems(
     count: of problems.
     seed: of the problems.
   """
-  bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
   asked = (
     problems.generate(seed, i, options, split="validation")
     for i in range(count)
   )
   return [
     Question(
-      (*bos, *tokenizer.encode(p.question)), p.answer, f"{p.kind}-{p.steps}"
+      (*tokenizer.prefix, *tokenizer.encode(p.question)),
+      p.answer,
+      f"{p.kind}-{p.steps}",
     )
     for p in asked
   ]
