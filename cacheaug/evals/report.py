@@ -25,6 +25,19 @@ from cacheaug.run import files
 
 
 @dataclasses.dataclass(frozen=True)
+class Section:
+  """What one evaluator adds to a report's page.
+
+  Attributes:
+    parts: paragraphs of Markdown, in order, a heading first.
+    files: name -> content, written beside the page.
+  """
+
+  parts: tuple[str, ...]
+  files: Mapping[str, bytes]
+
+
+@dataclasses.dataclass(frozen=True)
 class PositionRow:
   """One token position after the latents.
 
@@ -129,7 +142,11 @@ def format_table(
   rows: Sequence[PositionRow], name: str = AUGMENTED_NAME
 ) -> str:
   """The table as aligned plain text, for a terminal."""
-  lines = [_header(name), *(_cells(r) for r in rows)]
+  return aligned([_header(name), *(_cells(r) for r in rows)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+  """Any cells as plain text, for a terminal; columns end at the right."""
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return "\n".join(
     "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True))
