@@ -249,7 +249,7 @@ def resolve(config: ConfigDict, given: Iterable[str] = ()) -> ConfigDict:
   given = set(given)
   config = ConfigDict(config.copy_and_resolve_references())
   config.unlock()
-  for key, value in _leaves(config.local):
+  for key, value in leaves(config.local):
     if key not in given and not key.startswith("data.sources."):
       parent, _, name = key.rpartition(".")
       (_at(config, parent) if parent else config)[name] = value
@@ -268,8 +268,8 @@ def check_keys(config: ConfigDict) -> None:
 
   # Below these the keys are the experiment's own; a source's are checked.
   free = ("data.sources.", "optimizer.multipliers.", "local.")
-  known = [k for k, _ in _leaves(base()) if not k.startswith(free)]
-  found = [k for k, _ in _leaves(config) if not k.startswith(free)]
+  known = [k for k, _ in leaves(base()) if not k.startswith(free)]
+  found = [k for k, _ in leaves(config) if not k.startswith(free)]
   if "sources" in config.get("data", {}):
     for name, source in config.data.sources.items():
       prefix = f"data.sources.{name}."
@@ -297,11 +297,11 @@ def nearest(key: str, known: list[str]) -> str:
   return f"; did you mean {', '.join(unique)}?" if unique else ""
 
 
-def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
   """Every key that is not a dictionary, as (`a.b.c`, value)."""
   for key, value in config.items():
     if isinstance(value, ConfigDict):
-      yield from _leaves(value, f"{prefix}{key}.")
+      yield from leaves(value, f"{prefix}{key}.")
     else:
       yield f"{prefix}{key}", value
 

@@ -12,6 +12,7 @@ tokens of an answer.
 """
 
 import contextlib
+import hashlib
 import json
 import pathlib
 import sys
@@ -62,6 +63,8 @@ class PackedRows:
     """
     meta = json.loads((directory / "meta.json").read_text())
     shards = [shard[split] for shard in meta["shards"]]
+    text = json.dumps(shards, sort_keys=True).encode()
+    self._digest = hashlib.blake2b(text, digest_size=4).hexdigest()
     self._sequence = meta["sequence"]
     self._dtype = np.dtype(meta["dtype"])
     self._directory = directory
@@ -85,6 +88,13 @@ class PackedRows:
 
   def __len__(self) -> int:
     return self._length
+
+  def describe(self) -> str:
+    """What the rows are: two hosts that say the same have the same rows."""
+    return (
+      f"{self.num_source_documents} documents in {len(self)} rows "
+      f"({self._digest})"
+    )
 
   def _open(self) -> None:
     import grain
