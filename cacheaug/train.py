@@ -1,6 +1,7 @@
 """The one trainer, top to bottom, for a coprocessor or a decoder itself."""
 
 import json
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -26,10 +27,11 @@ from cacheaug.kernels import dispatch
 from cacheaug.model import lora, transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.run import files, machine, profiling
+from cacheaug.run import agreement, files, machine, profiling
 from cacheaug.run import workdir as workdirs
 from cacheaug.run.checkpoint import Checkpoints
 from cacheaug.run.heartbeat import Heartbeat
+from cacheaug.run.lock import Lock
 from cacheaug.run.metrics import MetricWriter, Progress, memory_peak
 from cacheaug.run.preemption import StopOnSignal
 from cacheaug.weights import huggingface
@@ -42,9 +44,17 @@ def train(config: ConfigDict, workdir: str) -> None:
     UserError: bad input, before anything is written; a loss that is not
       finite, with the checkpoints before it kept.
   """
+  workdir = os.fspath(files.expanded(workdir))
+  with Lock(workdir) as lock:
+    _train(config, workdir, lock)
+
+
+def _train(config: ConfigDict, workdir: str, lock: Lock) -> None:
   # --- mesh, workdir --------------------------------------------------------
+  agreement.check(lambda: agreement.of_config(config))
   configs.validate(config, jax.device_count())
   mesh = sharding.make_mesh(config.mesh)
+  agreement.on_process_zero(lock.acquire)
   workdirs.check(config, workdir)
 
   # --- model, tokenizer -----------------------------------------------------
@@ -59,6 +69,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
+  agreement.check(lambda: batches.describe() | _decoder_files(config))
 
   # --- decoder, state -------------------------------------------------------
   decoder, fingerprint = load_decoder(config, model, mesh)
@@ -72,7 +83,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   shardings = jax.tree.map(lambda x: x.sharding, wanted)
 
   # --- restore: 1. newest whole checkpoint, 2. fresh --------------------------
-  workdirs.claim(config, workdir)
+  workdirs.claim(config, workdir, lock)
   checkpoints = Checkpoints(
     epath.Path(workdir) / "checkpoints",
     keep=config.checkpoint.keep,
@@ -155,6 +166,14 @@ def train(config: ConfigDict, workdir: str) -> None:
   )
   report(config, workdir, model, decoder, params, tokenizer, fingerprint)
   heartbeat.say("finished")
+
+
+def _decoder_files(config: ConfigDict) -> dict[str, str]:
+  """A digest of the decoder's files as this host sees them."""
+  if not config.decoder.path:
+    return {}
+  directory = huggingface.resolve(config.decoder.path)
+  return {"decoder.path": agreement.of_directory(directory)}
 
 
 def open_model(

@@ -99,6 +99,10 @@ class ProblemRows:
   def __len__(self) -> int:
     return self._length
 
+  def describe(self) -> str:
+    """What the rows are: made from the config alone, the same everywhere."""
+    return "generated problems"
+
   def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows by number: tokens and documents, both int32 [n, S]."""
     if self._rows is None:
@@ -228,6 +232,13 @@ class Batches:
     self.num_documents = sum(part.num_documents for part in parts)
     total = sum(len(part) for part in parts)
     self.num_examples = total if total < _ENDLESS else None
+
+  def describe(self) -> dict[str, str]:
+    """Each source's rows, for comparing what different hosts see."""
+    return {
+      label: part.describe()
+      for label, part in zip(self._labels, self._parts, strict=True)
+    }
 
   def at(self, step: int) -> Batch:
     """Rows of global batch `step` that belong to this process.

@@ -50,18 +50,19 @@ def on_process_zero(action: Callable[[], None]) -> None:
     raise UserError(reason)
 
 
-def check(facts: Mapping[str, str]) -> None:
+def check(facts: Callable[[], Mapping[str, str]]) -> None:
   """Refuses processes that differ; all must call it together.
 
   Args:
-    facts: what is compared -> this process's value, for a person to read.
+    facts: gives what is compared -> this process's value, for a person to
+      read. It is not called where there is one process.
 
   Raises:
     UserError: on every process, naming the first fact that differs.
   """
   if jax.process_count() == 1:
     return
-  found = exchange("\n".join(f"{k}\t{_plain(v)}" for k, v in facts.items()))
+  found = exchange("\n".join(f"{k}\t{_plain(v)}" for k, v in facts().items()))
   tables = [dict(x.split("\t", 1) for x in t.splitlines()) for t in found]
   for process, table in enumerate(tables):
     for name in dict.fromkeys([*tables[0], *table]):
