@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from tolerances import jit
 
 import cacheaug
+from cacheaug import build, export, step, train
 from cacheaug import config as configs
-from cacheaug import export, step, train
 from cacheaug.augment import objective, traces
 from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
@@ -245,7 +245,7 @@ def test_lora_decoder_and_its_table(tmp_path, decoder_path):
     and "continued" in (workdir / "report" / "report.md").read_text()
   )
   counted = [line.split(",")[6] for line in table.splitlines()[1:]]
-  model, _ = train.open_model(config)
+  model, _ = build.open_model(config)
   params = cacheaug.load(decoder_path).decoder
   sums = train.finish.sums_by_source(
     config,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cacheaug import config as configs
+from cacheaug import validate
 from cacheaug.errors import UserError
 from cacheaug.weights import huggingface, published
 
@@ -30,7 +31,7 @@ def test_published_shape(name):
   assert f"download {repository} --local-dir" in text
   assert repository in config.decoder.how_to_get
   with pytest.raises(UserError, match="decoder.path is empty: .*download"):
-    configs.validate(configs.resolve(config), 1)
+    validate.check_config(configs.resolve(config), 1)
 
 
 def test_licences_to_accept_are_named():

@@ -14,11 +14,11 @@ import tolerances
 from oracle import FAMILIES, TOLERANCE, WHY_TORCH
 
 import cacheaug
-from cacheaug import export, lm
+from cacheaug import build, lm
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
-from cacheaug.weights import huggingface
+from cacheaug.weights import coprocessor_files, huggingface
 
 SPEC = TraceSpec(3, 4, "replace", tail=2, min_ahead=2, law="stratified")
 PROMPTS = ["def f(x):\n", "import os\n", "for i in range(10): print(i"]
@@ -53,7 +53,7 @@ def save(directory, decoder, spec=SPEC, **changes):
     decoder_fingerprint=decoder.fingerprint,
     source="shipped:tiny",
   )
-  export.save_coprocessor(directory, **options | changes)
+  coprocessor_files.save_coprocessor(directory, **options | changes)
   return directory
 
 
@@ -81,7 +81,7 @@ def test_import_is_light():
 
 
 def test_names_of_the_package():
-  assert cacheaug.load is lm.load and cacheaug.LM is lm.LM
+  assert cacheaug.load is build.load and cacheaug.LM is lm.LM
   assert {"load", "LM"} <= set(dir(cacheaug))
   with pytest.raises(AttributeError, match="no attribute 'lode'"):
     _ = cacheaug.lode
