@@ -24,6 +24,7 @@ from cacheaug.lm import DTYPES, LM
 from cacheaug.model import transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
+from cacheaug.run import agreement
 from cacheaug.run.workdir import read_config
 from cacheaug.weights import huggingface, trained
 
@@ -85,6 +86,14 @@ def make_model(
   return Transformer(
     model_config, dtype=dtype, remat=config.remat, attention=kernel
   )
+
+
+def describe_decoder(config: ConfigDict) -> dict[str, str]:
+  """A digest of the decoder's files, for comparing what hosts see."""
+  path = config.decoder.path
+  if not path:
+    return {}
+  return {"decoder.path": agreement.of_directory(huggingface.resolve(path))}
 
 
 def load_decoder(

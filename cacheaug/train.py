@@ -76,7 +76,7 @@ def _train(config: ConfigDict, workdir: str, lock: Lock) -> None:
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  agreement.check(lambda: batches.describe() | agreement.of_decoder(config))
+  agreement.check(lambda: batches.describe() | build.describe_decoder(config))
 
   # --- decoder, state -------------------------------------------------------
   decoder, fingerprint = build.load_decoder(config, model, mesh)

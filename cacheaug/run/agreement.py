@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 
 from cacheaug.config import leaves
 from cacheaug.errors import UserError
-from cacheaug.weights.huggingface import resolve
 
 # Keys that may differ between hosts: names of the same thing on each.
 _OWN = ("data.cache_dir", "data.workers", "decoder.path", "coprocessor.init")
@@ -91,12 +90,6 @@ def of_config(config: ConfigDict) -> dict[str, str]:
     if not own and not key.startswith("local."):
       facts[f"config key {key}"] = repr(value)
   return facts
-
-
-def of_decoder(config: ConfigDict) -> dict[str, str]:
-  """Facts of the decoder's files; none where there is no decoder to read."""
-  path = config.decoder.path
-  return {"decoder.path": of_directory(resolve(path))} if path else {}
 
 
 def of_directory(path: str | Path) -> str:

@@ -21,6 +21,7 @@ from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
+from cacheaug.run.files import staged
 from cacheaug.weights import families, huggingface
 from cacheaug.weights import safetensors_io as files
 from cacheaug.weights.huggingface import Leaf
@@ -49,7 +50,8 @@ def save_coprocessor(
   """Writes config.json and coprocessor.safetensors.
 
   Args:
-    directory: made if absent; files of the same names are replaced.
+    directory: made if absent, local or gs://; files of the same names are
+      replaced.
     model_config: of the decoder, which the coprocessor shares.
     spec: how it was trained; N, positions and start bind its user.
     params: of coprocessor.init_boxed, in the dtype to write.
@@ -60,7 +62,6 @@ def save_coprocessor(
   Raises:
     UserError: a directory that cannot be written.
   """
-  directory = pathlib.Path(directory)
   entries = {
     "format": FORMAT,
     "family": model_config.family,
@@ -77,8 +78,9 @@ def save_coprocessor(
   tree = {k: v for k, v in params.items() if k != "transformer"}
   leaves = _leaves(model_config, spec)
   body = params.get("transformer", {})
-  huggingface.write_leaves(directory / WEIGHTS, leaves, body | tree, None)
-  files.write_json(directory / "config.json", entries)
+  with staged(directory) as local:
+    huggingface.write_leaves(local / WEIGHTS, leaves, body | tree, None)
+    files.write_json(local / "config.json", entries)
 
 
 def load_coprocessor(

@@ -26,7 +26,8 @@ from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.run.checksum import leaf_checksum
+from cacheaug.run.checksum import checksums, named_leaves
+from cacheaug.run.files import staged
 from cacheaug.weights import families
 from cacheaug.weights import safetensors_io as files
 from cacheaug.weights.families import Family
@@ -97,14 +98,7 @@ def _decoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   boxed = jax.eval_shape(
     lambda k: transformer.init(model, k), jax.random.key(0)
   )
-  return {name: x.shape for name, x in flatten(nn.unbox(boxed)).items()}
-
-
-def flatten(tree: Params) -> dict[str, Any]:
-  """Nested dictionaries -> {'a/b/c': leaf}, sorted."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-  return {keystr(path): leaf for path, leaf in leaves}
+  return {name: x.shape for name, x in named_leaves(nn.unbox(boxed)).items()}
 
 
 def _nest(flat: Mapping[str, Any]) -> dict:
@@ -274,7 +268,7 @@ def read_leaves(
   read: Callable[..., np.ndarray] = files.read,
 ) -> Params:
   """The tree of `leaves`, of tensors `read(*where[name])`; see `load`."""
-  flat = None if shardings is None else flatten(shardings)
+  flat = None if shardings is None else named_leaves(shardings)
   tree = {}
   for leaf in leaves:
     sharding = None if flat is None else flat[leaf.path]
@@ -336,7 +330,8 @@ def save(
   alone. Leaves must be addressable by this process.
 
   Args:
-    directory: made if absent; files of the same names are replaced.
+    directory: made if absent, local or gs://; files of the same names are
+      replaced.
     config: of `params`.
     params: as `load` returns.
     tokenizer: its `save(directory)` writes its files, and its special ids go
@@ -347,8 +342,17 @@ def save(
     UserError: a config that its family cannot express, or a directory that
       cannot be written.
   """
-  directory = pathlib.Path(directory)
-  dtype = jnp.dtype(dtype)
+  with staged(directory) as local:
+    _save(local, config, params, tokenizer, jnp.dtype(dtype))
+
+
+def _save(
+  directory: pathlib.Path,
+  config: ModelConfig,
+  params: Params,
+  tokenizer: Any,
+  dtype: np.dtype,
+) -> None:
   entries = families.config_entries(config) | {"torch_dtype": dtype.name}
   if tokenizer is not None:
     ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_id") for k in _SPECIALS}
@@ -363,7 +367,7 @@ def write_leaves(
   path: pathlib.Path, leaves: list[Leaf], params: Params, dtype: Any
 ) -> None:
   """Writes `leaves` of `params` to one file; `dtype` None keeps theirs."""
-  flat = flatten(params)
+  flat = named_leaves(params)
   shapes = {
     name: (leaf.tensor_shape, jnp.dtype(dtype or flat[leaf.path].dtype))
     for leaf in leaves
@@ -388,16 +392,11 @@ def fingerprint(params: Params) -> str:
   Of the names, shapes and weights rounded to bfloat16, so that it is the same
   whether they were loaded as float32 or bfloat16; the same on any mesh.
   """
-  flat = flatten(params)
-  sums = np.asarray(jax.device_get(_checksums(list(flat.values()))))
+  flat = named_leaves(params)
+  sums = checksums(flat.values(), jnp.bfloat16)
   shapes = [[name, *leaf.shape] for name, leaf in flat.items()]
   text = json.dumps([shapes, sums.tolist()])
   return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> jax.Array:
-  return jnp.stack([leaf_checksum(x.astype(jnp.bfloat16)) for x in leaves])
 
 
 def stop_ids(directory: str | pathlib.Path) -> tuple[int, ...]:

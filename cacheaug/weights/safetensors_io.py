@@ -6,16 +6,16 @@ header's length, a JSON header of dtypes, shapes and offsets, then the data.
 """
 
 import json
-import os
 import pathlib
-import secrets
 from collections.abc import Callable, Iterable, Mapping
+from typing import BinaryIO
 
 import jax
 import numpy as np
 import safetensors
 
-from cacheaug.errors import UserError
+from cacheaug.errors import UserError, one_line
+from cacheaug.run.files import disk_errors, write_whole
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,8 +34,9 @@ def read_json(path: pathlib.Path) -> dict:
   try:
     entries = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as e:
-    text = " ".join(str(e).split())[:120]
-    raise UserError(f"{path}: cannot be read as JSON ({text})") from e
+    raise UserError(
+      f"{path}: cannot be read as JSON ({one_line(e, 120)})"
+    ) from e
   if not isinstance(entries, dict):
     raise UserError(f"{path}: not a JSON object")
   return entries
@@ -115,10 +116,9 @@ def _open(path: pathlib.Path):
   try:
     return safetensors.safe_open(path, framework="numpy")
   except (OSError, safetensors.SafetensorError) as e:
-    text = " ".join(str(e).split())[:120]
     raise UserError(
-      f"{path}: cannot be read as safetensors, truncated or damaged ({text}): "
-      "download it again"
+      f"{path}: cannot be read as safetensors, truncated or damaged "
+      f"({one_line(e, 120)}): download it again"
     ) from e
 
 
@@ -154,30 +154,21 @@ def write(
         raise ValueError(f"{tensor.shape} {tensor.dtype}, not {shape} {dtype}")
       file.write(np.ascontiguousarray(tensor).view(np.uint8).data)
 
-  atomically(path, body)
+  _write(path, body)
 
 
 def write_json(path: pathlib.Path, entries: Mapping) -> None:
   """Writes a JSON object, keys sorted, atomically."""
   text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
-  atomically(path, lambda file: file.write(text.encode()))
+  _write(path, lambda file: file.write(text.encode()))
 
 
-def atomically(path: pathlib.Path, body: Callable) -> None:
-  """`body(file)` into a temporary file, renamed over `path` when complete.
+def _write(path: pathlib.Path, body: Callable[[BinaryIO], None]) -> None:
+  """`body(file)` into a file that is whole or absent.
 
   Raises:
     UserError: a place that cannot be written to.
   """
-  temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-  try:
+  with disk_errors(path, "write it", "give another directory"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("wb") as file:
-      body(file)
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
-  except OSError as e:
-    raise UserError(f"{path}: cannot be written ({e.strerror})") from e
-  finally:
-    temporary.unlink(missing_ok=True)
+    write_whole(path, body, sync=True)
