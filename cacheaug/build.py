@@ -4,6 +4,7 @@ Nobody else builds one: training, evaluation, export, planning and the commands
 call these functions.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
-from cacheaug import sharding, trainable, validate
+from cacheaug import optim, sharding, trainable, validate
 from cacheaug.augment import coprocessor
 from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
@@ -26,7 +27,8 @@ from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import agreement
 from cacheaug.run.workdir import read_config
-from cacheaug.weights import huggingface, trained
+from cacheaug.step import abstract_state
+from cacheaug.weights import leaves, pretrained, trained
 
 _DECODER, _COPROCESSOR = "shipped:tiny", "shipped:tiny_coprocessor"
 
@@ -49,11 +51,11 @@ def open_model(
     tokenizer = tokenizers.load("byte" if spec == "decoder" else spec)
   else:
     try:
-      directory = huggingface.resolve(config.decoder.path)
+      directory = pretrained.resolve(config.decoder.path)
     except UserError as e:
       how = config.decoder.how_to_get
       raise UserError(f"decoder.path: {e}{': ' + how if how else ''}") from e
-    model_config = huggingface.read_config(directory)
+    model_config = pretrained.read_config(directory)
     tokenizer = tokenizers.load(str(directory) if spec == "decoder" else spec)
   validate.check_model(config, model_config)
   if tokenizer.vocab_size > model_config.vocab_size:
@@ -93,7 +95,7 @@ def describe_decoder(config: ConfigDict) -> dict[str, str]:
   path = config.decoder.path
   if not path:
     return {}
-  return {"decoder.path": agreement.of_directory(huggingface.resolve(path))}
+  return {"decoder.path": agreement.of_directory(pretrained.resolve(path))}
 
 
 def load_decoder(
@@ -109,8 +111,8 @@ def load_decoder(
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   storage = _dtype(config.precision.decoder, _platform(mesh))
   if config.decoder.path:
-    decoder = huggingface.load(
-      huggingface.resolve(config.decoder.path),
+    decoder = pretrained.load(
+      pretrained.resolve(config.decoder.path),
       model.config,
       dtype=storage,
       shardings=shardings,
@@ -118,7 +120,7 @@ def load_decoder(
   else:
     make = partial(trainable.random_decoder, config, model, storage)
     decoder = jax.jit(make, out_shardings=shardings)()
-  return decoder, huggingface.fingerprint(decoder)
+  return decoder, leaves.fingerprint(decoder)
 
 
 def load_initial(
@@ -164,6 +166,66 @@ def abstract_decoder(
   )
 
 
+def abstract_arguments(
+  config: ConfigDict, model_config: ModelConfig, mesh: sharding.AnyMesh
+) -> tuple[Any, Any, dict[str, jax.ShapeDtypeStruct]]:
+  """(state, decoder, batch) of one step as shapes with shardings.
+
+  Args:
+    config: checked.
+    model_config: the decoder's.
+    mesh: of devices, or an AbstractMesh where none are needed.
+  """
+  model = shapes_only(config, model_config)
+  decoder = None
+  if configs.has_decoder(config):
+    decoder = abstract_decoder(config, model, mesh)
+  optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
+  state = abstract_state(config, model, optimizer, decoder, mesh)
+  rows = jax.ShapeDtypeStruct(
+    (config.data.batch, config.data.sequence),
+    jnp.int32,
+    sharding=sharding.batch_sharding(mesh),
+  )
+  return state, decoder, {"tokens": rows, "documents": rows}
+
+
+def shapes_only(config: ConfigDict, model_config: ModelConfig) -> Transformer:
+  """The model for shapes alone: TPU kernels load nowhere else, none matters."""
+  if config.attention != "plain":
+    config = ConfigDict(config.copy_and_resolve_references())
+    config.attention = "xla"
+  return make_model(config, model_config)
+
+
+def described_model(config: ConfigDict) -> ModelConfig:
+  """The decoder's ModelConfig, of `decoder.path` or `decoder.shape`.
+
+  Reads config.json alone, no weights.
+
+  Raises:
+    UserError: neither says what the decoder is, or they do not agree.
+  """
+  if config.decoder.path:
+    model_config = pretrained.read_config(
+      pretrained.resolve(config.decoder.path)
+    )
+  elif all(value is None for value in config.decoder.shape.values()):
+    raise UserError(
+      "decoder.shape is empty: give its keys, or decoder.path of a directory "
+      "with config.json"
+    )
+  else:
+    model_config = configs.model_of(config)
+  validate.check_model(config, model_config)
+  return model_config
+
+
+def parameters(tree: Params) -> int:
+  """Numbers in a tree of arrays or shapes."""
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
 def _platform(mesh: sharding.AnyMesh) -> str:
   """Of the mesh's devices; this machine's where it has none."""
   if isinstance(mesh, jax.sharding.Mesh):
@@ -197,10 +259,10 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
     raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
   if dtype == "auto":
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  directory = huggingface.resolve(str(path))
-  config = huggingface.read_config(directory)
+  directory = pretrained.resolve(str(path))
+  config = pretrained.read_config(directory)
   tokenizer = None
-  stop_ids = set(huggingface.stop_ids(directory))
+  stop_ids = set(pretrained.stop_ids(directory))
   names = ("tokenizer.json", "tokenizer.model")
   if any((directory / name).exists() for name in names):
     tokenizer = tokenizers.load(str(directory))
@@ -210,12 +272,12 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
         f"{directory}: its tokenizer has {tokenizer.vocab_size} entries, the "
         f"decoder's vocabulary {config.vocab_size}: give the decoder's own"
       )
-  decoder = huggingface.load(directory, config, dtype=dtype)
+  decoder = pretrained.load(directory, config, dtype=dtype)
   return LM(
     model=Transformer(config, dtype=jnp.dtype(dtype)),
     decoder=decoder,
     tokenizer=tokenizer,
-    fingerprint=huggingface.fingerprint(decoder),
+    fingerprint=leaves.fingerprint(decoder),
     stop_ids=tuple(sorted(stop_ids)),
   )
 

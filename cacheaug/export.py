@@ -20,7 +20,7 @@ from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.run import command
-from cacheaug.weights import coprocessor_files, huggingface, trained
+from cacheaug.weights import coprocessor_files, huggingface, pretrained, trained
 from cacheaug.weights import safetensors_io as files
 
 
@@ -57,7 +57,7 @@ def export_run(
     spec = run.config.data.tokenizer
     if spec == "decoder":
       own = run.config.decoder.path
-      spec = str(huggingface.resolve(own)) if own else "byte"
+      spec = str(pretrained.resolve(own)) if own else "byte"
     params = trained.run_params(run, model_config)
     huggingface.save(out, model_config, params, tokenizer=tokenizers.load(spec))
     return run.step
@@ -96,7 +96,7 @@ def _decoder_config(run: trained.Run) -> ModelConfig:
   if not path:
     return configs.model_of(run.config)
   try:
-    return huggingface.read_config(huggingface.resolve(path))
+    return pretrained.read_config(pretrained.resolve(path))
   except UserError as e:
     raise UserError(
       f"decoder of {run.workdir}: {e}; give --decoder_path=DIR"

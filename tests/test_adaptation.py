@@ -21,7 +21,7 @@ from cacheaug.errors import UserError
 from cacheaug.evals import report
 from cacheaug.model import lora
 from cacheaug.model.transformer import Transformer
-from cacheaug.weights import huggingface
+from cacheaug.weights import huggingface, leaves
 
 LM = {"objective": "language_model"}
 
@@ -200,7 +200,7 @@ def test_lora_on_a_trained_coprocessor(tmp_path, decoder_path):
   exported = frozen.with_coprocessor(tmp_path / "export").coprocessor
   tolerances.close_trees(found.params, exported.params, tolerances.LOSS)
   kernel = "transformer/blocks/mlp/up/kernel"
-  flat, was = map(huggingface.flatten, (found.params, base.params))
+  flat, was = map(leaves.flatten, (found.params, base.params))
   assert not np.array_equal(flat[kernel], was[kernel])
   norm = "transformer/blocks/mlp_norm/scale"
   np.testing.assert_array_equal(flat[norm], was[norm])

@@ -16,7 +16,7 @@ from cacheaug import optim, sharding, step, validate
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.transformer import Transformer
-from cacheaug.weights import huggingface
+from cacheaug.weights import pretrained
 
 _ROOT = Path(__file__).resolve().parent.parent
 _FILES = sorted((_ROOT / "configs").glob("*.py"))
@@ -37,9 +37,9 @@ def test_shipped_config_is_valid_and_has_a_state(path, runlocal):
   config = _load(path)
   config.runlocal = runlocal
   config = configs.resolve(config)
-  if config.decoder.path.startswith(huggingface.SHIPPED):
-    directory = huggingface.resolve(config.decoder.path)
-    model_config = huggingface.read_config(directory)
+  if config.decoder.path.startswith(pretrained.SHIPPED):
+    directory = pretrained.resolve(config.decoder.path)
+    model_config = pretrained.read_config(directory)
   else:
     model_config = configs.model_of(config)
   if config.decoder.how_to_get:

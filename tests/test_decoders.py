@@ -8,7 +8,7 @@ import pytest
 from cacheaug import config as configs
 from cacheaug import validate
 from cacheaug.errors import UserError
-from cacheaug.weights import huggingface, published
+from cacheaug.weights import leaves, published
 
 # As the files on huggingface.co count them, tied heads once.
 PARAMETERS = {
@@ -23,8 +23,8 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", published.PUBLISHED)
 def test_published_shape(name):
   config = published.experiment(name)
-  leaves = huggingface.leaves_of(configs.model_of(config))
-  assert sum(math.prod(leaf.shape) for leaf in leaves) == PARAMETERS[name]
+  wanted = leaves.leaves_of(configs.model_of(config))
+  assert sum(math.prod(leaf.shape) for leaf in wanted) == PARAMETERS[name]
   root = Path(__file__).resolve().parent.parent
   text = (root / "configs" / f"{name}.py").read_text()
   repository = published.PUBLISHED[name][0]

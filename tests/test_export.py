@@ -16,7 +16,7 @@ from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
 from cacheaug.model.transformer import Transformer
-from cacheaug.weights import coprocessor_files, huggingface
+from cacheaug.weights import coprocessor_files, leaves
 
 SPEC = TraceSpec(latents=3, ahead=4)
 
@@ -159,7 +159,7 @@ def test_oracle(scheme, start, decoders, tmp_path):
     model_config=model.config,
     spec=spec,
     params=coproc,
-    decoder_fingerprint=huggingface.fingerprint(params),
+    decoder_fingerprint=leaves.fingerprint(params),
     source=str(directory),
   )
   tokens = np.random.default_rng(3).integers(

@@ -19,7 +19,7 @@ from cacheaug import step as stepping
 from cacheaug.errors import UserError
 from cacheaug.run import checkpoint
 from cacheaug.run import workdir as workdirs
-from cacheaug.weights import coprocessor_files, huggingface, trained
+from cacheaug.weights import coprocessor_files, leaves, pretrained, trained
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,7 +97,7 @@ def test_decoder_is_a_hugging_face_directory(decoder_run, tmp_path):
   found = cacheaug.load(tmp_path / "out")
   same(found.decoder, state.average)  # not the weights of the last step
   assert found.tokenizer.encode("a") == [101]
-  assert found.fingerprint == huggingface.fingerprint(state.average)
+  assert found.fingerprint == leaves.fingerprint(state.average)
 
 
 def test_damaged_checkpoint_is_left_and_the_one_before_read(
@@ -189,7 +189,7 @@ def test_out_of_something_else_is_left_alone(name, decoder, tmp_path):
 
 
 def test_a_decoder_is_not_written_over_one(tmp_path):
-  shutil.copytree(huggingface.resolve("shipped:tiny"), tmp_path / "out")
+  shutil.copytree(pretrained.resolve("shipped:tiny"), tmp_path / "out")
   for decoder in (False, True):
     refused("something else", tmp_path, tmp_path / "out", decoder=decoder)
 

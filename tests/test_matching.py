@@ -13,7 +13,7 @@ from cacheaug.errors import UserError
 from cacheaug.model import lora, transformer
 from cacheaug.model.transformer import Transformer
 from cacheaug.projects.sweep import equal_cost
-from cacheaug.weights import huggingface, published
+from cacheaug.weights import pretrained, published
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = ("tiny_coprocessor", "tinystories656k", "gemma2b", "quickstart")
@@ -108,6 +108,6 @@ def test_configs_are_valid(name, argument, runlocal):
   config = configs.resolve(config)
   validate.check_config(config, 1)
   model = configs.model_of(config)
-  if config.decoder.path.startswith(huggingface.SHIPPED):
+  if config.decoder.path.startswith(pretrained.SHIPPED):
     model = equal_cost.decoder_config(config)
   validate.check_model(config, model)

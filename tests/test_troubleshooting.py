@@ -22,7 +22,7 @@ from cacheaug.data import pipeline, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.run import checkpoint, command
 from cacheaug.run import workdir as workdirs
-from cacheaug.weights import huggingface, published
+from cacheaug.weights import pretrained, published
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PAGE = (_ROOT / "docs" / "troubleshooting.md").read_text()
@@ -45,12 +45,12 @@ def no_such_directory(config, directory):
 
 def no_config_json(config, directory):
   (directory / "weights").mkdir()
-  huggingface.read_config(directory / "weights")
+  pretrained.read_config(directory / "weights")
 
 
 def another_family(config, directory):
   _weights(directory, model_type="mistral")
-  huggingface.read_config(directory / "weights")
+  pretrained.read_config(directory / "weights")
 
 
 def another_shape(config, directory):
@@ -83,12 +83,12 @@ def truncated(config, directory):
 
 
 def _load(found: Path) -> None:
-  huggingface.load(found, huggingface.read_config(found), dtype="float32")
+  pretrained.load(found, pretrained.read_config(found), dtype="float32")
 
 
 def _weights(directory: Path, **changes) -> Path:
   """The nano decoder's files, with entries of config.json changed."""
-  source, found = huggingface.resolve("shipped:nano"), directory / "weights"
+  source, found = pretrained.resolve("shipped:nano"), directory / "weights"
   found.mkdir()
   for path in source.iterdir():
     (found / path.name).write_bytes(path.read_bytes())

@@ -9,7 +9,6 @@ import hashlib
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +16,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cacheaug.config import leaves
-from cacheaug.errors import UserError
+from cacheaug.errors import UserError, one_line
 
 # Keys that may differ between hosts: names of the same thing on each.
 _OWN = ("data.cache_dir", "data.workers", "decoder.path", "coprocessor.init")
@@ -75,7 +74,7 @@ def check(facts: Callable[[], Mapping[str, str]]) -> None:
 
 
 def _plain(value: str) -> str:
-  return " ".join(value.split())
+  return one_line(value, 1000)
 
 
 def of_config(config: ConfigDict) -> dict[str, str]:

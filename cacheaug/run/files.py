@@ -278,7 +278,9 @@ def staged(
       for path in sorted(found, key=lambda p: p.name == last):
         place = target / path.relative_to(local).as_posix()
         with path.open("rb") as file:
-          write_whole(place, lambda out, file=file: shutil.copyfileobj(file, out))
+          write_whole(
+            place, lambda out, file=file: shutil.copyfileobj(file, out)
+          )
 
 
 @contextlib.contextmanager

@@ -209,7 +209,9 @@ def _probe(workdir: str) -> None:
   The first checkpoint would wait for ever for the others' files.
   """
   root = files.absolute(workdir)
-  path = root / f"{files.TEMPORARY}{agreement.exchange(secrets.token_hex(8))[0]}"
+  path = (
+    root / f"{files.TEMPORARY}{agreement.exchange(secrets.token_hex(8))[0]}"
+  )
 
   def write() -> None:
     with files.disk_errors(root, "write there"):

@@ -22,9 +22,9 @@ from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run.files import staged
-from cacheaug.weights import families, huggingface
+from cacheaug.weights import families, huggingface, leaves
 from cacheaug.weights import safetensors_io as files
-from cacheaug.weights.huggingface import Leaf
+from cacheaug.weights.leaves import Leaf
 
 FORMAT = "cacheaug-coprocessor-1"
 WEIGHTS = "coprocessor.safetensors"
@@ -76,10 +76,10 @@ def save_coprocessor(
     key = _SPEC_KEYS.get(field.name, field.name)
     entries[key] = getattr(spec, field.name)
   tree = {k: v for k, v in params.items() if k != "transformer"}
-  leaves = _leaves(model_config, spec)
+  parts = _leaves(model_config, spec)
   body = params.get("transformer", {})
   with staged(directory) as local:
-    huggingface.write_leaves(local / WEIGHTS, leaves, body | tree, None)
+    huggingface.write_leaves(local / WEIGHTS, parts, body | tree, None)
     files.write_json(local / "config.json", entries)
 
 
@@ -136,15 +136,15 @@ def _leaves(config: ModelConfig, spec: TraceSpec) -> list[Leaf]:
   """Of the transformer, then what else a coprocessor of that kind has."""
   make = partial(coprocessor.init_boxed, Transformer(config), spec)
   tree = nn.unbox(jax.eval_shape(make, jax.random.key(0)))
-  body = huggingface.flatten(tree.pop("transformer", {}))
-  leaves = [leaf for leaf in huggingface.leaves_of(config) if leaf.path in body]
+  body = leaves.flatten(tree.pop("transformer", {}))
+  parts = [leaf for leaf in leaves.leaves_of(config) if leaf.path in body]
   order = ("soft_tokens", "latent_projection", "prefix_keys", "prefix_values")
   names = [name for name in order if name in tree]
-  return leaves + [Leaf(name, tree[name].shape, (name,)) for name in names]
+  return parts + [Leaf(name, tree[name].shape, (name,)) for name in names]
 
 
 def _read(
-  path: pathlib.Path, leaves: list[Leaf], dtype: Any, shardings: Params | None
+  path: pathlib.Path, parts: list[Leaf], dtype: Any, shardings: Params | None
 ) -> Params:
   if not path.exists():
     raise UserError(f"{path}: missing; export the coprocessor again")
@@ -152,8 +152,8 @@ def _read(
     own = {k: v for k, v in shardings.items() if k != "transformer"}
     shardings = shardings.get("transformer", {}) | own
   where = {name: (path, name) for name in files.headers([path])}
-  huggingface.check_tensors(path, leaves, where)
-  tree = huggingface.read_leaves(leaves, where, dtype, shardings)
-  parts = [key for key in ("blocks", "final_norm") if key in tree]
-  body = {key: tree.pop(key) for key in parts}
+  huggingface.check_tensors(path, parts, where)
+  tree = leaves.read_leaves(parts, where, dtype, shardings, files.read)
+  keys = [key for key in ("blocks", "final_norm") if key in tree]
+  body = {key: tree.pop(key) for key in keys}
   return {"transformer": body, **tree} if body else tree

@@ -20,8 +20,8 @@ from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import checkpoint, files
 from cacheaug.run import workdir as workdirs
-from cacheaug.run.checksum import leaf_name, named_leaves
-from cacheaug.weights import coprocessor_files, huggingface
+from cacheaug.run.checksum import leaf_name
+from cacheaug.weights import coprocessor_files, leaves, pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def adapts(run: Run) -> bool:
 
 def _tree(run: Run, wanted: Params) -> Params:
   """The run's arrays in the form of `wanted`, whose shapes they must have."""
-  for name, x in named_leaves(wanted).items():
+  for name, x in leaves.flatten(wanted).items():
     shape = list(run.flat[name].shape) if name in run.flat else "absent"
     if shape != list(x.shape):
       raise UserError(
@@ -125,8 +125,8 @@ def _decoder_params(run: Run, model: Transformer) -> Params:
   path = run.config.decoder.path
   if path:
     try:
-      directory = huggingface.resolve(path)
-      decoder = huggingface.load(directory, model.config, dtype="float32")
+      directory = pretrained.resolve(path)
+      decoder = pretrained.load(directory, model.config, dtype="float32")
     except UserError as e:
       raise UserError(
         f"decoder of {run.workdir}: {e}; give --decoder_path=DIR"
@@ -134,7 +134,7 @@ def _decoder_params(run: Run, model: Transformer) -> Params:
   else:
     make = partial(trainable.random_decoder, run.config, model, "float32")
     decoder = jax.jit(make)()
-  if huggingface.fingerprint(decoder) != run.decoder_fingerprint:
+  if leaves.fingerprint(decoder) != run.decoder_fingerprint:
     raise UserError(
       f"{run.workdir} adapts decoder {run.decoder_fingerprint}, {path!r} holds "
       "another now: give --decoder_path=DIR"
@@ -191,8 +191,8 @@ def open_coprocessor(
 
 
 def _directory(path: str) -> epath.Path:
-  if path.startswith(huggingface.SHIPPED):
-    return files.expanded(huggingface.resolve(path))
+  if path.startswith(pretrained.SHIPPED):
+    return files.expanded(pretrained.resolve(path))
   directory = files.expanded(path)
   with files.reading(path):
     if directory.is_dir():
