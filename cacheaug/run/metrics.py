@@ -8,6 +8,7 @@ byte; wall-clock figures are in speed.jsonl beside it.
 import contextlib
 import json
 import resource
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -178,7 +179,10 @@ class MetricWriter:
     try:
       yield
     except OSError as e:
-      self._board, self._draws = None, False
+      board, self._board, self._draws = self._board, None, False
+      if board is not None:
+        with contextlib.suppress(OSError):
+          board.close()
       logging.warning(
         "%s/tensorboard cannot be written (%s): left out from here on",
         self._workdir,
@@ -201,35 +205,34 @@ class _Board:
 
   def __init__(self, directory: epath.Path, purge_step: int | None) -> None:
     # Imported here: it takes half a second that most commands do not need.
-    from tensorboardX import event_file_writer, summary
+    from tensorboardX import record_writer, summary
     from tensorboardX.proto import event_pb2
 
     directory.mkdir(parents=True, exist_ok=True)
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
     self._event, self._scalar = event_pb2.Event, summary.scalar
-    self._writer = event_file_writer.EventsWriter(str(directory / "events"))
+    self._file = record_writer.RecordWriter(str(directory / name))
     self._flushed = time.monotonic()
+    self._write(file_version="brain.Event:2")
     if purge_step is not None:
       start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-      for event in (
-        self._event(step=purge_step, file_version="brain.Event:2"),
-        self._event(step=purge_step, session_log=start),
-      ):
-        event.wall_time = time.time()
-        self._writer.write_event(event)
+      self._write(step=purge_step, file_version="brain.Event:2")
+      self._write(step=purge_step, session_log=start)
+
+  def _write(self, **fields: Any) -> None:
+    event = self._event(wall_time=time.time(), **fields)
+    self._file.write(event.SerializeToString())
 
   def add(self, name: str, value: float, step: int) -> None:
     """One number; OSError: no space."""
-    event = self._event(
-      wall_time=time.time(), step=step, summary=self._scalar(name, value)
-    )
-    self._writer.write_event(event)
+    self._write(step=step, summary=self._scalar(name, value))
     if time.monotonic() - self._flushed > self._FLUSH:
       self._flushed = time.monotonic()
-      self._writer.flush()
+      self._file.flush()
 
   def close(self) -> None:
     """Ends the file; OSError: no space."""
-    self._writer.close()
+    self._file.close()
 
 
 class Progress:

@@ -1,5 +1,7 @@
 """A run's directory: whose it is, and whether it may be written to."""
 
+import copy
+import functools
 import json
 import os
 import secrets
@@ -69,21 +71,34 @@ def completed(saved: dict[str, Any]) -> ConfigDict:
   """A config as this version writes it, from one that an older one wrote.
 
   Raises:
-    KeyError: it is no run's config at all.
+    KeyError, TypeError, ValueError: it is no run's config at all.
   """
-  config = ConfigDict(saved)
-  missing = {"decoder", "data", "coprocessor"} - set(config)
-  if missing:
+  saved = copy.deepcopy(saved)
+  if missing := {"decoder", "data", "coprocessor"} - set(saved):
     raise KeyError(min(missing))
   for old, new in RENAMED.items():
-    if (value := _take(config, old)) is not None:
-      _put(config, new, value)
+    if holder := _holder(saved, old):
+      *parents, name = new.split(".")
+      target = functools.reduce(
+        lambda x, k: x.setdefault(k, {}), parents, saved
+      )
+      target[name] = holder.pop(old.rpartition(".")[2])
   for key, value in DROPPED.items():
-    if _value(config, key) == value:
-      _take(config, key)
+    holder, name = _holder(saved, key), key.rpartition(".")[2]
+    if holder and holder[name] == value:
+      del holder[name]
+  config = ConfigDict(saved)
   for source in config.data.sources.values():  # of the experiment's own names
     _fill(source, sources.source_defaults())
   return _fill(config, configs.base())
+
+
+def _holder(saved: dict[str, Any], key: str) -> dict[str, Any] | None:
+  """The dictionary that the key is in; None where there is no such key."""
+  *parents, name = key.split(".")
+  for part in parents:
+    saved = saved.get(part, {})
+  return saved if name in saved else None
 
 
 def _fill(config: ConfigDict, base: ConfigDict) -> ConfigDict:
@@ -95,37 +110,6 @@ def _fill(config: ConfigDict, base: ConfigDict) -> ConfigDict:
     elif isinstance(value, ConfigDict) and key not in own:
       _fill(config[key], value)
   return config
-
-
-def _parent(config: ConfigDict, key: str) -> tuple[ConfigDict | None, str]:
-  *parents, last = key.split(".")
-  for part in parents:
-    config = config.get(part)
-    if not isinstance(config, ConfigDict):
-      return None, last
-  return config, last
-
-
-def _value(config: ConfigDict, key: str) -> Any:
-  """The key's value, None where there is no such key."""
-  parent, last = _parent(config, key)
-  return None if parent is None else parent.get(last)
-
-
-def _take(config: ConfigDict, key: str) -> Any:
-  """Removes a key; returns its value, None where there is no such key."""
-  parent, last = _parent(config, key)
-  value = _value(config, key)
-  if parent is not None and last in parent:
-    del parent[last]
-  return value
-
-
-def _put(config: ConfigDict, key: str, value: Any) -> None:
-  *parents, last = key.split(".")
-  for part in parents:
-    config = config.setdefault(part, ConfigDict())
-  config[last] = value
 
 
 def check(config: ConfigDict, workdir: str) -> None:
