@@ -32,7 +32,7 @@ import numpy as np
 from absl import flags
 
 from cacheaug import export, lm
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data import problems
 from cacheaug.errors import UserError
 from cacheaug.evals import exact_match, perplexity, report, run_report
@@ -50,7 +50,7 @@ flags.DEFINE_string("json", "", "file to write the figures to")
 
 
 def by_way(
-  found: LM, batches: list, again: TraceSpec, seed: int
+  found: LM, batches: list, again: Layout, seed: int
 ) -> dict[str, list]:
   """Rows of `report` by way and token after the first point."""
   single = dataclasses.replace(again, rounds=1, stride=0, ahead=again.reach)
@@ -114,7 +114,7 @@ def answered(
 
 
 def measure(
-  config: Any, found: LM, again: TraceSpec, count: int
+  config: Any, found: LM, again: Layout, count: int
 ) -> dict[str, Any]:
   """Figures of one run."""
   out: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_dict
 
 from cacheaug import optim, sharding
 from cacheaug.augment import traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.kernels import dispatch
 from cacheaug.model import config as model_config
@@ -312,23 +312,35 @@ def model_of(config: ConfigDict) -> ModelConfig:
   return model_config.make(config.decoder.family, **shape)
 
 
-def spec_of(config: ConfigDict) -> TraceSpec:
+def layout_of(config: ConfigDict) -> Layout:
   """The trace layout that a config asks for."""
-  return TraceSpec(
+  return Layout(
     latents=config.coprocessor.latents,
     ahead=config.traces.ahead,
-    scheme=config.coprocessor.positions,
+    positions=config.coprocessor.positions,
     start=config.coprocessor.start,
-    count=config.traces.count,
-    law=config.traces.law,
-    min_ahead=config.traces.min_ahead,
-    tail=config.traces.tail,
     mask_documents=config.traces.mask_documents,
-    late_max=config.traces.late_max,
     kind=config.coprocessor.kind,
     rounds=config.traces.rounds,
     stride=config.traces.stride,
   )
+
+
+def draw_of(config: ConfigDict) -> Draw:
+  """How a config's training draws traces of `layout_of`.
+
+  Raises:
+    UserError: no such trace can be drawn; names the keys.
+  """
+  draw = Draw(
+    count=config.traces.count,
+    law=config.traces.law,
+    min_ahead=config.traces.min_ahead,
+    tail=config.traces.tail,
+    late_max=config.traces.late_max,
+  )
+  draw.check(layout_of(config))
+  return draw
 
 
 def validate(config: ConfigDict, devices: int) -> None:
@@ -343,8 +355,8 @@ def validate(config: ConfigDict, devices: int) -> None:
   _one_of(config, "coprocessor.kind", traces.KINDS)
   _one_of(config, "language_model.loss", LOSSES)
   _one_of(config, "coprocessor.start", traces.STARTS)
-  _one_of(config, "coprocessor.positions", traces.SCHEMES)
-  _one_of(config, "traces.law", traces.LAWS)
+  _one_of(config, "coprocessor.positions", traces.POSITIONS)
+  _one_of(config, "traces.law", point_sampling.LAWS)
   _one_of(config, "precision.compute", DTYPES)
   _one_of(config, "precision.decoder", DTYPES)
   _one_of(config, "remat", tuple(transformer.REMAT_POLICIES))
@@ -418,7 +430,7 @@ def _validate_traces(config: ConfigDict) -> None:
     )
 
 
-def validate_eval(config: ConfigDict, spec: TraceSpec) -> None:
+def validate_eval(config: ConfigDict, spec: Layout) -> None:
   """Refuses a table by position that sequences have no room for.
 
   Args:

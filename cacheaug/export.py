@@ -30,8 +30,9 @@ from ml_collections import ConfigDict
 
 from cacheaug import config as configs
 from cacheaug import trainable
-from cacheaug.augment import coprocessor
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment import coprocessor, point_sampling
+from cacheaug.augment.point_sampling import Draw
+from cacheaug.augment.traces import Layout
 from cacheaug.data import sources, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.model import lora, transformer
@@ -45,11 +46,7 @@ from cacheaug.weights.huggingface import Leaf
 FORMAT = "cacheaug-coprocessor-1"
 WEIGHTS = "coprocessor.safetensors"
 # What latents are for the decoder: input embeddings, or keys and values.
-VARIANTS = {False: "embeddings", True: "cache"}  # by TraceSpec.given
-# TraceSpec's field -> key of config.json, where the two differ.
-_SPEC_KEYS = {"scheme": "positions"}
-# Fields that exports made before there was such a thing do not have.
-_LATER = ("late_max", "kind", "rounds", "stride")
+VARIANTS = {False: "embeddings", True: "cache"}  # by Kind.latents_are_kv
 _META = ("family", "variant", "decoder_fingerprint", "source")
 
 
@@ -57,10 +54,11 @@ def save_coprocessor(
   directory: str | pathlib.Path,
   *,
   model_config: ModelConfig,
-  spec: TraceSpec,
+  spec: Layout,
   params: Params,
   decoder_fingerprint: str,
   source: str,
+  draw: Draw = Draw(),
   lora_rank: int = 0,
 ) -> None:
   """Writes config.json and coprocessor.safetensors.
@@ -68,10 +66,11 @@ def save_coprocessor(
   Args:
     directory: made if absent; files of the same names are replaced.
     model_config: of the decoder, which the coprocessor shares.
-    spec: how it was trained; N, positions and start bind its user.
+    spec: its layout; N, positions and start bind its user.
     params: of coprocessor.init_boxed, in the dtype to write.
     decoder_fingerprint: `pretrained.fingerprint` of the decoder.
     source: where the decoder came from, for a person.
+    draw: how training drew its traces, for the record.
     lora_rank: of the LoRA that `params` have been merged with; 0 for none.
 
   Raises:
@@ -81,16 +80,16 @@ def save_coprocessor(
   entries = {
     "format": FORMAT,
     "family": model_config.family,
-    "variant": VARIANTS[spec.given],
+    "variant": VARIANTS[spec.kind.latents_are_kv],
     "decoder_fingerprint": decoder_fingerprint,
     "source": source,
     "model": families.config_entries(model_config),
   }
   if lora_rank:
     entries["lora_rank"] = lora_rank
-  for field in dataclasses.fields(TraceSpec):
-    key = _SPEC_KEYS.get(field.name, field.name)
-    entries[key] = getattr(spec, field.name)
+  traces = point_sampling.to_entries(spec, draw)
+  traces["positions"] = traces.pop("scheme")  # its name in exports
+  entries |= traces
   tree = {k: v for k, v in params.items() if k != "transformer"}
   leaves = _leaves(model_config, spec)
   body = params.get("transformer", {})
@@ -103,7 +102,7 @@ def load_coprocessor(
   *,
   dtype: Any = "float32",
   shardings: Params | None = None,
-) -> tuple[ModelConfig, TraceSpec, Params, dict[str, Any]]:
+) -> tuple[ModelConfig, Layout, Params, dict[str, Any]]:
   """What `save_coprocessor` wrote.
 
   Args:
@@ -113,8 +112,8 @@ def load_coprocessor(
       default.
 
   Returns:
-    (model config, spec, parameters, {family, variant, decoder_fingerprint,
-    source}).
+    (model config, layout, parameters, {family, variant, decoder_fingerprint,
+    source, draw}).
 
   Raises:
     UserError: no export there, or a damaged one; names file and key.
@@ -129,25 +128,24 @@ def load_coprocessor(
       f"{path}: format {entries.get('format')!r} is not {FORMAT!r}; give an "
       "exported coprocessor, not a decoder"
     )
-  fields = dataclasses.fields(TraceSpec)
-  keys = {f.name: _SPEC_KEYS.get(f.name, f.name) for f in fields}
-  for name in _LATER:
-    entries.setdefault(keys[name], getattr(TraceSpec, name))
-  for key in ("model", *keys.values(), *_META):
+  for key in ("model", "positions", *point_sampling.REQUIRED, *_META):
     if key not in entries:
       raise UserError(f"{path}: has no {key!r}; export the coprocessor again")
   config = families.config_from_entries(entries["model"], path)
-  spec = TraceSpec(**{name: entries[key] for name, key in keys.items()})
-  if entries["variant"] != VARIANTS[spec.given]:
+  traces = entries | {"scheme": entries["positions"]}
+  spec, draw = point_sampling.from_entries(traces)
+  variant = VARIANTS[spec.kind.latents_are_kv]
+  if entries["variant"] != variant:
     raise UserError(
       f"{path}: variant {entries['variant']!r} is not supported: of kind "
-      f"{spec.kind!r} it is {VARIANTS[spec.given]!r}"
+      f"{spec.kind.value!r} it is {variant!r}"
     )
   params = _read(directory / WEIGHTS, _leaves(config, spec), dtype, shardings)
-  return config, spec, params, {key: entries[key] for key in _META}
+  meta = {key: entries[key] for key in _META}
+  return config, spec, params, meta | {"draw": draw}
 
 
-def _leaves(config: ModelConfig, spec: TraceSpec) -> list[Leaf]:
+def _leaves(config: ModelConfig, spec: Layout) -> list[Leaf]:
   """Of the transformer, then what else a coprocessor of that kind has."""
   make = partial(coprocessor.init_boxed, Transformer(config), spec)
   tree = nn.unbox(jax.eval_shape(make, jax.random.key(0)))
@@ -183,7 +181,7 @@ class Run:
 
   workdir: pathlib.Path
   config: ConfigDict
-  spec: TraceSpec | None  # None where the run trains a decoder
+  spec: Layout | None  # None where the run trains a decoder
   flat: dict[str, jax.Array]  # 'a/b/c' -> weights, 'frozen/...' among them
   decoder_fingerprint: str  # '' where the run had no frozen decoder
   step: int
@@ -203,7 +201,7 @@ def read_run(workdir: str | pathlib.Path) -> Run:
   try:
     config = _completed(ConfigDict(json.loads(path.read_text())))
     trains_decoder = config.objective == "language_model"
-    spec = None if trains_decoder else configs.spec_of(config)
+    spec = None if trains_decoder else configs.layout_of(config)
   except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
     line = " ".join(str(e).split())[:160]
     raise UserError(
@@ -327,7 +325,8 @@ class Trained:
   """A trained coprocessor, from wherever it was."""
 
   params: Params
-  spec: TraceSpec
+  spec: Layout
+  draw: Draw
   fingerprint: str  # of its decoder
   source: str  # where that came from
 
@@ -362,9 +361,11 @@ def open_coprocessor(
     params = run_params(run, model_config, decoder)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     where = run.config.decoder.path
-    return Trained(params, run.spec, run.decoder_fingerprint, where)
+    draw = configs.draw_of(run.config)
+    return Trained(params, run.spec, draw, run.decoder_fingerprint, where)
   _, spec, params, meta = load_coprocessor(directory, dtype=dtype)
-  return Trained(params, spec, meta["decoder_fingerprint"], meta["source"])
+  fingerprint, source = meta["decoder_fingerprint"], meta["source"]
+  return Trained(params, spec, meta["draw"], fingerprint, source)
 
 
 def _directory(path: str) -> pathlib.Path:
@@ -426,6 +427,7 @@ def export_run(
     params=run_params(run, model_config),
     decoder_fingerprint=run.decoder_fingerprint,
     source=source,
+    draw=configs.draw_of(run.config),
     lora_rank=configs.lora_rank(run.config) if _adapts(run) else 0,
   )
   return run.step

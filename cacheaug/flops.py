@@ -63,7 +63,7 @@ class Sizes:
 
   @property
   def given(self) -> bool:
-    """As of TraceSpec."""
+    """As of Layout."""
     return self.kind in traces.GIVEN
 
   @property
@@ -397,7 +397,7 @@ def parameters(config: ConfigDict, model_config: ModelConfig) -> Parameters:
   decoder = count(functools.partial(transformer.init, model))
   own = 0
   if config.objective == "coprocessor":
-    spec = configs.spec_of(config)
+    spec = configs.layout_of(config)
     own = count(functools.partial(coprocessor.init_boxed, model, spec))
   return Parameters(decoder, own, count(trained))
 

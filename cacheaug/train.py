@@ -257,7 +257,7 @@ def load_initial(
   except UserError as e:
     raise UserError(f"coprocessor.init={path!r}: {e}") from e
   trainable.check_initial(config, found.spec, found.fingerprint, fingerprint)
-  make = partial(coprocessor.init_boxed, model, configs.spec_of(config))
+  make = partial(coprocessor.init_boxed, model, configs.layout_of(config))
   boxed = jax.eval_shape(make, jax.random.key(0))
   host = jax.device_get(found.params)
   return jax.tree.map(
@@ -388,14 +388,14 @@ def report(
       huggingface.save(config.export, model.config, params, tokenizer=tokenizer)
     print(text)
     return
-  spec = configs.spec_of(config)
+  spec = configs.layout_of(config)
   meta |= {
     "kind": spec.kind,
     "latents N": spec.latents,
     "ahead tokens A": spec.ahead,
     "rounds of latents": spec.rounds,
     "tokens between rounds": spec.stride,
-    "positions": spec.scheme,
+    "positions": spec.positions,
     "start": spec.start,
     "began as": config.coprocessor.init,
     "traces a sequence": spec.count,

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from cacheaug import config as configs
 from cacheaug import objectives
 from cacheaug.augment import coprocessor
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import lora, transformer
 from cacheaug.model.transformer import Params, Transformer
@@ -72,7 +72,7 @@ def init(
   """
   if config.objective == "language_model":
     return _init_decoder(config, model, key, decoder, boxed), None
-  rank, spec = configs.lora_rank(config), configs.spec_of(config)
+  rank, spec = configs.lora_rank(config), configs.layout_of(config)
   other = objectives.begins_as_trained(config)
   if boxed:
     params = coprocessor.init_boxed(model, spec, key)
@@ -148,7 +148,7 @@ def effective(
 
 def check_initial(
   config: ConfigDict,
-  spec: TraceSpec,
+  spec: Layout,
   found: str,
   wanted: str,
 ) -> None:
@@ -166,7 +166,7 @@ def check_initial(
   path = config.coprocessor.init
   for field, key in _SHARED:
     theirs = getattr(spec, field)
-    ours = getattr(configs.spec_of(config), field)
+    ours = getattr(configs.layout_of(config), field)
     if theirs != ours:
       raise UserError(
         f"coprocessor.init={path!r} was trained with {key}={theirs!r}, this "

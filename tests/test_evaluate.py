@@ -19,7 +19,7 @@ from tolerances import LOSS, close, make_coprocessor
 
 from cacheaug import config as configs
 from cacheaug import evaluate, export, lm
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap, page, perplexity, run_report
 
@@ -31,7 +31,7 @@ def pair(tmp_path_factory):
   """(directory of an untrained coprocessor of the shipped nano, its lm)."""
   path = tmp_path_factory.mktemp("pair") / "coprocessor"
   found = lm.load("shipped:nano")
-  spec = TraceSpec(N, A, "replace", "harmless")
+  spec = Layout(N, A, "replace", "harmless")
   export.save_coprocessor(
     path,
     model_config=found.model.config,

@@ -13,13 +13,13 @@ from oracle import FAMILIES, TOLERANCE, WHY_TORCH, random_params
 
 from cacheaug import export
 from cacheaug.augment import objective, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
 from cacheaug.model.transformer import Transformer
 from cacheaug.weights import huggingface
 
-SPEC = TraceSpec(latents=3, ahead=4)
+SPEC = Layout(latents=3, ahead=4)
 
 
 def make(spec, directory, dtype=jnp.float32):
@@ -41,7 +41,7 @@ def make(spec, directory, dtype=jnp.float32):
 @pytest.mark.parametrize("start", traces.STARTS)
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_round_trip_is_bit_identical(start, dtype, tmp_path):
-  spec = TraceSpec(latents=3, ahead=4, scheme="insert", start=start)
+  spec = Layout(latents=3, ahead=4, scheme="insert", start=start)
   config, params = make(spec, tmp_path, jnp.dtype(dtype))
   got = export.load_coprocessor(tmp_path, dtype=dtype)
   assert got[:2] == (config, spec)
@@ -149,11 +149,11 @@ traces_nll = jax.jit(objective.traces_nll, static_argnums=0)
 
 
 @pytest.mark.parametrize("start", traces.STARTS)
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 def test_oracle(scheme, start, decoders, tmp_path):
   """All traces at once equal transformers' one at a time."""
   model, params, reference, directory = decoders
-  spec = TraceSpec(latents=3, ahead=4, scheme=scheme, start=start)
+  spec = Layout(latents=3, ahead=4, scheme=scheme, start=start)
   coproc = random_params(model, spec)
   export.save_coprocessor(
     tmp_path,

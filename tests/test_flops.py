@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from cacheaug import config as configs
 from cacheaug import flops
 from cacheaug.augment import coprocessor, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.flops import Sizes
 from cacheaug.inference import context
 from cacheaug.model import config as model_config
@@ -198,7 +198,7 @@ def test_augmentation_agrees_with_xla(kind):
   config, s, n = _small(window=16), 64, 8
   config = dataclasses.replace(config, window=s + n, layer_kinds=())
   model = Transformer(config, remat="none")
-  spec = TraceSpec(n, 1, "overlay", "as_is", kind=kind)
+  spec = Layout(n, 1, "overlay", "as_is", kind=kind)
   key = jax.random.key(0)
 
   def make(function):

@@ -20,7 +20,7 @@ from tolerances import (
 )
 
 from cacheaug.augment import objective
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import gates
 from cacheaug.projects.gating import report
@@ -50,7 +50,7 @@ def test_always_never_and_every():
 def test_entropy_is_of_the_next_token_and_gates_above_the_threshold():
   model = make_model()
   decoder, tokens = make_params(model), tokens_of(model, 2, S)
-  spec = TraceSpec(N, A)
+  spec = Layout(N, A)
 
   @jit
   def run(decoder):
@@ -122,7 +122,7 @@ def test_head_comes_back_from_files(tmp_path):
 
 def test_contexts_are_those_that_can_bear_a_trace():
   model = make_model(layers=1, layer_kinds=("sliding",))
-  spec = TraceSpec(N, A, "replace", tail=2, min_ahead=2)
+  spec = Layout(N, A, "replace", tail=2, min_ahead=2)
   decoder, coproc = make_params(model), make_coprocessor(model, spec)
   tokens = tokens_of(model, 2, S)
   batch = {"tokens": tokens, "documents": DOCUMENTS.astype(np.int32)}

@@ -15,12 +15,12 @@ from oracle import FAMILIES, TOLERANCE, WHY_TORCH
 
 import cacheaug
 from cacheaug import export, lm
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.weights import huggingface
 
-SPEC = TraceSpec(3, 4, "replace", tail=2, min_ahead=2, law="stratified")
+SPEC = Layout(3, 4, "replace", tail=2, min_ahead=2, law="stratified")
 PROMPTS = ["def f(x):\n", "import os\n", "for i in range(10): print(i"]
 NEW = 5
 

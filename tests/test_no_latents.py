@@ -34,7 +34,7 @@ def test_frozen_loss_is_the_plain_models():
     3, "harmless", "replace", count=6, min_ahead=2
   )
   batch = {"tokens": tokens, "documents": DOCUMENTS}
-  draw = jit(lambda key: traces.sample_points(key, DOCUMENTS, spec))
+  draw = jit(lambda key: point_sampling.sample_points(key, DOCUMENTS, spec))
   points = np.asarray(draw(jax.random.key(1)))
 
   @jit
@@ -144,7 +144,7 @@ def test_twenty_steps_leave_the_decoder_bit_identical():
 
   @functools.partial(jit, donate_argnums=(1, 2))
   def step(decoder, coproc, state, tokens, key):
-    points = traces.sample_points(key, DOCUMENTS, spec)
+    points = point_sampling.sample_points(key, DOCUMENTS, spec)
 
     def loss(coproc):
       batch = {"tokens": tokens, "documents": DOCUMENTS}

@@ -18,7 +18,7 @@ from tolerances import (
 )
 
 from cacheaug.augment import objective
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.evals import perplexity
 
@@ -37,11 +37,11 @@ COUNTS[4] = 0 + 2 + 0 + 0
 def setup():
   model = make_model(layers=1, layer_kinds=("sliding",))
   # What training skips or strata it draws are no matter of evaluation.
-  spec = TraceSpec(3, A, "replace", count=2, min_ahead=3)
+  spec = Layout(3, A, "replace", count=2, min_ahead=3)
   return (
     model,
     make_params(model),
-    make_coprocessor(model, TraceSpec(3, A)),
+    make_coprocessor(model, Layout(3, A)),
     spec,
   )
 

@@ -11,7 +11,7 @@ import pytest
 from tolerances import jit
 
 from cacheaug.augment import drawing, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import attention
 from cacheaug.model.cache import KVCache
@@ -35,7 +35,7 @@ def drawn_in_docstring():
 
 
 def test_drawing_in_the_docstring():
-  spec = TraceSpec(latents=1, ahead=2, scheme="insert", start="as_is")
+  spec = Layout(latents=1, ahead=2, scheme="insert", start="as_is")
   labels = "a b c d e f b' c d' e".split()
   picture = drawn_in_docstring()
   assert picture.count("#") == 21 + 3 + 4 + 5 + 6
@@ -165,11 +165,11 @@ def test_command_refuses_with_one_line(flags, said, capsys):
 # --- the mask ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 @pytest.mark.parametrize("together", [False, True])
 def test_fast_masks_are_the_dense_mask(scheme, together):
   """What passes 1 and 3 see, row by row, is what the picture says."""
-  spec = TraceSpec(3, 4, scheme, mask_documents=not together)
+  spec = Layout(3, 4, scheme, mask_documents=not together)
   points = np.array([[2, 4, 8, 12], [2, 5, 7, 11]], np.int32)
 
   @jit
@@ -213,7 +213,7 @@ def test_fast_masks_are_the_dense_mask(scheme, together):
 )
 def test_layout_of_one_trace(scheme, latents, ahead, limit):
   """N = 2, A = 3, after token 8 of sequence 0, worked by hand."""
-  spec = TraceSpec(2, 3, scheme)
+  spec = Layout(2, 3, scheme)
   laid = traces.lay_out(TOKENS, DOCUMENTS, np.array([[8], [7]]), spec)
   assert laid.latent_rows.positions[0, 0].tolist() == latents
   assert laid.rows.positions[0, 0].tolist() == latents + ahead
@@ -231,7 +231,7 @@ def test_layout_of_one_trace(scheme, latents, ahead, limit):
 
 
 def test_weights_end_with_the_document_the_sequence_and_the_points():
-  spec = TraceSpec(1, 4)
+  spec = Layout(1, 4)
   points = np.array([[-1, 5, 13], [0, 11, 12]], np.int32)
   weights = traces.lay_out(TOKENS, DOCUMENTS, points, spec).weights
   assert weights.tolist() == [
@@ -265,9 +265,9 @@ def by_hand(documents, spec):
   ],
 )
 def test_valid_points(scheme, start, needed, min_ahead):
-  spec = TraceSpec(3, 4, scheme, start, min_ahead=min_ahead)
+  spec = Layout(3, 4, scheme, start, min_ahead=min_ahead)
   assert spec.context_needed == needed
-  valid = np.asarray(traces.valid_points(DOCUMENTS, spec))
+  valid = np.asarray(point_sampling.valid_points(DOCUMENTS, spec))
   for b in range(2):
     assert set(np.flatnonzero(valid[b]).tolist()) == by_hand(DOCUMENTS[b], spec)
 
@@ -277,12 +277,12 @@ DRAWS = 4000
 
 def many(spec, documents=DOCUMENTS, draws=DRAWS):
   keys = jax.random.split(jax.random.key(3), draws)
-  sample = jit(jax.vmap(lambda key: traces.sample_points(key, documents, spec)))
+  sample = jit(jax.vmap(lambda key: point_sampling.sample_points(key, documents, spec)))
   return np.asarray(sample(keys))
 
 
 def test_uniform_points_are_distinct_ascending_and_uniform():
-  spec = TraceSpec(2, 3, count=4, min_ahead=2)
+  spec = Layout(2, 3, count=4, min_ahead=2)
   points = many(spec)
   assert points.shape == (DRAWS, 2, 4)
   assert (np.diff(points, axis=-1) > 0).all()
@@ -301,7 +301,7 @@ def test_uniform_points_are_distinct_ascending_and_uniform():
 
 def test_points_are_minus_one_where_too_few_are_valid():
   documents = np.array([[0] * 5 + [-1] * 3, [-1] * 8], np.int32)
-  spec = TraceSpec(2, 2, count=4, min_ahead=2)
+  spec = Layout(2, 2, count=4, min_ahead=2)
   points = many(spec, documents, 10)
   assert (points[:, 0] == [-1, -1, 1, 2]).all() and (points[:, 1] == -1).all()
   laid = traces.lay_out(np.zeros((2, 8), int), documents, points[0], spec)
@@ -311,24 +311,24 @@ def test_points_are_minus_one_where_too_few_are_valid():
 def test_points_near_a_documents_end_come_first():
   # Documents end at 4, at 9 and (cut off by the sequence, so not there) at 15.
   documents = jnp.asarray([[0] * 5 + [1] * 5 + [2] * 6])
-  near = traces.near_end(documents, 2)
+  near = point_sampling.near_end(documents, 2)
   assert np.flatnonzero(near[0]).tolist() == [3, 4, 8, 9]
   # An end itself has no token after it, so two points are near and valid.
   for seed in range(20):
     key = jax.random.key(seed)
-    spec = TraceSpec(latents=1, ahead=2, count=3, tail=2)
-    points = traces.sample_points(key, documents, spec)[0].tolist()
+    spec = Layout(latents=1, ahead=2, count=3, tail=2)
+    points = point_sampling.sample_points(key, documents, spec)[0].tolist()
     assert {3, 8} < set(points)
   without = dataclasses.replace(spec, tail=0)
   drawn = [
-    set(traces.sample_points(jax.random.key(s), documents, without)[0].tolist())
+    set(point_sampling.sample_points(jax.random.key(s), documents, without)[0].tolist())
     for s in range(20)
   ]
   assert not all({3, 8} < points for points in drawn)
 
 
 def test_stratified_points_fall_one_in_each_bucket():
-  spec = TraceSpec(2, 3, count=4, law="stratified", min_ahead=2)
+  spec = Layout(2, 3, count=4, law="stratified", min_ahead=2)
   points = many(spec)
   for b in range(2):
     valid = by_hand(DOCUMENTS[b], spec)
@@ -362,4 +362,4 @@ def test_starts_are_where_segments_begin():
 )
 def test_impossible_layouts_are_refused(changes, said):
   with pytest.raises(UserError, match=said):
-    TraceSpec(**(dict(latents=2, ahead=4) | changes))
+    Layout(**(dict(latents=2, ahead=4) | changes))

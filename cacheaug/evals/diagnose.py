@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap, latent_stats, perplexity
 from cacheaug.evals.bootstrap import DocumentSums
@@ -79,7 +79,7 @@ def diagnose(
   decoder: Params,
   coproc: Params,
   text: Callable[[], Iterable[Batch]],
-  spec: TraceSpec,
+  spec: Layout,
   *,
   positions: tuple[int, ...] = perplexity.POSITIONS,
   context: int = 0,
@@ -174,13 +174,13 @@ def diagnose(
   )
 
 
-def check_kind(spec: TraceSpec) -> None:
+def check_kind(spec: Layout) -> None:
   """Refuses a coprocessor whose latents are keys and values.
 
   Raises:
     UserError: names the kind.
   """
-  if spec.given:
+  if spec.latents_are_kv:
     raise UserError(
       f"coprocessor.kind={spec.kind!r}: diagnostics are of latents that are "
       "embeddings, this kind hands over keys and values; give --nodiagnostics"

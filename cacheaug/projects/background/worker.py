@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from cacheaug.augment import coprocessor
-from cacheaug.augment.traces import Traces, TraceSpec
+from cacheaug.augment.traces import Traces, Layout
 from cacheaug.errors import UserError
 from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Params, Transformer
@@ -162,7 +162,7 @@ class Worker:
     self,
     model: Transformer,
     coproc: Params,  # as of `engine.insert`
-    spec: TraceSpec,
+    spec: Layout,
     *,
     limits: Limits | None = None,
     device: jax.Device | None = None,

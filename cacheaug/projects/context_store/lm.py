@@ -230,7 +230,7 @@ class StoredLM(LM):
     if latents:
       spec = self._coprocessor().spec
       generate.check_prompts([tokens], spec)
-      if spec.scheme == "insert":
+      if spec.positions == "insert":
         pushed = spec.latents * spec.at_once
         self._check_positions(len(tokens) + pushed, 0)
 

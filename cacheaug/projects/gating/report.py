@@ -30,7 +30,7 @@ from ml_collections import ConfigDict, config_flags
 from cacheaug import config as configs
 from cacheaug import export, lm
 from cacheaug.augment import objective
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data import pipeline
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
@@ -73,7 +73,7 @@ def measure(
   decoder: Params,
   coproc: Params,
   batches: Batches,
-  spec: TraceSpec,
+  spec: Layout,
 ) -> Contexts:
   """What latents gain after every token, and what gates look at.
 

@@ -194,7 +194,7 @@ def _working(
   )
   wanted = config.data.sequence
   if config.objective == "coprocessor":
-    wanted = config.traces.count * configs.spec_of(config).reach
+    wanted = config.traces.count * configs.layout_of(config).reach
   rows = min(rows, micro_batch(config, mesh) * wanted)
   logits = 3 * 4 * rows * c.vocab_size / tensor
   return again + gathered + logits
@@ -251,7 +251,7 @@ class _Hashable:
 def _residuals(key: _Hashable, model_config: ModelConfig) -> float:
   config = key.config
   model = _model(config, model_config)
-  spec = configs.spec_of(config)
+  spec = configs.layout_of(config)
   mask = config.traces.mask_documents
   random = jax.random.key(0)
   decoder = jax.eval_shape(partial(transformer.init, model), random)
