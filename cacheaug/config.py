@@ -12,7 +12,9 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from cacheaug import optim, sharding
-from cacheaug.augment import traces
+from cacheaug.augment import kinds, point_sampling, traces
+from cacheaug.augment.kinds import Kind
+from cacheaug.augment.point_sampling import Draw
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.kernels import dispatch
@@ -352,7 +354,7 @@ def validate(config: ConfigDict, devices: int) -> None:
     UserError: naming the key and the numbers.
   """
   _one_of(config, "objective", OBJECTIVES)
-  _one_of(config, "coprocessor.kind", traces.KINDS)
+  _one_of(config, "coprocessor.kind", kinds.NAMES)
   _one_of(config, "language_model.loss", LOSSES)
   _one_of(config, "coprocessor.start", traces.STARTS)
   _one_of(config, "coprocessor.positions", traces.POSITIONS)
@@ -390,35 +392,35 @@ def validate(config: ConfigDict, devices: int) -> None:
     _validate_traces(config)
   # A decoder trained on from another is compared with it after every token.
   if has_decoder(config):
-    validate_eval(config, spec_of(config))
+    validate_eval(config, layout_of(config))
 
 
 def _validate_traces(config: ConfigDict) -> None:
   kind, init = config.coprocessor.kind, config.coprocessor.init
-  if kind in ("pause", "prefix") and init == "scratch":
+  if not Kind.of(kind).network and init == "scratch":
     raise UserError(
       f"coprocessor.init={init!r}: coprocessor.kind={kind!r} has no network "
       "that could begin so; leave it 'decoder'"
     )
-  s, spec = config.data.sequence, spec_of(config)
-  points = s - spec.min_ahead - spec.context_needed + 1
-  if spec.count > points:
+  s, spec, draw = config.data.sequence, layout_of(config), draw_of(config)
+  points = s - draw.min_ahead - spec.context_needed + 1
+  if draw.count > points:
     raise UserError(
-      f"traces.count={spec.count} exceeds the {max(points, 0)} possible points "
+      f"traces.count={draw.count} exceeds the {max(points, 0)} possible points "
       f"of a sequence of data.sequence={s} with coprocessor.latents="
-      f"{spec.latents} and traces.min_ahead={spec.min_ahead}"
+      f"{spec.latents} and traces.min_ahead={draw.min_ahead}"
     )
-  if spec.late_max >= points:
+  if draw.late_max >= points:
     raise UserError(
-      f"traces.late_max={spec.late_max}: no trace of a sequence of "
+      f"traces.late_max={draw.late_max}: no trace of a sequence of "
       f"data.sequence={s} can be so late with coprocessor.latents="
-      f"{spec.latents} and traces.min_ahead={spec.min_ahead}; at most "
+      f"{spec.latents} and traces.min_ahead={draw.min_ahead}; at most "
       f"{points - 1}"
     )
-  if spec.law == "stratified" and s % spec.count:
+  if draw.law == "stratified" and s % draw.count:
     raise UserError(
       f"traces.law='stratified' wants data.sequence={s} to be a multiple of "
-      f"traces.count={spec.count}"
+      f"traces.count={draw.count}"
     )
   needed, more = spec.context_needed + spec.reach, ""
   if spec.stride:

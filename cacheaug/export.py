@@ -45,6 +45,7 @@ from cacheaug.weights.huggingface import Leaf
 
 FORMAT = "cacheaug-coprocessor-1"
 WEIGHTS = "coprocessor.safetensors"
+_NO_DRAW = Draw()
 # What latents are for the decoder: input embeddings, or keys and values.
 VARIANTS = {False: "embeddings", True: "cache"}  # by Kind.latents_are_kv
 _META = ("family", "variant", "decoder_fingerprint", "source")
@@ -58,7 +59,7 @@ def save_coprocessor(
   params: Params,
   decoder_fingerprint: str,
   source: str,
-  draw: Draw = Draw(),
+  draw: Draw = _NO_DRAW,
   lora_rank: int = 0,
 ) -> None:
   """Writes config.json and coprocessor.safetensors.
@@ -138,7 +139,7 @@ def load_coprocessor(
   if entries["variant"] != variant:
     raise UserError(
       f"{path}: variant {entries['variant']!r} is not supported: of kind "
-      f"{spec.kind.value!r} it is {variant!r}"
+      f"{spec.kind!r} it is {variant!r}"
     )
   params = _read(directory / WEIGHTS, _leaves(config, spec), dtype, shardings)
   meta = {key: entries[key] for key in _META}

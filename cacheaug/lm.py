@@ -321,7 +321,9 @@ class LM:
 
   def _read(self, tokens: np.ndarray, documents: np.ndarray) -> Context:
     coproc = self.coprocessor
-    keep = {"keep_states": True} if coproc and coproc.spec.kind.reads_states else {}
+    keep = (
+      {"keep_states": True} if coproc and coproc.spec.kind.reads_states else {}
+    )
     return _read(self.model, self._layers, tokens, documents, **keep)
 
   def nll(

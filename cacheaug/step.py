@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from cacheaug import config as configs
 from cacheaug import sharding, trainable
-from cacheaug.augment import objective, traces
+from cacheaug.augment import objective, point_sampling
 from cacheaug.augment.objective import Sums
 from cacheaug.model.transformer import Params, Transformer
 
@@ -199,13 +199,16 @@ def add_points(
   if not configs.draws_points(config):
     return batch
   key = jax.random.fold_in(key, step)
-  spec, documents = configs.layout_of(config), batch["documents"]
+  spec, draw = configs.layout_of(config), configs.draw_of(config)
+  documents = batch["documents"]
   answers = batch.get("answers")
-  points = point_sampling.sample_points(key, documents, spec, answers)
+  points = point_sampling.sample_points(key, documents, spec, draw, answers)
   batch = batch | {"points": points}
-  if spec.late_max:
+  if draw.late_max:
     key = jax.random.fold_in(key, 1)
-    batch["late"] = point_sampling.sample_late(key, documents, points, spec)
+    batch["late"] = point_sampling.sample_late(
+      key, documents, points, spec, draw.late_max
+    )
   return batch
 
 

@@ -390,7 +390,7 @@ def report(
     return
   spec = configs.layout_of(config)
   meta |= {
-    "kind": spec.kind,
+    "kind": spec.kind.value,
     "latents N": spec.latents,
     "ahead tokens A": spec.ahead,
     "rounds of latents": spec.rounds,
@@ -398,7 +398,7 @@ def report(
     "positions": spec.positions,
     "start": spec.start,
     "began as": config.coprocessor.init,
-    "traces a sequence": spec.count,
+    "traces a sequence": config.traces.count,
   }
   text = run_report.coprocessor_report(
     config, workdir, model, decoder, params, tokenizer, spec, meta

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from cacheaug import config as configs
 from cacheaug import objectives
 from cacheaug.augment import coprocessor
+from cacheaug.augment.kinds import Kind
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import lora, transformer
@@ -36,7 +37,7 @@ _SHARED = (
   ("kind", "coprocessor.kind"),
   ("latents", "coprocessor.latents"),
   ("start", "coprocessor.start"),
-  ("scheme", "coprocessor.positions"),
+  ("positions", "coprocessor.positions"),
 )
 
 
@@ -142,7 +143,7 @@ def effective(
   adapted = {**base, "blocks": how(base["blocks"], params["lora"], scale)}
   if config.objective == "language_model":
     return adapted
-  parts = coprocessor.NETWORK[config.coprocessor.kind]
+  parts = Kind.of(config.coprocessor.kind).network
   return {"transformer": {k: adapted[k] for k in parts}, **own}
 
 

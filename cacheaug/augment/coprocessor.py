@@ -115,8 +115,8 @@ def fewer(
   """
   if not 1 <= latents <= layout.latents:
     raise UserError(
-      f"{latents} latents: this coprocessor was trained for {layout.latents} and "
-      f"can be used with 1 to {layout.latents}"
+      f"{latents} latents: this coprocessor was trained for {layout.latents} "
+      f"and can be used with 1 to {layout.latents}"
     )
   first, axis = layout.latents - latents, {"soft_tokens": 0}
   axis |= {"prefix_keys": 1, "prefix_values": 1}

@@ -13,8 +13,7 @@ import sys
 
 import numpy as np
 
-from cacheaug.augment import point_sampling
-from cacheaug.augment import traces
+from cacheaug.augment import point_sampling, traces
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 
@@ -101,7 +100,9 @@ def check_points(
       f"must hold {layout.context_needed} or more words up to there and 1 "
       "or more after it"
     )
-  room = np.asarray(point_sampling.late_room(documents[None], points[None], layout))[0]
+  room = np.asarray(
+    point_sampling.late_room(documents[None], points[None], layout)
+  )[0]
   for p, most in zip(points, room, strict=True):
     if most < late:
       raise UserError(
@@ -146,7 +147,9 @@ def describe(text: str, points: str, layout: Layout, late: int = 0) -> str:
   check_points(words, documents, where, layout, late)
   s, n = len(words), layout.latents
   # A word's token is its index, so tokens name words even if one is repeated.
-  laid = traces.lay_out(np.arange(s)[None], documents[None], where[None], layout)
+  laid = traces.lay_out(
+    np.arange(s)[None], documents[None], where[None], layout
+  )
   positions = np.asarray(laid.rows.positions)[0]  # [M, R]
   ahead, targets = np.asarray(laid.ahead)[0], np.asarray(laid.targets)[0]
   counts = np.asarray(laid.weights)[0] > 0

@@ -72,20 +72,23 @@ class Kind(enum.StrEnum):
 
   # fmt: off
   #             name           network      kv     states does
-  COPROCESSOR = "coprocessor", _WHOLE,      False, False, tuple(_REFUSALS)
-  PAUSE       = "pause",       (),          False, False, ("store", "diagnostics")
-  PREFIX      = "prefix",      (),          True,  False, ()
-  HANDOVER    = "handover",    ("blocks",), True,  False, ("store",)
-  ACTIVATIONS = "activations", _WHOLE,      False, True,  ("late", "diagnostics")
+  COPROCESSOR = "coprocessor", _WHOLE,      False, False, " ".join(_REFUSALS)
+  PAUSE       = "pause",       (),          False, False, "store diagnostics"
+  PREFIX      = "prefix",      (),          True,  False, ""
+  HANDOVER    = "handover",    ("blocks",), True,  False, "store"
+  ACTIVATIONS = "activations", _WHOLE,      False, True,  "late diagnostics"
   # fmt: on
 
   def __new__(cls, name, network, latents_are_kv, reads_states, does):
     """A row of the table."""
     kind = str.__new__(cls, name)
     kind._value_ = name
-    kind.network, kind.does = network, frozenset(does)
+    kind.network, kind.does = network, frozenset(does.split())
     kind.latents_are_kv, kind.reads_states = latents_are_kv, reads_states
     return kind
+
+  def __repr__(self) -> str:
+    return repr(self.value)  # messages show what a config says
 
   @classmethod
   def of(cls, name: str) -> "Kind":

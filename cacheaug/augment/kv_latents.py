@@ -86,6 +86,4 @@ def predict(
   """Pass 3 of these kinds: hidden states of x[p], run again, and y_1 .. ."""
   tokens = jnp.concatenate([traces.copied[..., -1:], traces.ahead], -1)
   x = transformer.embed(model, decoder, tokens)
-  return transformer.run_blocks(
-    model, decoder, x, traces.rows, cache, given=kv
-  )
+  return transformer.run_blocks(model, decoder, x, traces.rows, cache, given=kv)

@@ -92,8 +92,8 @@ def traces_nll(
     coproc: the coprocessor's.
     cache: the decoder's, of `context_pass`.
     laid: the traces, which say of which kind the coprocessor is.
-    reading: of coprocessor.source_cache, made once where there are many calls; the
-      decoder's cache by default, which kind 'activations' does not read.
+    reading: of coprocessor.source_cache, made once where there are many calls;
+      the decoder's cache by default, which kind 'activations' does not read.
   """
   if reading is None:
     assert not laid.kind.reads_states, "give coprocessor.source_cache's"
@@ -202,7 +202,9 @@ def _over_traces(
   """Sums over the tokens that traces predict, each as often as they do."""
   tokens, documents = batch["tokens"], batch["documents"]
   laid = rounds.lay_out(tokens, documents, points, layout)
-  index = jnp.maximum(points, 0)[..., None] + jnp.arange(layout.reach)[None, None]
+  index = (
+    jnp.maximum(points, 0)[..., None] + jnp.arange(layout.reach)[None, None]
+  )
   index = jnp.minimum(index, tokens.shape[-1] - 2)
   nll = jax.vmap(lambda row, i: row[i])(nll, index)
   return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))

@@ -86,11 +86,10 @@ def lay_out(
     return traces.lay_out(tokens, documents, points, layout, late)
   if late is not None:
     raise UserError(
-      f"traces.rounds={layout.rounds}: latents of several rounds cannot come late"
+      f"traces.rounds={layout.rounds}: latents of several rounds cannot come "
+      "late"
     )
-  whole = dataclasses.replace(
-    layout, rounds=1, stride=0, ahead=layout.reach
-  )
+  whole = dataclasses.replace(layout, rounds=1, stride=0, ahead=layout.reach)
   laid = traces.lay_out(tokens, documents, points, whole)
   rounds = tuple(_round(tokens, laid, layout, i) for i in range(layout.rounds))
   return laid.replace(rounds=rounds)

@@ -103,7 +103,6 @@ def diagnose(
   """
   # Of the first round's latents, as far as a trace of all rounds reaches.
   spec = dataclasses.replace(spec, ahead=spec.reach, rounds=1, stride=0)
-  spec = perplexity.table_spec(spec)
   check_kind(spec)
   harmless = spec.start == "harmless"
   layout = dict(spec=spec, context=context)
@@ -180,11 +179,7 @@ def check_kind(spec: Layout) -> None:
   Raises:
     UserError: names the kind.
   """
-  if spec.latents_are_kv:
-    raise UserError(
-      f"coprocessor.kind={spec.kind!r}: diagnostics are of latents that are "
-      "embeddings, this kind hands over keys and values; give --nodiagnostics"
-    )
+  spec.kind.check("diagnostics")
 
 
 def _latents(model, decoder, coproc, batch, layout):

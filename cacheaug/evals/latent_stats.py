@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacheaug.augment import coprocessor, objective, traces
-from cacheaug.augment.traces import Traces, Layout
+from cacheaug.augment.traces import Layout, Traces
 from cacheaug.evals import perplexity
 from cacheaug.model import attention, transformer
 from cacheaug.model.cache import KVCache

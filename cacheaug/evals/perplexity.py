@@ -9,7 +9,6 @@ other models' predictions of the same tokens (`plain_nll`) go into the same
 table.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheaug.augment import coprocessor, objective, rounds, traces
+from cacheaug.augment import coprocessor, objective, point_sampling, rounds
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap
@@ -33,11 +32,6 @@ POINTS_AT_ONCE = 64
 Batch = Mapping[str, np.ndarray]  # tokens, documents [B, S]
 # Columns of nll [B, S, A] by name, and weights [B, S, A].
 Measured = tuple[Mapping[str, jax.Array], jax.Array]
-
-
-def table_spec(spec: Layout) -> Layout:
-  """The layout of the table: full documents, whatever training skipped."""
-  return dataclasses.replace(spec, min_ahead=1, law="uniform", tail=0)
 
 
 def point_weights(
@@ -221,7 +215,6 @@ def coprocessor_sums(
   if late or late_room:
     room = np.int32(max(late, late_room))
     delay = {"late": np.int32(late), "late_room": room}
-  spec = table_spec(spec)
 
   def measure(batch):
     text = batch["tokens"], batch["documents"]
@@ -256,7 +249,6 @@ def plain_sums(
   Raises:
     UserError: no text at all.
   """
-  spec = table_spec(spec)
 
   def measure(batch):
     text = batch["tokens"], batch["documents"]

@@ -79,8 +79,9 @@ def check_prompts(
     if (on is None or on[i]) and len(prompt) + said < spec.context_needed:
       raise UserError(
         f"prompt {i} has {len(prompt)} tokens: with latents={spec.latents} "
-        f"(positions={spec.positions!r}, start={spec.start!r}) it needs at least "
-        f"{spec.context_needed - said}; lengthen it, or decode without latents"
+        f"(positions={spec.positions!r}, start={spec.start!r}) it needs at "
+        f"least {spec.context_needed - said}; lengthen it, or decode without "
+        "latents"
       )
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cacheaug.augment import coprocessor, traces
-from cacheaug.augment.traces import Traces, Layout
+from cacheaug.augment.traces import Layout, Traces
 from cacheaug.inference.sampling import GREEDY, Sampling, choose
 from cacheaug.model import decode_rows, transformer
 from cacheaug.model.attention import NO_LIMIT, Rows

@@ -80,7 +80,6 @@ def measure(
   Raises:
     UserError: no token has room for a trace.
   """
-  spec = dataclasses.replace(spec, min_ahead=1, law="uniform", tail=0)
   found = []
   for batch in batches:
     args = model, decoder, coproc, batch["tokens"], batch["documents"]

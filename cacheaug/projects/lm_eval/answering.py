@@ -31,7 +31,7 @@ import numpy as np
 import tqdm
 
 from cacheaug.augment import objective, traces
-from cacheaug.augment.coprocessor import reading
+from cacheaug.augment.coprocessor import source_cache
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
@@ -333,9 +333,6 @@ class Answerer:
         last = len(before) + len(scored) - 1
         there = np.arange(first, last, spec.ahead)
         points[b, : len(there)] = there
-      spec = dataclasses.replace(
-        spec, count=points.shape[1], law="uniform", min_ahead=1, tail=0
-      )
     frozen, augmented = jax.device_get(
       _running(*args, coproc, tokens, documents, points, spec)
     )
@@ -430,6 +427,6 @@ def _running(
   if coproc is None:
     return frozen, jnp.zeros((*points.shape, spec.ahead))
   laid = traces.lay_out(tokens, documents, points, spec)
-  read = reading(model, coproc, cache, hidden, spec)
+  read = source_cache(model, coproc, cache, hidden, spec)
   nll = objective.traces_nll(model, decoder, coproc, cache, laid, read)
   return frozen, nll

@@ -288,7 +288,7 @@ def _residuals(key: _Hashable, model_config: ModelConfig) -> float:
       nn.unbox(frozen),
       decoder,
       batch,
-      rows(spec.count),
+      rows(config.traces.count),
     )
     leaves = jax.tree.leaves(found)
     return float(sum(x.size * x.dtype.itemsize for x in leaves))
