@@ -174,9 +174,6 @@ def main() -> None:
       rounds=values.rounds,
       stride=values.stride,
       ahead=values.ahead,
-      law="uniform",
-      min_ahead=1,
-      late_max=0,
     )
     figures = measure(config, found, again, values.problems)
     trained = config.traces.rounds, config.traces.stride

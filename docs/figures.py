@@ -105,7 +105,7 @@ def late(delay: int = 2) -> str:
   """The coprocessor's own rows where its latents come `delay` words late."""
   words, documents = drawing.parse_text(TEXT)
   points = drawing.parse_points("4", len(words))
-  spec = Layout(LATENTS, AHEAD, "replace", late_max=delay)
+  spec = Layout(LATENTS, AHEAD, "replace")
   drawing.check_points(words, documents, points, spec, delay)
   seen, rows, positions = [], [], []
   for d in (0, delay):

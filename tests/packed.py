@@ -12,6 +12,7 @@ import numpy as np
 from tolerances import jit, make_coprocessor, make_model, make_params, tokens_of
 
 from cacheaug.augment import coprocessor, objective, traces
+from cacheaug.augment.point_sampling import Draw, sample_points
 from cacheaug.augment.traces import Layout
 
 A, S = 4, 28
@@ -114,16 +115,15 @@ def cut_off(cache, keep):
 
 def nll_at_start(start, scheme, kind="coprocessor"):
   """(augmented, frozen) nll [A] of an untrained coprocessor."""
-  model, spec, decoder, _, tokens = setup(
-    3, start, scheme, kind=kind, count=6, min_ahead=2
-  )
+  model, spec, decoder, _, tokens = setup(3, start, scheme, kind=kind)
   batch = {"tokens": tokens, "documents": DOCUMENTS}
 
   @jit
   def run(decoder):
     key = jax.random.key(1)
     fresh = coprocessor.init(model, spec, key, decoder)
-    points = point_sampling.sample_points(key, DOCUMENTS, spec)
+    draw = Draw(6, min_ahead=2)
+    points = sample_points(key, DOCUMENTS, spec, draw)
     return (
       objective.coprocessor_loss(model, decoder, fresh, batch, points, spec),
       objective.frozen_loss(model, decoder, batch, points, spec),

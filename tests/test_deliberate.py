@@ -191,7 +191,7 @@ def test_contexts_of_other_weights_or_specs_are_not_found(lm, tmp_path):
       (True,),
       dict(
         coprocessor=Coprocessor(
-          coproc.params, dataclasses.replace(spec, scheme="overlay")
+          coproc.params, dataclasses.replace(spec, positions="overlay")
         )
       ),
     ),

@@ -13,6 +13,7 @@ from packed import DOCUMENTS, S, setup
 from tolerances import ATTENTION, NLL, close, far, jit, make_coprocessor
 
 from cacheaug.augment import objective, traces
+from cacheaug.augment.point_sampling import valid_points
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap, diagnose, latent_stats, perplexity
@@ -50,7 +51,7 @@ def latents(start="harmless", scheme="replace"):
   place, out = latent_stats.contributions(
     model, decoder, coproc, tokens, DOCUMENTS, spec=spec
   )
-  valid = np.asarray(point_sampling.valid_points(DOCUMENTS, spec))
+  valid = np.asarray(valid_points(DOCUMENTS, spec))
   return model, spec, decoder, coproc, text, place, out, valid
 
 

@@ -13,6 +13,7 @@ from oracle import FAMILIES, TOLERANCE, WHY_TORCH, random_params
 
 from cacheaug import export
 from cacheaug.augment import objective, traces
+from cacheaug.augment.point_sampling import Draw
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
@@ -41,7 +42,7 @@ def make(spec, directory, dtype=jnp.float32):
 @pytest.mark.parametrize("start", traces.STARTS)
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_round_trip_is_bit_identical(start, dtype, tmp_path):
-  spec = Layout(latents=3, ahead=4, scheme="insert", start=start)
+  spec = Layout(latents=3, ahead=4, positions="insert", start=start)
   config, params = make(spec, tmp_path, jnp.dtype(dtype))
   got = export.load_coprocessor(tmp_path, dtype=dtype)
   assert got[:2] == (config, spec)
@@ -50,6 +51,7 @@ def test_round_trip_is_bit_identical(start, dtype, tmp_path):
     "variant": "embeddings",
     "decoder_fingerprint": "0123456789ab",
     "source": "shipped:tiny",
+    "draw": Draw(),
   }
   assert jax.tree.structure(got[2]) == jax.tree.structure(params)
   jax.tree.map(np.testing.assert_array_equal, got[2], params)
@@ -153,7 +155,7 @@ traces_nll = jax.jit(objective.traces_nll, static_argnums=0)
 def test_oracle(scheme, start, decoders, tmp_path):
   """All traces at once equal transformers' one at a time."""
   model, params, reference, directory = decoders
-  spec = Layout(latents=3, ahead=4, scheme=scheme, start=start)
+  spec = Layout(latents=3, ahead=4, positions=scheme, start=start)
   coproc = random_params(model, spec)
   export.save_coprocessor(
     tmp_path,

@@ -122,7 +122,7 @@ def test_head_comes_back_from_files(tmp_path):
 
 def test_contexts_are_those_that_can_bear_a_trace():
   model = make_model(layers=1, layer_kinds=("sliding",))
-  spec = Layout(N, A, "replace", tail=2, min_ahead=2)
+  spec = Layout(N, A, "replace")
   decoder, coproc = make_params(model), make_coprocessor(model, spec)
   tokens = tokens_of(model, 2, S)
   batch = {"tokens": tokens, "documents": DOCUMENTS.astype(np.int32)}

@@ -23,14 +23,14 @@ from packed import (
 )
 from tolerances import GRADIENT, LOSS, NLL, close, close_trees, far
 
-from cacheaug.augment import coprocessor, objective, traces
+from cacheaug.augment import coprocessor, kinds, objective, traces
 from cacheaug.model import transformer
 from cacheaug.model.attention import NO_LIMIT, Rows
 from cacheaug.model.cache import KVCache
 from cacheaug.model.rope import rope_table, rotate
 
 N = 3
-KINDS = tuple(k for k in traces.KINDS if k != "coprocessor")
+KINDS = tuple(k for k in kinds.NAMES if k != "coprocessor")
 CASES = [(kind, "harmless") for kind in KINDS]
 CASES += [pytest.param(kind, "as_is", marks=pytest.mark.slow) for kind in KINDS]
 

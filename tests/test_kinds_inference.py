@@ -25,7 +25,7 @@ from tolerances import (
 from cacheaug import config as configs
 from cacheaug import export, sharding
 from cacheaug import step as stepping
-from cacheaug.augment import coprocessor, objective, traces
+from cacheaug.augment import coprocessor, kinds, objective, traces
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
@@ -35,7 +35,7 @@ from cacheaug.model import decode_rows, transformer
 from cacheaug.projects.background.worker import Worker
 
 NEW = 5
-KINDS = tuple(k for k in traces.KINDS if k != "coprocessor")
+KINDS = tuple(k for k in kinds.NAMES if k != "coprocessor")
 
 
 def setup(kind, scheme="replace"):
@@ -77,7 +77,9 @@ def teacher_forced(kind, scheme, prompt, said):
 def context(kind):
   model, decoder, *_, spec = setup(kind)
   tokens, documents = generate.pad_left(prompts(), PAD)
-  run = functools.partial(generate.read, model, keep_states=spec.kind.reads_states)
+  run = functools.partial(
+    generate.read, model, keep_states=spec.kind.reads_states
+  )
   return tolerances.jit(run)(
     decode_rows.split_layers(decoder), tokens, documents
   )
@@ -149,7 +151,7 @@ def test_latents_after_tokens_said_are_those_of_the_longer_prompt(kind):
 
 
 @pytest.mark.parametrize("start", traces.STARTS)
-@pytest.mark.parametrize("kind", traces.KINDS)
+@pytest.mark.parametrize("kind", kinds.NAMES)
 def test_export_round_trip(kind, start, tmp_path):
   model, _ = model_and_params()
   spec = Layout(N, NEW, "overlay", start, kind=kind)
@@ -166,7 +168,7 @@ def test_export_round_trip(kind, start, tmp_path):
   )
   # Of another kind it is damaged: names the tensor.
   other = "prefix" if kind == "pause" else "pause"
-  variant = export.VARIANTS[Layout(1, 1, kind=other).given]
+  variant = export.VARIANTS[Layout(1, 1, kind=other).latents_are_kv]
   entries |= {"kind": other, "variant": variant}
   (tmp_path / "config.json").write_text(json.dumps(entries))
   with pytest.raises(UserError, match="tensor|soft_tokens|prefix"):

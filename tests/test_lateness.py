@@ -4,7 +4,6 @@ As test_objective.py, but the coprocessor has read up to d tokens less than the
 decoder when its latents are inserted.
 """
 
-import dataclasses
 import functools
 import json
 
@@ -42,6 +41,7 @@ from tolerances import (
 from cacheaug import config as configs
 from cacheaug import export, step
 from cacheaug.augment import coprocessor, drawing, objective, traces
+from cacheaug.augment.point_sampling import Draw, sample_late, sample_points
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.kernels.dispatch import Kernel
@@ -312,14 +312,14 @@ def test_nothing_between_reaches_the_coprocessor(start):
 
 
 def test_lateness_is_uniform_and_stays_in_the_document():
-  spec = Layout(3, 2, count=6, min_ahead=2, late_max=4)
+  spec, draw = Layout(3, 2), Draw(6, min_ahead=2)
   keys = jax.random.split(jax.random.key(2), 3000)
 
   @jit
   def many(keys):
     def one(key):
-      points = point_sampling.sample_points(key, DOCUMENTS, spec)
-      late = point_sampling.sample_late(key, DOCUMENTS, points, spec)
+      points = sample_points(key, DOCUMENTS, spec, draw)
+      late = sample_late(key, DOCUMENTS, points, spec, 4)
       return points, late
 
     return jax.vmap(one)(keys)
@@ -342,7 +342,7 @@ def test_lateness_is_uniform_and_stays_in_the_document():
         (some == short).mean(), 1 - short / 5, atol=0.1
       )
   nothing = np.full((1, 2), -1, np.int32)
-  none = point_sampling.sample_late(keys[0], DOCUMENTS[:1], nothing, spec)
+  none = sample_late(keys[0], DOCUMENTS[:1], nothing, spec, 4)
   assert none.tolist() == [[0, 0]]
 
 
@@ -386,12 +386,12 @@ def test_impossible_lateness_is_refused(tmp_path, value, said):
 
 def test_exports_say_it_and_older_ones_need_not(tmp_path):
   model = make_model(attention_softcap=0.0, final_softcap=0.0)
-  spec = Layout(2, A, late_max=5)
-  save_coprocessor(tmp_path, model, spec)
-  assert export.load_coprocessor(tmp_path)[1] == spec
+  spec = Layout(2, A)
+  save_coprocessor(tmp_path, model, spec, draw=Draw(late_max=5))
+  assert export.load_coprocessor(tmp_path)[3]["draw"] == Draw(late_max=5)
   path = tmp_path / "config.json"
   entries = json.loads(path.read_text())
   assert entries.pop("late_max") == 5
   path.write_text(json.dumps(entries))
-  older = export.load_coprocessor(tmp_path)[1]
-  assert older == dataclasses.replace(spec, late_max=0)
+  older = export.load_coprocessor(tmp_path)
+  assert (older[1], older[3]["draw"]) == (spec, Draw())

@@ -34,6 +34,7 @@ from tolerances import (
 )
 
 from cacheaug.augment import coprocessor, objective, traces
+from cacheaug.augment.point_sampling import LAWS, Draw, sample_points
 from cacheaug.augment.traces import Layout
 from cacheaug.kernels import context_attention
 from cacheaug.kernels.dispatch import Kernel
@@ -221,12 +222,10 @@ def test_schemes_and_windows_and_caps_are_told_apart():
     far(loss(coproc), losses["overlay"])
 
 
-@pytest.mark.parametrize("law", point_sampling.LAWS)
+@pytest.mark.parametrize("law", LAWS)
 def test_tiles_equal_one_masked_softmax(law, monkeypatch):
   """Through the loss itself, with several tiles of rows and of slots."""
-  model, spec, decoder, coproc, tokens = setup(
-    2, "harmless", "replace", count=14, law=law
-  )
+  model, spec, decoder, coproc, tokens = setup(2, "harmless", "replace")
   documents = np.where(DOCUMENTS < 0, 3, DOCUMENTS)
   key = jax.random.key(5)
   batch = {"tokens": tokens, "documents": documents}
@@ -234,7 +233,7 @@ def test_tiles_equal_one_masked_softmax(law, monkeypatch):
   def run(name):
     @jit
     def sums(coproc):
-      points = point_sampling.sample_points(key, documents, spec)
+      points = sample_points(key, documents, spec, Draw(14, law))
 
       def loss(coproc):
         nll, tokens = objective.coprocessor_loss(

@@ -307,7 +307,7 @@ def test_docstring_draws_the_masks():
 
 
 def test_reaching_is_as_far_as_asked():
-  spec = Layout(N, A, rounds=3, stride=4, min_ahead=2)
+  spec = Layout(N, A, rounds=3, stride=4)
   assert spec.reach == 11
   for tokens in (1, 4, 5, 8, 9, 32):
     some = spec.reaching(tokens)
