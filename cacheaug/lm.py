@@ -47,7 +47,7 @@ LENGTHS = 32
 
 _read = jax.jit(generate.read, static_argnames=("model", "keep_states"))
 _augment = jax.jit(generate.augment_context, static_argnames=("model", "spec"))
-_nll = jax.jit(objective.points_nll, static_argnames=("model", "spec"))
+_nll = jax.jit(objective.points_nll, static_argnames=("model", "layout"))
 _decode = jax.jit(
   generate.decode, static_argnames=("model", "max_new_tokens", "stop_ids")
 )

@@ -61,7 +61,7 @@ def test_files_are_as_documented(tmp_path):
   _, params = make(SPEC, tmp_path)
   entries = json.loads((tmp_path / "config.json").read_text())
   assert entries["latents"] == 3
-  assert entries["positions"] == SPEC.scheme
+  assert entries["positions"] == SPEC.positions
   assert entries["start"] == "harmless"
   assert entries["model"]["model_type"] == "qwen3"
   stored = safetensors.numpy.load_file(tmp_path / "coprocessor.safetensors")

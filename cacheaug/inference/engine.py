@@ -16,7 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cacheaug.augment import coprocessor, traces
+from cacheaug.augment import coprocessor, kv_latents, traces
 from cacheaug.augment.traces import Layout, Traces
 from cacheaug.inference.sampling import GREEDY, Sampling, choose
 from cacheaug.model import decode_rows, transformer
@@ -198,7 +198,7 @@ def hand_over(
   """`deliberate` where latents are keys and values, for `ask` to follow."""
   point = dict(last=last, position=position, spec=spec)
   laid, copied = lay_point(model, decoder, tokens, documents, **point)
-  kv = coprocessor.given(model, coproc, cache, laid, copied)
+  kv = kv_latents.latent_kv(model, coproc, cache, laid, copied)
   keys, values = (x[:, :, 0].astype(cache.keys.dtype) for x in kv)
   at = laid.latent_rows.positions[:, 0]
   return KVCache(keys, values, at, jnp.ones_like(at)), copied[:, 0, -1]
