@@ -37,8 +37,8 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from cacheaug import build, validate
 from cacheaug import config as configs
-from cacheaug import export, lm
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import Layout
 from cacheaug.data import sources
@@ -47,9 +47,9 @@ from cacheaug.evals import diagnose, page, perplexity, report, run_report
 from cacheaug.evals.page import Evaluated
 from cacheaug.evals.perplexity import Batch
 from cacheaug.lm import LM
-from cacheaug.projects.lm_eval import benchmarks
 from cacheaug.run import command, provenance
 from cacheaug.run.metrics import Progress
+from cacheaug.weights import trained
 
 TEXT = "text"  # the name of --text as a source
 
@@ -91,7 +91,7 @@ def open_config(
     raise UserError(
       "--workdir and --config: a run has its own config; give one of the two"
     )
-  run = export.read_run(workdir)
+  run = trained.read_run(workdir)
   if run.spec is None:
     raise UserError(
       f"--workdir={workdir} holds a decoder (objective='language_model'): give "
@@ -120,7 +120,8 @@ def use_text(config: ConfigDict, path: str, field: str) -> str:
   source.path = str(Path(path).expanduser())
   config.data.sources = ConfigDict({TEXT: source})
   config.data.validation_fraction = 0.0
-  config.data.answers_only = False  # it has none that stand apart
+  # It has none that stand apart.
+  config.data.answers_only = config.data.results = False
   return "train"
 
 
@@ -156,8 +157,8 @@ def adapt(config: ConfigDict, found: LM) -> Layout:
   config.coprocessor.positions = spec.positions
   config.coprocessor.kind = spec.kind.value
   config.traces.rounds, config.traces.stride = spec.rounds, spec.stride
-  configs.validate_eval(config, spec)
-  configs.validate_model(config, found.model.config)
+  validate.check_eval(config, spec)
+  validate.check_model(config, found.model.config)
   return spec.reaching(config.eval.ahead)
 
 
@@ -269,7 +270,7 @@ def run(
   if not config.decoder.path:
     raise UserError("decoder.path is empty: a random decoder gains nothing")
   split = use_text(config, text, field) if text else "validation"
-  found = lm.load(config.decoder.path, dtype=config.precision.compute)
+  found = build.load(config.decoder.path, dtype=config.precision.compute)
   found = found.with_coprocessor(path)
   asked = asked_latents(latents, found.coprocessor.spec)
   spec = adapt(config, found)
@@ -291,12 +292,15 @@ def run(
   meta = describe(config, path, found)
   if tables:
     meta["text"] = text or f"held-out documents of {', '.join(names)}"
-  scores = []
+  sections = []
   if tasks:
+    from cacheaug.projects.lm_eval import benchmarks
+
     options = dataclasses.asdict(tasks)
     scores = benchmarks.run_tasks(
       found, options.pop("names"), **options, say=print
     )
+    sections.append(benchmarks.section(scores))
   done = 0
   total = (len(asked) + (2 if diagnostics else 0)) * batches
   by_source = {}
@@ -321,7 +325,7 @@ def run(
       )
   show = functools.partial(show_token, found.tokenizer)
   files = page.contents(
-    by_source, meta=meta, seed=config.seed, show=show, scores=scores
+    by_source, meta=meta, seed=config.seed, show=show, sections=sections
   )
   for name, some in by_source.items():
     for n, sums in some.tables.items():

@@ -16,14 +16,12 @@ import time
 
 from absl import flags
 
+from cacheaug.build import open_lm
 from cacheaug.errors import UserError
 from cacheaug.inference.completion import Completion
 from cacheaug.inference.sampling import Sampling
 from cacheaug.inference.session import Insertion, Plan
 from cacheaug.lm import LM
-from cacheaug.opening import open_lm
-from cacheaug.projects.context_store import lm as stored
-from cacheaug.projects.context_store.store import Store
 from cacheaug.run import command
 
 _COLUMN = 38  # characters a side of --compare, two within 80
@@ -259,7 +257,10 @@ def main() -> None:
   sampling = Sampling(values.temperature, values.top_k, values.top_p)
   lm = open_lm(values.workdir, values.decoder, values.coprocessor, latents)
   if values.store:
-    lm = stored.with_store(lm, Store.existing(values.store))
+    from cacheaug.projects.context_store.lm import with_store
+    from cacheaug.projects.context_store.store import Store
+
+    lm = with_store(lm, Store.existing(values.store))
   options = dict(
     max_new_tokens=values.max_new_tokens,
     plan=plan_of(

@@ -37,6 +37,7 @@ def _config(tmp_path, **changes):
       "validation_fraction": 0.2,
       "workers": 1,
       "answers_only": True,
+      "results": False,
     }
   )
 

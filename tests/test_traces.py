@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from tolerances import jit
 
-from cacheaug import export
 from cacheaug.augment import drawing, point_sampling, traces
 from cacheaug.augment.point_sampling import Draw, near_end, sample_points
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import attention
 from cacheaug.model.cache import KVCache
-from cacheaug.weights import huggingface
+from cacheaug.weights import coprocessor_files, huggingface
 
 # Two packed sequences, the second padded at its end; S = 16.
 DOCUMENTS = np.array(
@@ -416,7 +415,7 @@ def test_layout_and_draw_are_one_flat_dictionary_on_disk():
 
 def test_the_shipped_coprocessor_is_read_and_written_alike():
   path = huggingface.resolve("shipped:tiny_coprocessor")
-  _, layout, _, meta = export.load_coprocessor(path)
+  _, layout, _, meta = coprocessor_files.load_coprocessor(path)
   assert layout == Layout(4, 8, "replace")
   assert meta["draw"] == Draw(24, tail=4)
   entries = json.loads((path / "config.json").read_text())
