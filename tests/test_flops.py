@@ -192,7 +192,7 @@ def test_steps_of_kinds_by_their_rows():
   assert costs["handover"].attention == pytest.approx(pair * (first + 3 * rows))
 
 
-@pytest.mark.parametrize("kind", kinds.NAMES)
+@pytest.mark.parametrize("kind", kinds.Kind)
 def test_augmentation_agrees_with_xla(kind):
   """XLA's count of the compiled program, where nothing unused is left."""
   config, s, n = _small(window=16), 64, 8
@@ -241,7 +241,7 @@ def test_tokens_see_latents_and_parameters_are_counted():
   assert more == 8 * flops.attention_per_pair(model) / 2  # not by the window
   config = published.experiment("gemma2_2b")
   one = {}
-  for kind in kinds.NAMES:
+  for kind in kinds.Kind:
     config.coprocessor.kind = kind
     one[kind] = flops.parameters(config, model)
   layer = 128 * 32 * 12 + 3 * 128 * 256 + 4 * 128

@@ -17,7 +17,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import attention
 from cacheaug.model.cache import KVCache
-from cacheaug.weights import coprocessor_files, huggingface
+from cacheaug.weights import coprocessor_files, pretrained
 
 # Two packed sequences, the second padded at its end; S = 16.
 DOCUMENTS = np.array(
@@ -414,7 +414,7 @@ def test_layout_and_draw_are_one_flat_dictionary_on_disk():
 
 
 def test_the_shipped_coprocessor_is_read_and_written_alike():
-  path = huggingface.resolve("shipped:tiny_coprocessor")
+  path = pretrained.resolve("shipped:tiny_coprocessor")
   _, layout, _, meta = coprocessor_files.load_coprocessor(path)
   assert layout == Layout(4, 8, "replace")
   assert meta["draw"] == Draw(24, tail=4)
