@@ -178,7 +178,7 @@ def test_steps_of_kinds_by_their_rows():
   }
   costs = {}
   for kind, body in wanted.items():
-    sizes = Sizes(1, s, m, n, a, kind)
+    sizes = Sizes(1, s, m, n, a, kinds.Kind(kind))
     costs[kind] = flops.useful(model, sizes)
     assert costs[kind].body == pytest.approx(body)
     assert flops.least(model, sizes).total < costs[kind].total
