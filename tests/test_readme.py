@@ -316,7 +316,6 @@ _NAMED = {
     "step": "step",
     "transformer": "model.transformer",
     "attention": "model.attention",
-    "lm": "projects.context_store.lm",
   }.items()
 }
 

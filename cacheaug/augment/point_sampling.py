@@ -139,6 +139,11 @@ def before(answers: jax.Array) -> jax.Array:
   return jnp.pad(answers[:, 1:], ((0, 0), (0, 1)))
 
 
+def before_beginnings(answers: jax.Array) -> jax.Array:
+  """[B, S] bool: whether an answer begins with the token after."""
+  return before(answers) & ~answers
+
+
 def near_end(documents: jax.Array, tail: int) -> jax.Array:
   """[B, S] bool: a document ends within the `tail` tokens after."""
   after = jnp.pad(documents, ((0, 0), (0, tail)), constant_values=-1)
@@ -168,7 +173,7 @@ def sample_points(
   if draw.tail:
     noise += near_end(documents, draw.tail)
   if answers is not None:
-    noise += before(answers) & ~answers
+    noise += before_beginnings(answers)
   valid = valid_points(
     documents, layout, min_ahead=draw.min_ahead, answers=answers
   )

@@ -21,7 +21,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.weights import families, huggingface, leaves
+from cacheaug.weights import config_json, huggingface, leaves
 from cacheaug.weights import safetensors_io as files
 from cacheaug.weights.leaves import Leaf
 
@@ -66,7 +66,7 @@ def save_coprocessor(
     "variant": VARIANTS[spec.kind.latents_are_kv],
     "decoder_fingerprint": decoder_fingerprint,
     "source": source,
-    "model": families.config_entries(model_config),
+    "model": config_json.config_entries(model_config),
   }
   if lora_rank:
     entries["lora_rank"] = lora_rank
@@ -114,7 +114,7 @@ def load_coprocessor(
   for key in ("model", "positions", *point_sampling.REQUIRED, *_META):
     if key not in entries:
       raise UserError(f"{path}: has no {key!r}; export the coprocessor again")
-  config = families.config_from_entries(entries["model"], path)
+  config = config_json.config_from_entries(entries["model"], path)
   traces = entries | {"scheme": entries["positions"]}
   spec, draw = point_sampling.from_entries(traces)
   variant = VARIANTS[spec.kind.latents_are_kv]
