@@ -21,7 +21,12 @@ from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.weights import config_json, huggingface, leaves
+from cacheaug.weights import (
+  config_json,
+  huggingface,
+  leaves,
+  transformers_files,
+)
 from cacheaug.weights import safetensors_io as files
 from cacheaug.weights.leaves import Leaf
 
@@ -45,8 +50,9 @@ def save_coprocessor(
   decoder_fingerprint: str,
   source: str,
   lora_rank: int = 0,
+  report: str = "",
 ) -> None:
-  """Writes config.json and coprocessor.safetensors.
+  """Writes config.json, coprocessor.safetensors, and transformers_files.py's.
 
   Args:
     directory: made if absent; files of the same names are replaced.
@@ -56,6 +62,7 @@ def save_coprocessor(
     decoder_fingerprint: `pretrained.fingerprint` of the decoder.
     source: where the decoder came from, for a person.
     lora_rank: of the LoRA that `params` have been merged with; 0 for none.
+    report: Markdown of the run's report, for the model card.
 
   Raises:
     UserError: a directory that cannot be written.
@@ -78,6 +85,7 @@ def save_coprocessor(
   parts = _leaves(model_config, spec)
   body = params.get("transformer", {})
   huggingface.write_leaves(directory / WEIGHTS, parts, body | tree, None)
+  transformers_files.write(directory, model_config, entries, report)
   files.write_json(directory / "config.json", entries)
 
 
