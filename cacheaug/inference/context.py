@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacheaug.augment import coprocessor, objective, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import engine
 from cacheaug.inference.engine import Context
@@ -53,7 +53,7 @@ def pad_left(
 
 def check_prompts(
   prompts: list[list[int]],
-  spec: TraceSpec,
+  spec: Layout,
   *,
   on: Sequence[bool] | None = None,
   said: int = 0,
@@ -79,8 +79,9 @@ def check_prompts(
     if (on is None or on[i]) and len(prompt) + said < spec.context_needed:
       raise UserError(
         f"prompt {i} has {len(prompt)} tokens: with latents={spec.latents} "
-        f"(positions={spec.scheme!r}, start={spec.start!r}) it needs at least "
-        f"{spec.context_needed - said}; lengthen it, or decode without latents"
+        f"(positions={spec.positions!r}, start={spec.start!r}) it needs at "
+        f"least {spec.context_needed - said}; lengthen it, or decode without "
+        "latents"
       )
 
 
@@ -91,11 +92,11 @@ def augment(
   cache: KVCache,
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
-  spec: TraceSpec,
+  spec: Layout,
   *,
   position: jax.Array | None = None,  # [B], of the next token; S by default
   late: jax.Array | None = None,  # [B]
-  states: jax.Array | None = None,  # [B, S, D], of coprocessor.reading
+  states: jax.Array | None = None,  # [B, S, D], of coprocessor.source_cache
 ) -> tuple[jax.Array, KVCache, jax.Array]:
   """Inserts N latents at the end of the context.
 
@@ -110,16 +111,16 @@ def augment(
   args = model, decoder, coproc, cache, tokens, documents
   point = dict(position=position, spec=spec)
   if late is not None:
-    spec.check_late()
+    spec.kind.check("late")
     z, positions = _late_latents(*args, **point, late=late, states=states)
-  elif spec.given:
+  elif spec.latents_are_kv:
     rows, x = engine.hand_over(*args, **point, last=s - 1)
     positions = rows.positions
   else:
     z, positions = engine.deliberate(*args, **point, last=s - 1, states=states)
-  if spec.scheme == "replace":
+  if spec.positions == "replace":
     cache = cache.hide_after(positions[:, 0] - 1)
-  if spec.given:
+  if spec.latents_are_kv:
     cache = cache.concat(rows)
     hidden = engine.ask(model, decoder, cache, x, positions[:, -1])
     return hidden, cache, positions[:, -1] + 1
@@ -154,7 +155,7 @@ def _late_latents(
   )
   laid = laid.replace(latent_rows=rows)
   copied, repeated = objective.embedded(model, decoder, laid)
-  cache = coprocessor.reading(model, coproc, cache, states, spec)
+  cache = coprocessor.source_cache(model, coproc, cache, states, spec)
   z = coprocessor.latents(model, coproc, cache, laid, copied, repeated)
   return z[:, 0], (laid.rows.positions + pushed)[:, 0, : spec.latents]
 
@@ -171,7 +172,7 @@ def read(
   With `keep_states` its hidden states stay for a coprocessor to read.
   """
   b, s = tokens.shape
-  plain = TraceSpec(latents=1, ahead=1)
+  plain = Layout(latents=1, ahead=1)
   hidden, cache = objective.context_pass(
     model, decoder, tokens, documents, plain
   )
@@ -185,7 +186,7 @@ def augment_context(
   decoder: Params,
   coproc: Params,
   context: Context,
-  spec: TraceSpec,
+  spec: Layout,
   late: jax.Array | None = None,  # [B]
 ) -> Context:
   """`augment`, of all that `decode` needs; in as many rounds as trained.
@@ -252,7 +253,7 @@ def greedy(
   tokens: jax.Array,  # [B, S] from pad_left
   documents: jax.Array,  # [B, S]
   *,
-  spec: TraceSpec | None,
+  spec: Layout | None,
   max_new_tokens: int,
   stop_id: int = -1,
   late: jax.Array | None = None,  # [B]
@@ -261,7 +262,7 @@ def greedy(
 
   With `late` the coprocessor has not read the prompts' last so many tokens.
   """
-  reads = coproc is not None and spec.reads_states
+  reads = coproc is not None and spec.kind.reads_states
   context = read(model, decoder, tokens, documents, reads)
   if coproc is not None:
     context = augment_context(model, decoder, coproc, context, spec, late)

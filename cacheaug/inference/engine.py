@@ -16,8 +16,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cacheaug.augment import coprocessor, traces
-from cacheaug.augment.traces import Traces, TraceSpec
+from cacheaug.augment import coprocessor, kv_latents, traces
+from cacheaug.augment.traces import Layout, Traces
 from cacheaug.inference.sampling import GREEDY, Sampling, choose
 from cacheaug.model import decode_rows, transformer
 from cacheaug.model.attention import NO_LIMIT, Rows
@@ -132,7 +132,7 @@ def lay_point(
   *,
   last: jax.Array | int,  # [], index of the last token of each sequence
   position: jax.Array,  # [B], of the next token
-  spec: TraceSpec,
+  spec: Layout,
 ) -> tuple[Traces, jax.Array]:  # of one trace, copied [B, 1, N, D]
   """Where latents stand at the end of each sequence.
 
@@ -162,8 +162,8 @@ def deliberate(
   *,
   last: jax.Array | int,  # [], as of `lay_point`, these three
   position: jax.Array,  # [B]
-  spec: TraceSpec,
-  states: jax.Array | None = None,  # [B, S, D], of coprocessor.reading
+  spec: Layout,
+  states: jax.Array | None = None,  # [B, S, D], of coprocessor.source_cache
 ) -> tuple[jax.Array, jax.Array]:  # z [B, N, D], their positions [B, N]
   """The coprocessor's latents for the end of each sequence.
 
@@ -178,7 +178,7 @@ def deliberate(
     position=position,
     spec=spec,
   )
-  cache = coprocessor.reading(model, coproc, cache, states, spec)
+  cache = coprocessor.source_cache(model, coproc, cache, states, spec)
   z = coprocessor.latents(model, coproc, cache, laid, copied)
   return z[:, 0], laid.latent_rows.positions[:, 0]
 
@@ -193,12 +193,12 @@ def hand_over(
   *,
   last: jax.Array | int,  # []
   position: jax.Array,  # [B]
-  spec: TraceSpec,
+  spec: Layout,
 ) -> tuple[KVCache, jax.Array]:  # N entries a sequence, x[p] [B, D] to ask
   """`deliberate` where latents are keys and values, for `ask` to follow."""
   point = dict(last=last, position=position, spec=spec)
   laid, copied = lay_point(model, decoder, tokens, documents, **point)
-  kv = coprocessor.given(model, coproc, cache, laid, copied)
+  kv = kv_latents.latent_kv(model, coproc, cache, laid, copied)
   keys, values = (x[:, :, 0].astype(cache.keys.dtype) for x in kv)
   at = laid.latent_rows.positions[:, 0]
   return KVCache(keys, values, at, jnp.ones_like(at)), copied[:, 0, -1]
@@ -231,19 +231,19 @@ def insert(
   state: State,
   count: jax.Array,  # [], augmentations before this one
   on: jax.Array,  # [B]; the others stay as they are
-  spec: TraceSpec,
+  spec: Layout,
 ) -> State:
   """N latents after the last token of each sequence that is `on`.
 
   The coprocessor reads the cache as it stands, earlier latents in it; or the
   states of all tokens, but of no latents.
   """
-  cache = _said(state) if spec.reads_states else state.cache.stacked()
+  cache = _said(state) if spec.kind.reads_states else state.cache.stacked()
   args = model, decoder, coproc, cache, state.tokens, state.documents
   last = state.prompt + state.step - 1
   point = dict(last=last, position=state.position, spec=spec)
   where = dict(count=count, on=on, spec=spec)
-  if spec.given:
+  if spec.latents_are_kv:
     rows, x = hand_over(*args, **point)
     return write_given(model, decoder, state, rows, x, **where)
   z, positions = deliberate(*args, **point, states=state.states)
@@ -267,11 +267,11 @@ def write_given(
   *,
   count: jax.Array,  # [], as of `insert`, these three
   on: jax.Array,  # [B]
-  spec: TraceSpec,
+  spec: Layout,
 ) -> State:
   """The second half of `insert` where keys and values are handed over."""
   cache, positions = state.cache, rows.positions
-  if spec.scheme == "replace":
+  if spec.positions == "replace":
     cache = cache.hide_after(jnp.where(on, positions[:, 0] - 1, NO_LIMIT))
   segments = jnp.broadcast_to(on[:, None].astype(jnp.int32), positions.shape)
   slot = state.latent_slot(count, spec.latents)
@@ -293,11 +293,11 @@ def write_latents(
   *,
   count: jax.Array,  # [], as of `insert`, these three
   on: jax.Array,  # [B]
-  spec: TraceSpec,
+  spec: Layout,
 ) -> State:
   """The second half of `insert`: the decoder reads the latents."""
   cache = state.cache
-  if spec.scheme == "replace":
+  if spec.positions == "replace":
     limits = jnp.where(on, positions[:, 0] - 1, NO_LIMIT)
     cache = cache.hide_after(limits)
   hidden, cache = decode_rows.write_rows(
