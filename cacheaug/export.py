@@ -60,18 +60,7 @@ def export_run(
   out = pathlib.Path(out).expanduser()
   _check_out(out, decoder)
   if earlier := _earlier_export(workdir):
-    model_config, spec, params, meta = coprocessor_files.load_coprocessor(
-      earlier
-    )
-    coprocessor_files.save_coprocessor(
-      out,
-      model_config=model_config,
-      spec=spec,
-      params=params,
-      decoder_fingerprint=meta["decoder_fingerprint"],
-      source=meta["source"],
-      lora_rank=files.read_json(earlier / "config.json").get("lora_rank", 0),
-    )
+    _write_anew(earlier, out)
     return 0
   run = trained.read_run(workdir)
   if decoder != (run.spec is None):
@@ -102,6 +91,17 @@ def export_run(
     report=transformers_files.report_of(run.workdir),
   )
   return run.step
+
+
+def _write_anew(earlier: pathlib.Path, out: pathlib.Path) -> None:
+  """An exported coprocessor with the files that exports have by now."""
+  model_config, *_ = coprocessor_files.load_coprocessor(earlier)
+  names = (coprocessor_files.WEIGHTS, "config.json")
+  for name in names if out.resolve() != earlier.resolve() else ():
+    data = (earlier / name).read_bytes()
+    files.atomically(out / name, lambda file, data=data: file.write(data))
+  entries = files.read_json(earlier / "config.json")
+  transformers_files.write(out, model_config, entries)
 
 
 def _earlier_export(workdir: str | pathlib.Path) -> pathlib.Path | None:

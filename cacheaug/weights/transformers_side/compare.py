@@ -97,6 +97,8 @@ def compare(
   forced = Forced(ahead)
   generate(ahead.shape[1], forced, **ours)
   rows["nll"] = close(torch.stack(forced.nll, dim=1), expected["nll"])
+  if "tokens" not in expected:
+    return rows
   wanted = torch.tensor(expected["tokens"]).long()
   count = wanted.shape[1]
   tokens = generate(count, **ours)
