@@ -6,29 +6,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from cacheaug.data.tokenizers import Tokenizer
-from cacheaug.errors import UserError
 from cacheaug.inference.session import Declined, Insertion, Session
 from cacheaug.inference.text import TextStream
 
 # Tokens between looks for a stop string where nobody reads along.
 _CHUNK = 16
-
-
-def check_asked(
-  prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]
-) -> None:
-  """Refuses what cannot be asked of any decoder.
-
-  Raises:
-    UserError: a string in place of a list, an empty stop string, no tokens.
-  """
-  for name, given in (("prompts", prompts), ("stop", stop)):
-    if isinstance(given, str):
-      raise UserError(f"{name} is one string: give a list of them")
-  if "" in stop:
-    raise UserError("stop holds an empty string, which ends any text at once")
-  if max_new_tokens < 1:
-    raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
-from cacheaug.inference import engine
+from cacheaug.inference import arguments, engine
 from cacheaug.inference.engine import Context
 from cacheaug.inference.gates import Gate
 from cacheaug.inference.sampling import GREEDY, Sampling
@@ -38,6 +38,11 @@ class Plan:
   rounds: int = 1  # of latents at each of these points, one upon another
 
   def __post_init__(self):
+    for key in ("at", "after", "before"):
+      ids = arguments.whole_numbers(key, getattr(self, key))
+      object.__setattr__(self, key, ids)
+    for key in ("every", "most", "rounds"):
+      arguments.whole_number(key, getattr(self, key))
     if any(step < 0 for step in self.at):
       raise UserError(f"at={self.at}: counts of new tokens are 0 or more")
     if self.every < 0:

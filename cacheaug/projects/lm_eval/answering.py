@@ -79,12 +79,13 @@ class Answerer:
       room for latents) and 'truncated', and 'windows' of running text.
   """
 
-  def __init__(self, lm: LM, *, latents: bool, batch: int):
+  def __init__(self, lm: LM, *, latents: bool | None = None, batch: int):
     """Answers by `lm`.
 
     Args:
       lm: with a tokenizer, and a coprocessor where latents are asked for.
-      latents: answer with latents too.
+      latents: answer with latents too; by default where there is a
+        coprocessor.
       batch: contexts at a time.
 
     Raises:
@@ -92,6 +93,7 @@ class Answerer:
     """
     if batch < 1:
       raise UserError(f"batch={batch} must be at least 1")
+    latents = lm.coprocessor is not None if latents is None else latents
     if latents and lm.coprocessor is None:
       raise UserError(
         "no coprocessor is attached: lm = lm.with_coprocessor(PATH), or give "
@@ -145,6 +147,8 @@ class Answerer:
     """
     cut = []
     for one in asked:
+      if one.max_new_tokens < 1:
+        raise UserError(f"max_gen_toks={one.max_new_tokens} must be at least 1")
       room = self.max_length - one.max_new_tokens
       if room < 1:
         raise UserError(
