@@ -44,7 +44,7 @@ from cacheaug.inference.engine import Context, State
 from cacheaug.model import decode_rows, transformer
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import command
-from cacheaug.weights import huggingface
+from cacheaug.weights import pretrained
 
 # D768 L12 H12 K12 E64 F2048 V32000, head tied: 110M parameters.
 _RANDOM = dict(
@@ -241,9 +241,9 @@ def main() -> None:
       torch.manual_seed(0)
       config = transformers.LlamaConfig(**_RANDOM)
       transformers.LlamaForCausalLM(config).save_pretrained(directory)
-    path = huggingface.resolve(directory)
-    config = huggingface.read_config(path)
-    decoder = huggingface.load(path, config, dtype="float32")
+    path = pretrained.resolve(directory)
+    config = pretrained.read_config(path)
+    decoder = pretrained.load(path, config, dtype="float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
       path, dtype=torch.float32
     ).eval()

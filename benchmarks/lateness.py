@@ -25,11 +25,13 @@ from typing import Any
 
 from absl import flags
 
-from cacheaug import export, lm
+from cacheaug import build
+from cacheaug.data import problem_rows
 from cacheaug.errors import UserError
 from cacheaug.evals import exact_match, perplexity, run_report
 from cacheaug.lm import LM
 from cacheaug.run import command
+from cacheaug.weights import trained
 
 flags.DEFINE_multi_string("workdir", [], "a run; may be repeated")
 flags.DEFINE_list("late", [str(d) for d in range(9)], "tokens of lateness")
@@ -71,8 +73,7 @@ def measure(
       continue
     asked = dict(
       count=problems,
-      kinds=tuple(source.kinds),
-      steps=(source.steps_min, source.steps_max),
+      options=problem_rows.options_of(source, f"data.sources.{name}"),
     )
     rest = found.tokenizer, spec
     out["frozen match"] = exact_match.exact_match(*args, None, *rest, **asked)
@@ -123,11 +124,11 @@ def main() -> None:
     raise UserError("--late must be 0 or more, --positions 1 or more")
   results = {}
   for workdir in values.workdir:
-    config = export.read_run(workdir).config
+    config = trained.read_run(workdir).config
     config.eval.sequences = values.sequences
     if not config.decoder.path:
       raise UserError(f"{workdir}: its decoder is random, latents gain nothing")
-    found = lm.load(config.decoder.path).with_coprocessor(workdir)
+    found = build.load(config.decoder.path).with_coprocessor(workdir)
     figures = measure(config, found, late, positions, values.problems)
     results[workdir] = {"late_max": config.traces.late_max} | figures
     print(f"{workdir}: traces.late_max={config.traces.late_max}")

@@ -31,14 +31,15 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from cacheaug import export, lm
+from cacheaug import build
 from cacheaug.augment.traces import TraceSpec
-from cacheaug.data import problems
+from cacheaug.data import problem_rows, problems
 from cacheaug.errors import UserError
 from cacheaug.evals import exact_match, perplexity, report, run_report
 from cacheaug.inference.session import Plan
 from cacheaug.lm import LM
 from cacheaug.run import command
+from cacheaug.weights import trained
 
 flags.DEFINE_multi_string("workdir", [], "a run; may be repeated")
 flags.DEFINE_integer("rounds", 2, "of latents")
@@ -89,15 +90,9 @@ def answered(
   found: LM, source: Any, count: int, plan: Plan | None
 ) -> tuple[int, int]:
   """(right, asked); `plan` None is the frozen decoder."""
+  options = problem_rows.options_of(source, "source")
   asked = [
-    problems.generate(
-      0,
-      i,
-      kinds=tuple(source.kinds),
-      steps=(source.steps_min, source.steps_max),
-      split="validation",
-    )
-    for i in range(count)
+    problems.generate(0, i, options, split="validation") for i in range(count)
   ]
   right = 0
   for first in range(0, count, exact_match.BATCH):
@@ -164,11 +159,11 @@ def main() -> None:
     raise UserError(f"--rounds={values.rounds} must be 2 or more")
   results = {}
   for workdir in values.workdir:
-    config = export.read_run(workdir).config
+    config = trained.read_run(workdir).config
     config.eval.sequences = values.sequences
     if not config.decoder.path:
       raise UserError(f"{workdir}: its decoder is random, latents gain nothing")
-    found = lm.load(config.decoder.path).with_coprocessor(workdir)
+    found = build.load(config.decoder.path).with_coprocessor(workdir)
     again = dataclasses.replace(
       found.coprocessor.spec,
       rounds=values.rounds,
@@ -179,9 +174,9 @@ def main() -> None:
       late_max=0,
     )
     figures = measure(config, found, again, values.problems)
-    trained = config.traces.rounds, config.traces.stride
-    results[workdir] = {"trained": trained} | figures
-    print(f"{workdir}: traces.rounds={trained[0]}, traces.stride={trained[1]}")
+    layout = config.traces.rounds, config.traces.stride
+    results[workdir] = {"trained": layout} | figures
+    print(f"{workdir}: traces.rounds={layout[0]}, traces.stride={layout[1]}")
     print("\n".join(show(figures)) + "\n", flush=True)
   if values.json:
     path = pathlib.Path(values.json)

@@ -24,10 +24,10 @@ from absl import flags
 
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import TraceSpec
+from cacheaug.build import open_lm
 from cacheaug.inference.engine import Context
 from cacheaug.inference.session import Session
 from cacheaug.lm import LM, Coprocessor
-from cacheaug.opening import open_lm
 from cacheaug.projects.context_store.lm import StoredLM, context_of, with_store
 from cacheaug.projects.context_store.store import Store
 from cacheaug.run import command

@@ -3,13 +3,13 @@
   lm = cacheaug.load("path/to/gemma-2-2b").with_coprocessor("runs/gemma2b")
   lm.generate(["Natalia sold clips to"], max_new_tokens=128)
 
-See lm.py. Nothing is imported until it is used: jax takes seconds.
+See build.py and lm.py. Nothing is imported until it is used: jax takes seconds.
 """
 
 import sys
 
 __all__ = ("LM", "UserError", "load")
-_HOMES = {"LM": "lm", "load": "lm", "UserError": "errors"}
+_HOMES = {"LM": "lm", "load": "build", "UserError": "errors"}
 
 
 # Former names of modules, read for one release more (0.1 had them).

@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from cacheaug import build, validate
 from cacheaug.errors import UserError
 from cacheaug.run import command
 
@@ -69,12 +70,11 @@ def measure(
   """
   import jax
 
-  from cacheaug import config as configs
   from cacheaug import flops, sharding
-  from cacheaug import step as stepping
   from cacheaug.augment import objective
   from cacheaug.projects.speed import dense_reference
   from cacheaug.run import machine
+  from cacheaug.step import make_step
 
   losses = {
     "structured": objective.coprocessor_loss,
@@ -92,7 +92,7 @@ def measure(
     raise UserError(
       f"objective={config.objective!r}: only 'coprocessor' has variants"
     )
-  configs.validate(config, jax.device_count())
+  validate.check_config(config, jax.device_count())
   config = ConfigDict(config)
   # All variants go on from one state: it must not move.
   config.optimizer.learning_rate = 1e-12
@@ -107,7 +107,7 @@ def measure(
   compiled, took = {}, {}
   for name in variants:
     runs = model if name == "structured" else others
-    step = stepping.make_step(
+    step = make_step(
       config, runs, made.optimizer, mesh, shardings, losses[name]
     )
     began = time.perf_counter()
@@ -174,18 +174,18 @@ def prepare(config: ConfigDict, mesh: Any) -> Prepared:
   import jax
 
   from cacheaug import config as configs
-  from cacheaug import optim, train
-  from cacheaug import step as stepping
+  from cacheaug import optim
+  from cacheaug.step import abstract_state, init_state
 
   if config.decoder.path:
-    model, _ = train.open_model(config, mesh)
+    model, _ = build.open_model(config, mesh)
   else:
-    model = train.make_model(config, configs.model_of(config), mesh)
-  decoder, _ = train.load_decoder(config, model, mesh)
+    model = build.make_model(config, configs.model_of(config), mesh)
+  decoder, _ = build.load_decoder(config, model, mesh)
   optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
-  wanted = stepping.abstract_state(config, model, optimizer, decoder, mesh)
+  wanted = abstract_state(config, model, optimizer, decoder, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, wanted)
-  fresh = partial(stepping.init_state, config, model, optimizer, False)
+  fresh = partial(init_state, config, model, optimizer, False)
   key = jax.random.key(config.seed)
   state = jax.jit(fresh, out_shardings=shardings)(decoder, key)
   return Prepared(model, decoder, state, shardings, optimizer)
@@ -210,7 +210,7 @@ def _differences(config, variants, state, decoder, batch):
   import jax.numpy as jnp
 
   from cacheaug import config as configs
-  from cacheaug import step as stepping
+  from cacheaug.step import add_points
 
   spec = configs.spec_of(config)
 
@@ -219,9 +219,9 @@ def _differences(config, variants, state, decoder, batch):
 
     @jax.jit
     def run(params, decoder, batch):
-      points = stepping.add_points(
-        config, batch, jax.random.key(config.seed), 0
-      )["points"]
+      points = add_points(config, batch, jax.random.key(config.seed), 0)[
+        "points"
+      ]
 
       def loss(params):
         nll, tokens = sums(model, decoder, params, batch, points, spec)

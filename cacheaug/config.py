@@ -1,7 +1,8 @@
-"""Every key of an experiment, set once and commented; and their checks.
+"""Every key of an experiment, set once and commented.
 
 A config file starts from `base()`, changes what it needs and returns it. Code
-never reads a key with a default, so a key that is not here is an error.
+never reads a key with a default, so a key that is not here is an error. What a
+config may not say is in validate.py.
 """
 
 import dataclasses
@@ -11,42 +12,11 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from cacheaug import optim, sharding
-from cacheaug.augment import traces
+from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
-from cacheaug.kernels import dispatch
 from cacheaug.model import config as model_config
-from cacheaug.model import lora, transformer
 from cacheaug.model.config import ModelConfig
-from cacheaug.objectives import (
-  draws_points,
-  has_decoder,
-  lora_rank,
-  validate_start,
-)
-from cacheaug.run import profiling
-
-OBJECTIVES = ("coprocessor", "language_model")
-LOSSES = ("tokens", "traces")
-DTYPES = ("auto", "float32", "bfloat16")
-_EVAL_POSITIVE = ("eval.sequences", "eval.batch", "eval.ahead")
-_POSITIVE = (
-  "coprocessor.latents",
-  "traces.count",
-  "traces.ahead",
-  "traces.min_ahead",
-  "traces.rounds",
-  "data.sequence",
-  "data.batch",
-  "optimizer.steps",
-  "optimizer.accumulation",
-  "log_every",
-  "checkpoint.every",
-  "checkpoint.keep",
-  "watchdog.host_seconds",
-  *_EVAL_POSITIVE,
-)
 
 
 def base() -> ConfigDict:
@@ -127,6 +97,9 @@ def base() -> ConfigDict:
   # answer comes next, first of all where it begins. All sources in use have
   # some: problems, and those with an answer_field.
   c.data.answers_only = False
+  # Batches say what each step of a problem results in, for objectives that
+  # learn it; problems of serial kinds (data/serial.py) alone have that.
+  c.data.results = False
   c.data.cache_dir = ""  # '' is ~/.cache/cacheaug
   c.data.validation_fraction = 0.05  # of documents, never trained on
   c.data.workers = 2  # processes that tokenise
@@ -252,7 +225,7 @@ def resolve(config: ConfigDict, given: Iterable[str] = ()) -> ConfigDict:
   for key, value in _leaves(config.local):
     if key not in given and not key.startswith("data.sources."):
       parent, _, name = key.rpartition(".")
-      (_at(config, parent) if parent else config)[name] = value
+      (at(config, parent) if parent else config)[name] = value
   if not any(key.startswith("data.sources.") for key in given):
     config.data.sources = config.local.data.sources
   return config
@@ -331,164 +304,32 @@ def spec_of(config: ConfigDict) -> TraceSpec:
   )
 
 
-def validate(config: ConfigDict, devices: int) -> None:
-  """Refuses what cannot run, before any device work.
-
-  What depends on the decoder's own shape is `validate_model`.
-
-  Raises:
-    UserError: naming the key and the numbers.
-  """
-  _one_of(config, "objective", OBJECTIVES)
-  _one_of(config, "coprocessor.kind", traces.KINDS)
-  _one_of(config, "language_model.loss", LOSSES)
-  _one_of(config, "coprocessor.start", traces.STARTS)
-  _one_of(config, "coprocessor.positions", traces.SCHEMES)
-  _one_of(config, "traces.law", traces.LAWS)
-  _one_of(config, "precision.compute", DTYPES)
-  _one_of(config, "precision.decoder", DTYPES)
-  _one_of(config, "remat", tuple(transformer.REMAT_POLICIES))
-  _one_of(config, "attention", dispatch.NAMES)
-  for key in _POSITIVE:
-    if _at(config, key) < 1:
-      raise UserError(f"{key}={_at(config, key)} must be at least 1")
-  if not 0.0 <= config.optimizer.average < 1.0:
-    raise UserError(
-      f"optimizer.average={config.optimizer.average} must be from 0 (none) to "
-      "below 1"
-    )
-  for key in ("watchdog.seconds", "data.retries", "eval.context"):
-    if _at(config, key) < 0:
-      raise UserError(f"{key}={_at(config, key)} must be 0 or more")
-  profiling.parse_steps(config.profile)
-  optim.make_schedule(config.optimizer, config.optimizer.steps)
-  if not config.data.sources:
-    raise UserError("data.sources is empty: name at least one source")
-  if config.decoder.how_to_get and not config.decoder.path:
-    raise UserError(f"decoder.path is empty: {config.decoder.how_to_get}")
-  validate_start(config)
-  data, fsdp, tensor = sharding.mesh_sizes(config.mesh, devices)
-  batch, k = config.data.batch, config.optimizer.accumulation
-  if batch % (k * data * fsdp):
-    raise UserError(
-      f"data.batch={batch} does not divide over optimizer.accumulation={k} x "
-      f"mesh.data={data} x mesh.fsdp={fsdp}: change one of them"
-    )
-  if draws_points(config):
-    _validate_traces(config)
-  # A decoder trained on from another is compared with it after every token.
-  if has_decoder(config):
-    validate_eval(config, spec_of(config))
+def lora_rank(config: ConfigDict) -> int:
+  """Rank of the LoRA that is trained; 0 where everything is."""
+  if config.objective == "language_model":
+    return config.language_model.lora_rank
+  return config.coprocessor.lora_rank
 
 
-def _validate_traces(config: ConfigDict) -> None:
-  kind, init = config.coprocessor.kind, config.coprocessor.init
-  if kind in ("pause", "prefix") and init == "scratch":
-    raise UserError(
-      f"coprocessor.init={init!r}: coprocessor.kind={kind!r} has no network "
-      "that could begin so; leave it 'decoder'"
-    )
-  s, spec = config.data.sequence, spec_of(config)
-  points = s - spec.min_ahead - spec.context_needed + 1
-  if spec.count > points:
-    raise UserError(
-      f"traces.count={spec.count} exceeds the {max(points, 0)} possible points "
-      f"of a sequence of data.sequence={s} with coprocessor.latents="
-      f"{spec.latents} and traces.min_ahead={spec.min_ahead}"
-    )
-  if spec.late_max >= points:
-    raise UserError(
-      f"traces.late_max={spec.late_max}: no trace of a sequence of "
-      f"data.sequence={s} can be so late with coprocessor.latents="
-      f"{spec.latents} and traces.min_ahead={spec.min_ahead}; at most "
-      f"{points - 1}"
-    )
-  if spec.law == "stratified" and s % spec.count:
-    raise UserError(
-      f"traces.law='stratified' wants data.sequence={s} to be a multiple of "
-      f"traces.count={spec.count}"
-    )
-  needed, more = spec.context_needed + spec.reach, ""
-  if spec.stride:
-    more = f", traces.rounds={spec.rounds} and traces.stride={spec.stride}"
-  if needed > s:
-    raise UserError(
-      f"traces.ahead={spec.ahead} with coprocessor.latents={spec.latents}"
-      f"{more} needs sequences of {needed} tokens, data.sequence={s}"
-    )
+def begins_as_trained(config: ConfigDict) -> bool:
+  """Whether coprocessor.init is the path of a trained coprocessor."""
+  own = config.objective == "coprocessor"
+  return own and config.coprocessor.init not in coprocessor.INITS
 
 
-def validate_eval(config: ConfigDict, spec: TraceSpec) -> None:
-  """Refuses a table by position that sequences have no room for.
-
-  Args:
-    config: its `eval` and `data.sequence`.
-    spec: of the coprocessor that is evaluated.
-
-  Raises:
-    UserError: naming the key and the numbers.
-  """
-  for key in _EVAL_POSITIVE:
-    if _at(config, key) < 1:
-      raise UserError(f"{key}={_at(config, key)} must be at least 1")
-  s, ahead = config.data.sequence, config.eval.ahead
-  context, before = config.eval.context, f"eval.context={config.eval.context}"
-  if context:
-    if context < spec.context_needed:
-      raise UserError(
-        f"eval.context={context} is less than the {spec.context_needed} tokens "
-        f"that coprocessor.latents={spec.latents} need before a point: raise "
-        "it, or 0 for as many"
-      )
-  else:
-    context, before = spec.context_needed, f"coprocessor.latents={spec.latents}"
-  if context + ahead > s:
-    raise UserError(
-      f"eval.ahead={ahead} with {before} needs sequences of {context + ahead} "
-      f"tokens, data.sequence={s}"
-    )
+def has_decoder(config: ConfigDict) -> bool:
+  """False where a decoder is trained from nothing."""
+  return config.objective == "coprocessor" or bool(config.decoder.path)
 
 
-def validate_model(config: ConfigDict, model: ModelConfig) -> None:
-  """Refuses another decoder than meant, and sequences beyond its positions.
-
-  Raises:
-    UserError: naming the keys and the numbers.
-  """
-  for key, wanted in config.decoder.shape.items():
-    found = getattr(model, key)
-    if wanted is not None and found != wanted:
-      raise UserError(
-        f"decoder.path={config.decoder.path!r}: {key} is {found}, this config "
-        f"is for decoder.shape.{key}={wanted}: give the weights it names"
-      )
-  if rank := lora_rank(config):
-    name = f"{config.objective}.lora_rank"
-    lora.check(model, rank, tuple(config.lora.kernels), label=name)
-  s, n = config.data.sequence, 0
-  # 'insert' puts latents, and what follows them, behind the context.
-  if config.objective == "coprocessor" and (
-    config.coprocessor.positions == "insert"
-  ):
-    n = config.coprocessor.latents * config.traces.rounds
-  if s + n > model.max_positions:
-    more, count = "", config.traces.rounds
-    if n:
-      times = f" x traces.rounds={count}" if count > 1 else ""
-      more = f" + coprocessor.latents={n // count}{times} inserted"
-    raise UserError(
-      f"data.sequence={s}{more} exceeds the decoder's {model.max_positions} "
-      "positions (max_positions): lower it"
-    )
+def draws_points(config: ConfigDict) -> bool:
+  """Whether the loss is over traces."""
+  traced = config.language_model.loss == "traces"
+  return config.objective == "coprocessor" or traced
 
 
-def _at(config: ConfigDict, key: str) -> Any:
+def at(config: ConfigDict, key: str) -> Any:
+  """The value of a key given as `a.b.c`."""
   for part in key.split("."):
     config = config[part]
   return config
-
-
-def _one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:
-  value = _at(config, key)
-  if value not in known:
-    raise UserError(f"{key}={value!r} is not one of {', '.join(known)}")

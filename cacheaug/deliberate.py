@@ -17,11 +17,11 @@ and the exit status is 1.
 
 from absl import flags, logging
 
+from cacheaug.build import latents_of, open_lm
 from cacheaug.data import sources
 from cacheaug.data.sources import Documents
 from cacheaug.errors import UserError
 from cacheaug.lm import LENGTHS
-from cacheaug.opening import latents_of, open_lm
 from cacheaug.projects.context_store.lm import StoredLM, with_store
 from cacheaug.projects.context_store.store import Store
 from cacheaug.run import command

@@ -37,8 +37,8 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from cacheaug import build, validate
 from cacheaug import config as configs
-from cacheaug import export, lm
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import sources
@@ -50,6 +50,7 @@ from cacheaug.lm import LM
 from cacheaug.projects.lm_eval import benchmarks
 from cacheaug.run import command, provenance
 from cacheaug.run.metrics import Progress
+from cacheaug.weights import trained
 
 TEXT = "text"  # the name of --text as a source
 
@@ -91,7 +92,7 @@ def open_config(
     raise UserError(
       "--workdir and --config: a run has its own config; give one of the two"
     )
-  run = export.read_run(workdir)
+  run = trained.read_run(workdir)
   if run.spec is None:
     raise UserError(
       f"--workdir={workdir} holds a decoder (objective='language_model'): give "
@@ -120,7 +121,8 @@ def use_text(config: ConfigDict, path: str, field: str) -> str:
   source.path = str(Path(path).expanduser())
   config.data.sources = ConfigDict({TEXT: source})
   config.data.validation_fraction = 0.0
-  config.data.answers_only = False  # it has none that stand apart
+  # It has none that stand apart.
+  config.data.answers_only = config.data.results = False
   return "train"
 
 
@@ -156,8 +158,8 @@ def adapt(config: ConfigDict, found: LM) -> TraceSpec:
   config.coprocessor.positions = spec.scheme
   config.coprocessor.kind = spec.kind
   config.traces.rounds, config.traces.stride = spec.rounds, spec.stride
-  configs.validate_eval(config, spec)
-  configs.validate_model(config, found.model.config)
+  validate.check_eval(config, spec)
+  validate.check_model(config, found.model.config)
   spec = spec.reaching(config.eval.ahead)
   return dataclasses.replace(spec, law="uniform", tail=0)
 
@@ -270,7 +272,7 @@ def run(
   if not config.decoder.path:
     raise UserError("decoder.path is empty: a random decoder gains nothing")
   split = use_text(config, text, field) if text else "validation"
-  found = lm.load(config.decoder.path, dtype=config.precision.compute)
+  found = build.load(config.decoder.path, dtype=config.precision.compute)
   found = found.with_coprocessor(path)
   asked = asked_latents(latents, found.coprocessor.spec)
   spec = adapt(config, found)

@@ -16,12 +16,12 @@ import time
 
 from absl import flags
 
+from cacheaug.build import latents_of, open_lm
 from cacheaug.errors import UserError
 from cacheaug.inference.completion import Completion
 from cacheaug.inference.sampling import Sampling
 from cacheaug.inference.session import Insertion, Plan
 from cacheaug.lm import LM
-from cacheaug.opening import latents_of, open_lm
 from cacheaug.projects.context_store import lm as stored
 from cacheaug.projects.context_store.store import Store
 from cacheaug.run import command

@@ -21,13 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cacheaug import export
 from cacheaug.augment import objective
 from cacheaug.augment.traces import TraceSpec
-from cacheaug.data import tokenizers
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
 from cacheaug.inference import arguments, gates
@@ -38,7 +35,7 @@ from cacheaug.inference.gates import Gate
 from cacheaug.inference.sampling import GREEDY, Sampling
 from cacheaug.inference.session import Plan, Session
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.weights import huggingface
+from cacheaug.weights import trained
 
 Tokens = jax.Array | np.ndarray | Sequence[Sequence[int]]
 
@@ -99,7 +96,7 @@ class LM:
     Raises:
       UserError: nothing of the kind there, or one trained for other weights.
     """
-    found = export.open_coprocessor(
+    found = trained.open_coprocessor(
       path, self.model.config, self.decoder, dtype=self.model.dtype
     )
     if found.fingerprint != self.fingerprint:
@@ -451,43 +448,3 @@ class LM:
         f"for the latents and ahead={ahead} in {s} tokens"
       )
     return np.broadcast_to(points, (b, points.shape[1])).astype(np.int32)
-
-
-def load(path: str | Path, *, dtype: Any = "auto") -> LM:
-  """A frozen decoder and its tokenizer.
-
-  Args:
-    path: a Hugging Face directory (config.json, safetensors, tokenizer), or
-      'shipped:NAME' for one in the package.
-    dtype: of weights and activations: 'float32', 'bfloat16', or 'auto', which
-      is bfloat16 on accelerators and float32 on the CPU.
-
-  Raises:
-    UserError: no such directory, weights of another family or shape, or a
-      tokenizer that does not belong to them; names the file.
-  """
-  if dtype not in DTYPES:
-    raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-  if dtype == "auto":
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  directory = huggingface.resolve(str(path))
-  config = huggingface.read_config(directory)
-  tokenizer = None
-  stop_ids = set(huggingface.stop_ids(directory))
-  names = ("tokenizer.json", "tokenizer.model")
-  if any((directory / name).exists() for name in names):
-    tokenizer = tokenizers.load(str(directory))
-    stop_ids |= {tokenizer.eos_id} - {None}
-    if tokenizer.vocab_size > config.vocab_size:
-      raise UserError(
-        f"{directory}: its tokenizer has {tokenizer.vocab_size} entries, the "
-        f"decoder's vocabulary {config.vocab_size}: give the decoder's own"
-      )
-  decoder = huggingface.load(directory, config, dtype=dtype)
-  return LM(
-    model=Transformer(config, dtype=jnp.dtype(dtype)),
-    decoder=decoder,
-    tokenizer=tokenizer,
-    fingerprint=huggingface.fingerprint(decoder),
-    stop_ids=tuple(sorted(stop_ids)),
-  )

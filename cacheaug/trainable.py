@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
-from cacheaug import objectives
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
@@ -73,7 +72,7 @@ def init(
   if config.objective == "language_model":
     return _init_decoder(config, model, key, decoder, boxed), None
   rank, spec = configs.lora_rank(config), configs.spec_of(config)
-  other = objectives.begins_as_trained(config)
+  other = configs.begins_as_trained(config)
   if boxed:
     params = coprocessor.init_boxed(model, spec, key)
   elif other:

@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from cacheaug.augment import coprocessor
 from cacheaug.model.transformer import Transformer
-from cacheaug.weights import huggingface
+from cacheaug.weights import pretrained
 
 # Float32 rounding through three passes; a row that sees one token too many or
 # stands one position off gives 1e-2 and more.
@@ -39,8 +39,8 @@ def make_decoder(family, directory):
   changes = {"sliding_window": 64} if family == "gemma2" else {}
   reference = make_golden.build(family, **changes)
   reference.save_pretrained(directory)
-  config = huggingface.read_config(directory)
-  params = huggingface.load(directory, config, dtype=jnp.float32)
+  config = pretrained.read_config(directory)
+  params = pretrained.load(directory, config, dtype=jnp.float32)
   return Transformer(config), params, reference
 
 

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from cacheaug import build, optim, sharding, validate
 from cacheaug import config as configs
-from cacheaug import optim, sharding, train
 from cacheaug import step as stepping
 from cacheaug.data import pipeline
 from cacheaug.data.sources import source_defaults
@@ -67,11 +67,11 @@ class Steps:
   def __init__(self, config: ConfigDict, devices: int = 1):
     devices = jax.devices()[:devices]
     self.config = config
-    configs.validate(config, len(devices))
+    validate.check_config(config, len(devices))
     self.mesh = sharding.make_mesh(config.mesh, devices)
-    self.model, tokenizer = train.open_model(config)
-    self.decoder, found = train.load_decoder(config, self.model, self.mesh)
-    initial = train.load_initial(
+    self.model, tokenizer = build.open_model(config)
+    self.decoder, found = build.load_decoder(config, self.model, self.mesh)
+    initial = build.load_initial(
       config, self.model, self.mesh, self.decoder, found
     )
     self.batches = pipeline.open_batches(

@@ -13,15 +13,15 @@ from ml_collections import ConfigDict
 from tolerances import jit
 
 import cacheaug
+from cacheaug import build, export, step, train
 from cacheaug import config as configs
-from cacheaug import export, step, train
 from cacheaug.augment import objective, traces
 from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
 from cacheaug.evals import report
 from cacheaug.model import lora
 from cacheaug.model.transformer import Transformer
-from cacheaug.weights import huggingface
+from cacheaug.weights import huggingface, leaves
 
 LM = {"objective": "language_model"}
 
@@ -200,7 +200,7 @@ def test_lora_on_a_trained_coprocessor(tmp_path, decoder_path):
   exported = frozen.with_coprocessor(tmp_path / "export").coprocessor
   tolerances.close_trees(found.params, exported.params, tolerances.LOSS)
   kernel = "transformer/blocks/mlp/up/kernel"
-  flat, was = map(huggingface.flatten, (found.params, base.params))
+  flat, was = map(leaves.flatten, (found.params, base.params))
   assert not np.array_equal(flat[kernel], was[kernel])
   norm = "transformer/blocks/mlp_norm/scale"
   np.testing.assert_array_equal(flat[norm], was[norm])
@@ -245,7 +245,7 @@ def test_lora_decoder_and_its_table(tmp_path, decoder_path):
     and "continued" in (workdir / "report" / "report.md").read_text()
   )
   counted = [line.split(",")[6] for line in table.splitlines()[1:]]
-  model, _ = train.open_model(config)
+  model, _ = build.open_model(config)
   params = cacheaug.load(decoder_path).decoder
   sums = train.finish.sums_by_source(
     config,

@@ -36,6 +36,7 @@ def _config(tmp_path, **changes):
       "validation_fraction": 0.2,
       "workers": 1,
       "answers_only": True,
+      "results": False,
     }
   )
 

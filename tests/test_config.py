@@ -12,11 +12,11 @@ import small_runs
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
-from cacheaug import optim, sharding, step
+from cacheaug import optim, sharding, step, validate
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.transformer import Transformer
-from cacheaug.weights import huggingface
+from cacheaug.weights import pretrained
 
 _ROOT = Path(__file__).resolve().parent.parent
 _FILES = sorted((_ROOT / "configs").glob("*.py"))
@@ -37,16 +37,16 @@ def test_shipped_config_is_valid_and_has_a_state(path, runlocal):
   config = _load(path)
   config.runlocal = runlocal
   config = configs.resolve(config)
-  if config.decoder.path.startswith(huggingface.SHIPPED):
-    directory = huggingface.resolve(config.decoder.path)
-    model_config = huggingface.read_config(directory)
+  if config.decoder.path.startswith(pretrained.SHIPPED):
+    directory = pretrained.resolve(config.decoder.path)
+    model_config = pretrained.read_config(directory)
   else:
     model_config = configs.model_of(config)
   if config.decoder.how_to_get:
     config.decoder.path = "given-by-the-user"
   devices = config.mesh.fsdp * config.mesh.tensor  # the fewest it runs on
-  configs.validate(config, devices)
-  configs.validate_model(config, model_config)
+  validate.check_config(config, devices)
+  validate.check_model(config, model_config)
 
   model = Transformer(model_config, remat=config.remat)
   decoder = nn.unbox(
@@ -110,8 +110,8 @@ def _config(tmp_path, **changes):
 
 def _refusal(config, devices=1) -> str:
   with pytest.raises(UserError) as caught:
-    configs.validate(configs.resolve(config), devices)
-    configs.validate_model(config, configs.model_of(config))
+    validate.check_config(configs.resolve(config), devices)
+    validate.check_model(config, configs.model_of(config))
   line = str(caught.value)
   assert "\n" not in line
   return line
@@ -119,8 +119,8 @@ def _refusal(config, devices=1) -> str:
 
 def test_the_small_config_is_valid(tmp_path):
   config = configs.resolve(_config(tmp_path))
-  configs.validate(config, 8)
-  configs.validate_model(config, configs.model_of(config))
+  validate.check_config(config, 8)
+  validate.check_model(config, configs.model_of(config))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_other_weights_than_the_shape_says_are_refused(tmp_path):
   config = _config(tmp_path)
   other = configs.model_of(_config(tmp_path, **{"decoder.shape.width": 32}))
   with pytest.raises(UserError, match="width is 32.*decoder.shape.width=16"):
-    configs.validate_model(config, other)
+    validate.check_model(config, other)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def _config(corpora, /, **named):
   config.cache_dir = str(corpora / "cache")
   config.validation_fraction = 0.2
   config.workers = 1
-  config.answers_only = False
+  config.answers_only = config.results = False
   return config
 
 

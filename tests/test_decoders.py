@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from cacheaug import config as configs
+from cacheaug import validate
 from cacheaug.errors import UserError
-from cacheaug.weights import huggingface, published
+from cacheaug.weights import leaves, published
 
 # As the files on huggingface.co count them, tied heads once.
 PARAMETERS = {
@@ -22,15 +23,15 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", published.PUBLISHED)
 def test_published_shape(name):
   config = published.experiment(name)
-  leaves = huggingface.leaves_of(configs.model_of(config))
-  assert sum(math.prod(leaf.shape) for leaf in leaves) == PARAMETERS[name]
+  wanted = leaves.leaves_of(configs.model_of(config))
+  assert sum(math.prod(leaf.shape) for leaf in wanted) == PARAMETERS[name]
   root = Path(__file__).resolve().parent.parent
   text = (root / "configs" / f"{name}.py").read_text()
   repository = published.PUBLISHED[name][0]
   assert f"download {repository} --local-dir" in text
   assert repository in config.decoder.how_to_get
   with pytest.raises(UserError, match="decoder.path is empty: .*download"):
-    configs.validate(configs.resolve(config), 1)
+    validate.check_config(configs.resolve(config), 1)
 
 
 def test_licences_to_accept_are_named():

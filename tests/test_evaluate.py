@@ -17,11 +17,12 @@ from test_benchmarks import RECORDS, WHY, write
 from test_diagnostics import compiled_quickly  # noqa: F401, a fixture
 from tolerances import LOSS, close, make_coprocessor
 
+from cacheaug import build, evaluate
 from cacheaug import config as configs
-from cacheaug import evaluate, export, lm
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap, page, perplexity, run_report
+from cacheaug.weights import coprocessor_files, trained
 
 N, A = 2, 4
 
@@ -30,9 +31,9 @@ N, A = 2, 4
 def pair(tmp_path_factory):
   """(directory of an untrained coprocessor of the shipped nano, its lm)."""
   path = tmp_path_factory.mktemp("pair") / "coprocessor"
-  found = lm.load("shipped:nano")
+  found = build.load("shipped:nano")
   spec = TraceSpec(N, A, "replace", "harmless")
-  export.save_coprocessor(
+  coprocessor_files.save_coprocessor(
     path,
     model_config=found.model.config,
     spec=spec,
@@ -291,7 +292,7 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path):
 
 
 def test_a_decoders_run_is_refused(tmp_path, monkeypatch):
-  decoder = export.Run(tmp_path, config_of(tmp_path), None, {}, "", 1)
+  decoder = trained.Run(tmp_path, config_of(tmp_path), None, {}, "", 1)
   monkeypatch.setattr(evaluate.export, "read_run", lambda _: decoder)
   with pytest.raises(UserError, match="holds a decoder"):
     evaluate.open_config(str(tmp_path), "", None)

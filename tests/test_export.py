@@ -11,13 +11,12 @@ import pytest
 import safetensors.numpy
 from oracle import FAMILIES, TOLERANCE, WHY_TORCH, random_params
 
-from cacheaug import export
 from cacheaug.augment import objective, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
 from cacheaug.model.transformer import Transformer
-from cacheaug.weights import huggingface
+from cacheaug.weights import coprocessor_files, leaves
 
 SPEC = TraceSpec(latents=3, ahead=4)
 
@@ -27,7 +26,7 @@ def make(spec, directory, dtype=jnp.float32):
   config = model_config.make("qwen3", width=16, heads=2, kv_heads=1, head_dim=4)
   model = Transformer(config, param_dtype=dtype)
   params = random_params(model, spec)
-  export.save_coprocessor(
+  coprocessor_files.save_coprocessor(
     directory,
     model_config=config,
     spec=spec,
@@ -43,7 +42,7 @@ def make(spec, directory, dtype=jnp.float32):
 def test_round_trip_is_bit_identical(start, dtype, tmp_path):
   spec = TraceSpec(latents=3, ahead=4, scheme="insert", start=start)
   config, params = make(spec, tmp_path, jnp.dtype(dtype))
-  got = export.load_coprocessor(tmp_path, dtype=dtype)
+  got = coprocessor_files.load_coprocessor(tmp_path, dtype=dtype)
   assert got[:2] == (config, spec)
   assert got[3] == {
     "family": "qwen3",
@@ -96,7 +95,7 @@ def test_shardings(tmp_path):
   )
   projection = jax.sharding.NamedSharding(mesh, spec("x"))
   shardings["latent_projection"] = projection
-  got = export.load_coprocessor(tmp_path, shardings=shardings)[2]
+  got = coprocessor_files.load_coprocessor(tmp_path, shardings=shardings)[2]
   assert got["latent_projection"].sharding == projection
   jax.tree.map(np.testing.assert_array_equal, got, params)
 
@@ -119,16 +118,16 @@ def test_refusals(change, message, tmp_path):
   change(entries)
   path.write_text(json.dumps(entries))
   with pytest.raises(UserError, match=re.escape(message)):
-    export.load_coprocessor(tmp_path)
+    coprocessor_files.load_coprocessor(tmp_path)
 
 
 def test_missing_files(tmp_path):
   with pytest.raises(UserError, match="config.json: missing"):
-    export.load_coprocessor(tmp_path)
+    coprocessor_files.load_coprocessor(tmp_path)
   make(SPEC, tmp_path)
   (tmp_path / "coprocessor.safetensors").unlink()
   with pytest.raises(UserError, match="coprocessor.safetensors: missing"):
-    export.load_coprocessor(tmp_path)
+    coprocessor_files.load_coprocessor(tmp_path)
 
 
 # --- the oracle -------------------------------------------------------------
@@ -155,12 +154,12 @@ def test_oracle(scheme, start, decoders, tmp_path):
   model, params, reference, directory = decoders
   spec = TraceSpec(latents=3, ahead=4, scheme=scheme, start=start)
   coproc = random_params(model, spec)
-  export.save_coprocessor(
+  coprocessor_files.save_coprocessor(
     tmp_path,
     model_config=model.config,
     spec=spec,
     params=coproc,
-    decoder_fingerprint=huggingface.fingerprint(params),
+    decoder_fingerprint=leaves.fingerprint(params),
     source=str(directory),
   )
   tokens = np.random.default_rng(3).integers(

@@ -14,12 +14,12 @@ import small_runs
 import tolerances
 
 import cacheaug
-from cacheaug import export, optim, sharding, train
+from cacheaug import build, export, optim, sharding
 from cacheaug import step as stepping
 from cacheaug.errors import UserError
 from cacheaug.run import checkpoint
 from cacheaug.run import workdir as workdirs
-from cacheaug.weights import huggingface
+from cacheaug.weights import coprocessor_files, leaves, pretrained, trained
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,8 +33,8 @@ def make_run(root, **changes):
   config.data.tokenizer = "decoder"
   config.update_from_flattened_dict(changes)
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:2])
-  model, _ = train.open_model(config)
-  decoder, fingerprint = train.load_decoder(config, model, mesh)
+  model, _ = build.open_model(config)
+  decoder, fingerprint = build.load_decoder(config, model, mesh)
   optimizer, _ = optim.make_optimizer(config.optimizer, 6)
   fresh = partial(stepping.init_state, config, model, optimizer, False)
   state = tolerances.jit(fresh)(decoder, jax.random.key(0))
@@ -82,7 +82,7 @@ def test_workdir_equals_export(coprocessor_run, tmp_path):
   assert exported.coprocessor.spec == run.coprocessor.spec
   assert exported.coprocessor.spec.latents == 2
   same(exported.coprocessor.params, run.coprocessor.params)
-  meta = export.load_coprocessor(tmp_path / "out")[3]
+  meta = coprocessor_files.load_coprocessor(tmp_path / "out")[3]
   assert meta["source"] == "shipped:tiny"
   assert meta["decoder_fingerprint"] == frozen.fingerprint
   # An export over an earlier one is no harm; of the same bytes, too.
@@ -97,7 +97,7 @@ def test_decoder_is_a_hugging_face_directory(decoder_run, tmp_path):
   found = cacheaug.load(tmp_path / "out")
   same(found.decoder, state.average)  # not the weights of the last step
   assert found.tokenizer.encode("a") == [101]
-  assert found.fingerprint == huggingface.fingerprint(state.average)
+  assert found.fingerprint == leaves.fingerprint(state.average)
 
 
 def test_damaged_checkpoint_is_left_and_the_one_before_read(
@@ -111,12 +111,12 @@ def test_damaged_checkpoint_is_left_and_the_one_before_read(
   )
   large.write_bytes(large.read_bytes()[:-1])
   before = small_runs.contents(workdir)
-  assert export.read_run(workdir).step == 1
+  assert trained.read_run(workdir).step == 1
   assert small_runs.contents(workdir) == before
   for step in "12":
     (workdir / "checkpoints" / step / "files.json").unlink()
   with pytest.raises(UserError, match="no checkpoint that can be read"):
-    export.read_run(workdir)
+    trained.read_run(workdir)
 
 
 def test_runs_from_before_there_was_a_key_are_read(coprocessor_run, tmp_path):
@@ -133,7 +133,7 @@ def test_runs_from_before_there_was_a_key_are_read(coprocessor_run, tmp_path):
     del config[section][key]
   del config["lora"], config["data"]["sources"]["text"]["answer_field"]
   (workdir / "config.json").write_text(json.dumps(config))
-  found, now = export.read_run(workdir), export.read_run(coprocessor_run[0])
+  found, now = trained.read_run(workdir), trained.read_run(coprocessor_run[0])
   assert found.spec == now.spec
   # By JSON: a tuple becomes a list there.
   as_json = [json.loads(x.config.to_json()) for x in (found, now)]
@@ -189,7 +189,7 @@ def test_out_of_something_else_is_left_alone(name, decoder, tmp_path):
 
 
 def test_a_decoder_is_not_written_over_one(tmp_path):
-  shutil.copytree(huggingface.resolve("shipped:tiny"), tmp_path / "out")
+  shutil.copytree(pretrained.resolve("shipped:tiny"), tmp_path / "out")
   for decoder in (False, True):
     refused("something else", tmp_path, tmp_path / "out", decoder=decoder)
 
@@ -218,7 +218,7 @@ def test_command(coprocessor_run, decoder_run, tmp_path):
   status, printed, err = small_runs.finish(good)
   assert (status, err) == (0, "")
   assert printed.startswith("step 2 of ")
-  assert export.load_coprocessor(tmp_path / "out")[1].latents == 2
+  assert coprocessor_files.load_coprocessor(tmp_path / "out")[1].latents == 2
   assert small_runs.finish(decoder)[::2] == (0, "")
   assert cacheaug.load(tmp_path / "d").model.config.width == 16
   for message, process in bad.items():

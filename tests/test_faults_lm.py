@@ -10,7 +10,7 @@ import pytest
 import tolerances
 
 import cacheaug
-from cacheaug import opening
+from cacheaug import build
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data.tokenizers import ByteTokenizer
 from cacheaug.errors import UserError
@@ -57,11 +57,11 @@ def test_unset_latents_are_where_there_is_a_coprocessor(lm, augmented):
 
 
 def test_commands_without_a_coprocessor_decode():
-  assert opening.open_lm("", "shipped:nano", "").coprocessor is None
-  assert opening.open_lm("", "", "").coprocessor.spec.latents == 4
+  assert build.open_lm("", "shipped:nano", "").coprocessor is None
+  assert build.open_lm("", "", "").coprocessor.spec.latents == 4
   with pytest.raises(UserError, match="--coprocessor is missing"):
-    opening.open_lm("", "shipped:nano", "", True)
-  flags = [opening.latents_of(flag) for flag in (None, "on", "off")]
+    build.open_lm("", "shipped:nano", "", True)
+  flags = [build.latents_of(flag) for flag in (None, "on", "off")]
   assert flags == [None, True, False]
 
 

@@ -19,6 +19,7 @@ from tolerances import (
   tokens_of,
 )
 
+from cacheaug import build
 from cacheaug.augment import objective
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
@@ -235,11 +236,10 @@ def test_table_ranks_thresholds_and_intervals():
 
 
 def test_training_text_is_not_the_held_out(tmp_path):
-  from cacheaug import train
   from cacheaug.evals import run_report
 
   config = small_runs.get_config(str(tmp_path))
-  _, tokenizer = train.open_model(config)
+  _, tokenizer = build.open_model(config)
   batches = list(report.training_text(config, tokenizer, "text"))
   assert [b["tokens"].shape for b in batches] == [(4, 32)]
   held = list(run_report.held_out(config, tokenizer, "text"))

@@ -11,7 +11,7 @@ from absl import flags
 import cacheaug
 from cacheaug.errors import UserError
 from cacheaug.inference.session import Plan
-from cacheaug.weights import huggingface
+from cacheaug.weights import pretrained
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -171,7 +171,7 @@ def test_latents_come_as_often_as_trained(command, capsys):
 
 
 def test_a_decoder_without_a_tokenizer(command, tmp_path):
-  shipped = huggingface.resolve("shipped:nano")
+  shipped = pretrained.resolve("shipped:nano")
   for name in ("config.json", "model.safetensors"):
     (tmp_path / name).write_bytes((shipped / name).read_bytes())
   lm = command.open_lm("", str(tmp_path), "", False)

@@ -20,7 +20,7 @@ from test_pretrained import PUBLISHED
 from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
 from cacheaug.model.transformer import Transformer
-from cacheaug.weights import families, google_gemma, huggingface
+from cacheaug.weights import families, google_gemma, leaves, pretrained
 
 H, K, E = 4, 2, 8  # of make_golden's shapes
 
@@ -70,11 +70,11 @@ def google_tree(reference, turned):
 def nested(tree):
   """The tree as the library's modules have it: no 'w' in mlp."""
   flat = {}
-  for name, leaves in tree.items():
-    for leaf, array in leaves.items():
+  for name, module in tree.items():
+    for leaf, array in module.items():
       path = f"{name.removeprefix('transformer/')}/{leaf}"
       flat[re.sub(r"(/mlp/.*)/w", r"\1", path)] = array
-  return huggingface._nest(flat)
+  return leaves.nest(flat)
 
 
 def save(directory, tree, **options):
@@ -84,8 +84,8 @@ def save(directory, tree, **options):
 
 
 def load(directory, **changes):
-  config = huggingface.read_config(directory)
-  return config, huggingface.load(
+  config = pretrained.read_config(directory)
+  return config, pretrained.load(
     directory, config, **{"dtype": jnp.float32} | changes
   )
 
@@ -144,7 +144,7 @@ def test_equals_hugging_face(layout, reference, expected, tmp_path):
   assert jax.tree.structure(params) == jax.tree.structure(expected[1])
   jax.tree.map(np.testing.assert_array_equal, params, expected[1])
   # One level up, as it is downloaded.
-  assert huggingface.read_config(tmp_path) == config
+  assert pretrained.read_config(tmp_path) == config
 
 
 def test_logits(reference, plain):

@@ -22,8 +22,7 @@ from tolerances import (
   save_coprocessor,
 )
 
-from cacheaug import config as configs
-from cacheaug import export, sharding
+from cacheaug import sharding, validate
 from cacheaug import step as stepping
 from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.augment.traces import TraceSpec
@@ -33,6 +32,7 @@ from cacheaug.inference import engine
 from cacheaug.inference.session import Plan, Session
 from cacheaug.model import decode_rows, transformer
 from cacheaug.projects.background.worker import Worker
+from cacheaug.weights import coprocessor_files
 
 NEW = 5
 KINDS = tuple(k for k in traces.KINDS if k != "coprocessor")
@@ -154,23 +154,23 @@ def test_export_round_trip(kind, start, tmp_path):
   model, _ = model_and_params()
   spec = TraceSpec(N, NEW, "overlay", start, kind=kind)
   params = save_coprocessor(tmp_path, model, spec)
-  config, found, tree, _ = export.load_coprocessor(tmp_path)
+  config, found, tree, _ = coprocessor_files.load_coprocessor(tmp_path)
   assert (config, found) == (model.config, spec)
   assert jax.tree.structure(tree) == jax.tree.structure(params)
   jax.tree.map(np.testing.assert_array_equal, tree, params)
   entries = json.loads((tmp_path / "config.json").read_text())
   assert entries["kind"] == kind
-  stored = safetensors.numpy.load_file(tmp_path / export.WEIGHTS)
+  stored = safetensors.numpy.load_file(tmp_path / coprocessor_files.WEIGHTS)
   assert any("layers.1.mlp" in x for x in stored) == (
     kind not in ("pause", "prefix")
   )
   # Of another kind it is damaged: names the tensor.
   other = "prefix" if kind == "pause" else "pause"
-  variant = export.VARIANTS[TraceSpec(1, 1, kind=other).given]
+  variant = coprocessor_files.VARIANTS[TraceSpec(1, 1, kind=other).given]
   entries |= {"kind": other, "variant": variant}
   (tmp_path / "config.json").write_text(json.dumps(entries))
   with pytest.raises(UserError, match="tensor|soft_tokens|prefix"):
-    export.load_coprocessor(tmp_path)
+    coprocessor_files.load_coprocessor(tmp_path)
 
 
 def test_exports_from_before_there_were_kinds_are_the_papers(tmp_path):
@@ -182,7 +182,7 @@ def test_exports_from_before_there_were_kinds_are_the_papers(tmp_path):
   assert entries.pop("kind") == "coprocessor"
   assert entries["variant"] == "embeddings"
   path.write_text(json.dumps(entries))
-  assert export.load_coprocessor(tmp_path)[1] == spec
+  assert coprocessor_files.load_coprocessor(tmp_path)[1] == spec
 
 
 # --- training ---------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_refused(changes, words, tmp_path):
   config = small_runs.get_config(str(tmp_path))
   config.update_from_flattened_dict(changes)
   with pytest.raises(UserError) as e:
-    configs.validate(config, 1)
+    validate.check_config(config, 1)
   assert all(word in str(e.value) for word in words), e.value
 
 

@@ -12,6 +12,7 @@ from tolerances import LOSS, NLL, close, far, jit
 from cacheaug.augment import objective, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import tokenizers
+from cacheaug.data.problems import Options
 from cacheaug.evals import exact_match, perplexity
 from cacheaug.inference import context as generate
 from cacheaug.model import transformer
@@ -141,7 +142,7 @@ def test_exact_match_late_in_two_ways(monkeypatch):
   def ask(coproc="coprocessor", **kw):
     calls.clear()
     said.clear()
-    asked = dict(count=3, kinds=("sum",), steps=(4, 4))
+    asked = dict(count=3, options=Options(("sum",), (4, 4)))
     exact_match.exact_match(None, None, coproc, tokenizer, spec, **asked, **kw)
     return list(calls), "/".join(said)
 
@@ -158,7 +159,7 @@ def test_exact_match_late_in_two_ways(monkeypatch):
   # Of a short question it has read as much as it needs.
   ((_, late, _, _),), _ = ask(late=40, early=True)
   first = exact_match.problems.generate(
-    0, 0, kinds=("sum",), steps=(4, 4), split="validation"
+    0, 0, Options(("sum",), (4, 4)), split="validation"
   )
   assert late == len(tokenizer.encode(first.question)) + 1 - 2  # and a BOS
 
@@ -166,13 +167,11 @@ def test_exact_match_late_in_two_ways(monkeypatch):
 def test_questions_too_short_for_latents_are_answered_without(monkeypatch):
   """Each coprocessor is asked the same questions, whatever its N."""
   tokenizer = tokenizers.load("byte")
-  asked = dict(count=40, kinds=("sum", "word"), steps=(4, 4))
+  asked = dict(count=40, options=Options(("sum", "word"), (4, 4)))
   lengths = [
     len(tokenizer.encode(p.question)) + 1  # and a BOS
     for p in (
-      exact_match.problems.generate(
-        0, i, kinds=asked["kinds"], steps=(4, 4), split="validation"
-      )
+      exact_match.problems.generate(0, i, asked["options"], split="validation")
       for i in range(asked["count"])
     )
   ]

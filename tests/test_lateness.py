@@ -39,14 +39,14 @@ from tolerances import (
   tokens_of,
 )
 
-from cacheaug import config as configs
-from cacheaug import export, step
+from cacheaug import step, validate
 from cacheaug.augment import coprocessor, drawing, objective, traces
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import attention, transformer
 from cacheaug.projects.speed import dense_reference
+from cacheaug.weights import coprocessor_files
 
 N = 4
 POINTS = np.array([[-1, 8, 20], [12, 14, 23]], np.int32)
@@ -379,19 +379,19 @@ def test_impossible_lateness_is_refused(tmp_path, value, said):
   config = small_runs.get_config(str(tmp_path))
   config.traces.late_max = value
   with pytest.raises(UserError, match=said):
-    configs.validate(config, 1)
+    validate.check_config(config, 1)
   config.traces.late_max = 29
-  configs.validate(config, 1)
+  validate.check_config(config, 1)
 
 
 def test_exports_say_it_and_older_ones_need_not(tmp_path):
   model = make_model(attention_softcap=0.0, final_softcap=0.0)
   spec = TraceSpec(2, A, late_max=5)
   save_coprocessor(tmp_path, model, spec)
-  assert export.load_coprocessor(tmp_path)[1] == spec
+  assert coprocessor_files.load_coprocessor(tmp_path)[1] == spec
   path = tmp_path / "config.json"
   entries = json.loads(path.read_text())
   assert entries.pop("late_max") == 5
   path.write_text(json.dumps(entries))
-  older = export.load_coprocessor(tmp_path)[1]
+  older = coprocessor_files.load_coprocessor(tmp_path)[1]
   assert older == dataclasses.replace(spec, late_max=0)

@@ -50,8 +50,6 @@ _NEVER = {
 _ABOVE = {("cacheaug.projects.context_store.lm", "cacheaug.lm")}
 # Edges inside functions that would close a cycle were they at the top.
 _LATE = {
-  # google_gemma builds on pretrained, which hands a directory of that kind on.
-  ("cacheaug.weights.huggingface", "cacheaug.weights.google_gemma"),
   # traces.py is the command that users know; its drawing builds on it.
   ("cacheaug.augment.traces", "cacheaug.augment.drawing"),
 }

@@ -14,11 +14,11 @@ import tolerances
 from oracle import FAMILIES, TOLERANCE, WHY_TORCH
 
 import cacheaug
-from cacheaug import export, lm
+from cacheaug import build, lm
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
-from cacheaug.weights import huggingface
+from cacheaug.weights import coprocessor_files, pretrained
 
 SPEC = TraceSpec(3, 4, "replace", tail=2, min_ahead=2, law="stratified")
 PROMPTS = ["def f(x):\n", "import os\n", "for i in range(10): print(i"]
@@ -53,7 +53,7 @@ def save(directory, decoder, spec=SPEC, **changes):
     decoder_fingerprint=decoder.fingerprint,
     source="shipped:tiny",
   )
-  export.save_coprocessor(directory, **options | changes)
+  coprocessor_files.save_coprocessor(directory, **options | changes)
   return directory
 
 
@@ -81,7 +81,7 @@ def test_import_is_light():
 
 
 def test_names_of_the_package():
-  assert cacheaug.load is lm.load and cacheaug.LM is lm.LM
+  assert cacheaug.load is build.load and cacheaug.LM is lm.LM
   assert {"load", "LM"} <= set(dir(cacheaug))
   with pytest.raises(AttributeError, match="no attribute 'lode'"):
     _ = cacheaug.lode
@@ -124,7 +124,7 @@ def test_shipped_decoder_is_what_transformers_reads(tiny):
   """The files that `export --decoder` writes, and their logits."""
   torch = pytest.importorskip("torch", reason=WHY_TORCH)
   transformers = pytest.importorskip("transformers", reason=WHY_TORCH)
-  directory = huggingface.resolve("shipped:tiny")
+  directory = pretrained.resolve("shipped:tiny")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
     directory, attn_implementation="eager"
   )
@@ -184,7 +184,7 @@ def test_a_stop_token_ends_a_text(augmented):
 
 
 def test_stop_ids_are_those_of_the_directory(tmp_path):
-  shutil.copytree(huggingface.resolve("shipped:tiny"), tmp_path / "d")
+  shutil.copytree(pretrained.resolve("shipped:tiny"), tmp_path / "d")
   path = tmp_path / "d" / "generation_config.json"
   path.write_text(json.dumps({"eos_token_id": [7, 9]}))
   assert cacheaug.load(tmp_path / "d").stop_ids == (1, 7, 9)

@@ -8,12 +8,12 @@ import jax
 import pytest
 
 from cacheaug import config as configs
-from cacheaug import flops
+from cacheaug import flops, validate
 from cacheaug.errors import UserError
 from cacheaug.model import lora, transformer
 from cacheaug.model.transformer import Transformer
 from cacheaug.projects.sweep import equal_cost
-from cacheaug.weights import huggingface, published
+from cacheaug.weights import pretrained, published
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = ("tiny_coprocessor", "tinystories656k", "gemma2b", "quickstart")
@@ -106,8 +106,8 @@ def test_configs_are_valid(name, argument, runlocal):
     config.decoder.path = "given-by-the-user"
   config.runlocal = runlocal
   config = configs.resolve(config)
-  configs.validate(config, 1)
+  validate.check_config(config, 1)
   model = configs.model_of(config)
-  if config.decoder.path.startswith(huggingface.SHIPPED):
+  if config.decoder.path.startswith(pretrained.SHIPPED):
     model = equal_cost.decoder_config(config)
-  configs.validate_model(config, model)
+  validate.check_model(config, model)

@@ -19,7 +19,7 @@ from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
 from cacheaug.model.static_cache import SlotCache
 from cacheaug.model.transformer import Transformer
-from cacheaug.weights import huggingface
+from cacheaug.weights import huggingface, pretrained
 
 # Float32 rounding of a few layers, whose logits are of order one: the largest
 # seen is 8e-6; a wrong mask, norm or frequency gives 1e-2 and more.
@@ -50,8 +50,8 @@ def run(model, params, tokens, mask):
 
 
 def load(directory):
-  config = huggingface.read_config(directory)
-  params = huggingface.load(directory, config, dtype=jnp.float32)
+  config = pretrained.read_config(directory)
+  params = pretrained.load(directory, config, dtype=jnp.float32)
   return Transformer(config, keep_hidden=True), params
 
 
@@ -202,8 +202,8 @@ def test_greedy_continuation_of_a_trained_model(stories, torch):
   import transformers
 
   directory, tokenizer = stories
-  config = huggingface.read_config(directory)
-  params = huggingface.load(directory, config, dtype=jnp.float32)
+  config = pretrained.read_config(directory)
+  params = pretrained.load(directory, config, dtype=jnp.float32)
   prompts = [tokenizer.encode(text).ids for text in PROMPTS]
   ours = greedy(Transformer(config), params, prompts)
   reference = transformers.AutoModelForCausalLM.from_pretrained(directory)
@@ -229,8 +229,8 @@ def test_loss_of_a_trained_model(stories, shared_data, torch):
   text = shared_data("tinystories", "tiny_stories.txt").read_text("utf-8")
   ids = np.array(tokenizer.encode(text[:6000]).ids[: 4 * 256], np.int32)
   ids = ids.reshape(4, 256)
-  config = huggingface.read_config(directory)
-  params = huggingface.load(directory, config, dtype=jnp.float32)
+  config = pretrained.read_config(directory)
+  params = pretrained.load(directory, config, dtype=jnp.float32)
   batch = {"tokens": jnp.asarray(ids), "documents": jnp.zeros_like(ids)}
   nll, count = objective.language_model_loss(
     Transformer(config), params, batch, True

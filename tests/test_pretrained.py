@@ -17,7 +17,13 @@ import safetensors.numpy
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
 from cacheaug.model.config import GLOBAL, SLIDING
-from cacheaug.weights import huggingface, safetensors_io
+from cacheaug.weights import (
+  families,
+  huggingface,
+  leaves,
+  pretrained,
+  safetensors_io,
+)
 
 LLAMA3 = {
   "factor": 32.0,
@@ -162,7 +168,7 @@ def write_config(directory, entries):
 def test_published_configs(name, tmp_path):
   entries, expected = PUBLISHED[name]
   write_config(tmp_path, entries)
-  assert huggingface.read_config(tmp_path) == expected
+  assert pretrained.read_config(tmp_path) == expected
 
 
 def test_old_and_new_keys_agree(tmp_path):
@@ -177,9 +183,9 @@ def test_old_and_new_keys_agree(tmp_path):
     "sliding_window_pattern": 6,
   }
   del old["layer_types"]
-  config = huggingface.read_config(tmp_path)
+  config = pretrained.read_config(tmp_path)
   write_config(tmp_path, old)
-  assert huggingface.read_config(tmp_path) == config
+  assert pretrained.read_config(tmp_path) == config
   assert config.layer_kinds == (SLIDING,) * 5 + (GLOBAL, SLIDING)
   assert config.query_scale == 24**-0.5
 
@@ -197,9 +203,7 @@ def golden(tmp_path):
 
 def load(directory, **changes):
   kwargs = {"dtype": jnp.float32} | changes
-  return huggingface.load(
-    directory, huggingface.read_config(directory), **kwargs
-  )
+  return pretrained.load(directory, pretrained.read_config(directory), **kwargs)
 
 
 def test_shardings_dtype_and_fingerprint(golden):
@@ -226,10 +230,10 @@ def test_shardings_dtype_and_fingerprint(golden):
     jax.tree.map(np.testing.assert_array_equal, placed, params)
     assert jax.tree.map(lambda x: x.sharding, placed) == shardings
     assert all(x.dtype == dtype for x in jax.tree.leaves(placed))
-    assert huggingface.fingerprint(placed) == huggingface.fingerprint(params)
+    assert leaves.fingerprint(placed) == leaves.fingerprint(params)
   q = params["blocks"]["attention"]["q"]
   q["kernel"] = q["kernel"].at[1, 2, 3, 4].add(0.01)
-  assert huggingface.fingerprint(placed) != huggingface.fingerprint(params)
+  assert leaves.fingerprint(placed) != leaves.fingerprint(params)
 
 
 class Tokenizer:
@@ -240,7 +244,7 @@ class Tokenizer:
 
 
 def test_save_round_trip(golden, tmp_path):
-  config, params = huggingface.read_config(golden), load(golden)
+  config, params = pretrained.read_config(golden), load(golden)
   for name in "ab":
     huggingface.save(tmp_path / name, config, params, tokenizer=Tokenizer())
   a, b = tmp_path / "a", tmp_path / "b"
@@ -252,8 +256,8 @@ def test_save_round_trip(golden, tmp_path):
   ]
   for file in a.iterdir():
     assert file.read_bytes() == (b / file.name).read_bytes()
-  assert huggingface.read_config(a) == config
-  assert huggingface.stop_ids(a) == (6,)
+  assert pretrained.read_config(a) == config
+  assert pretrained.stop_ids(a) == (6,)
   jax.tree.map(np.testing.assert_array_equal, load(a), params)
   theirs = safetensors.numpy.load_file(golden / "model.safetensors")
   ours = safetensors.numpy.load_file(a / "model.safetensors")
@@ -263,7 +267,7 @@ def test_save_round_trip(golden, tmp_path):
 
 
 def test_save_bfloat16(golden, tmp_path):
-  config, params = huggingface.read_config(golden), load(golden)
+  config, params = pretrained.read_config(golden), load(golden)
   huggingface.save(tmp_path / "a", config, params, dtype="bfloat16")
   found = safetensors_io.headers([tmp_path / "a" / "model.safetensors"])
   assert {code for _, code in found.values()} == {"BF16"}
@@ -272,7 +276,7 @@ def test_save_bfloat16(golden, tmp_path):
 
 def test_failed_save_leaves_the_old_file(golden):
   before = (golden / "model.safetensors").read_bytes()
-  config, params = huggingface.read_config(golden), load(golden)
+  config, params = pretrained.read_config(golden), load(golden)
   params["head"]["kernel"] = params["head"]["kernel"][:, :5]
   with pytest.raises(ValueError, match="reshape"):
     huggingface.save(golden, config, params)
@@ -291,7 +295,7 @@ def test_save_refuses_what_the_family_cannot_say(tmp_path):
 CHILD = """
 import pathlib, re, sys
 import jax, jax.numpy as jnp
-from cacheaug.model import pretrained
+from cacheaug.weights import leaves, pretrained
 
 def peak():
   # Not getrusage: its maximum is inherited from the process that forked.
@@ -299,7 +303,7 @@ def peak():
   return int(re.search("VmHWM:\\s+(\\d+)", status)[1]) * 1024
 
 config = pretrained.read_config(sys.argv[1])
-pretrained.leaves_of(config)
+leaves.leaves_of(config)
 jnp.zeros(8).block_until_ready()
 before = peak()
 params = pretrained.load(sys.argv[1], config, dtype=jnp.float32)
@@ -323,15 +327,15 @@ def test_no_second_copy_on_the_host(layers, width, tmp_path):
     "qwen3", width=width, layers=layers, heads=8, head_dim=width // 8,
     kv_heads=8, mlp_width=4 * width, vocab_size=8000,
   )  # fmt: skip
-  leaves = huggingface.leaves_of(config)
+  wanted = leaves.leaves_of(config)
   shapes = {
     name: (leaf.tensor_shape, np.dtype(np.float32))
-    for leaf in leaves
+    for leaf in wanted
     for name in leaf.names
   }
   tensors = (np.ones(shape, dtype) for shape, dtype in shapes.values())
   safetensors_io.write(tmp_path / "model.safetensors", shapes, tensors)
-  entries = huggingface.families.config_entries(config)
+  entries = families.config_entries(config)
   write_config(tmp_path, entries)
   child = subprocess.run(
     [sys.executable, "-c", CHILD, str(tmp_path)],
@@ -354,11 +358,11 @@ def refuses(message):
 
 
 def test_resolve(tmp_path):
-  assert huggingface.resolve(str(tmp_path)) == tmp_path
+  assert pretrained.resolve(str(tmp_path)) == tmp_path
   with refuses(f"{tmp_path}/absent: no such directory"):
-    huggingface.resolve(f"{tmp_path}/absent")
+    pretrained.resolve(f"{tmp_path}/absent")
   with refuses("shipped:absent: no such decoder in the package ("):
-    huggingface.resolve("shipped:absent")
+    pretrained.resolve("shipped:absent")
 
 
 @pytest.mark.parametrize(
@@ -378,15 +382,15 @@ def test_refused_configs(changes, message, golden):
   entries = json.loads((golden / "config.json").read_text())
   write_config(golden, entries | changes)
   with refuses(f"{golden / 'config.json'}: {message}"):
-    huggingface.read_config(golden)
+    pretrained.read_config(golden)
 
 
 def test_no_config_and_no_json(tmp_path):
   with refuses("config.json: missing"):
-    huggingface.read_config(tmp_path)
+    pretrained.read_config(tmp_path)
   (tmp_path / "config.json").write_text("{")
   with refuses("config.json: cannot be read as JSON"):
-    huggingface.read_config(tmp_path)
+    pretrained.read_config(tmp_path)
 
 
 def edit_tensors(directory, change):
@@ -423,9 +427,9 @@ def test_refused_tensors(change, message, golden):
 
 def test_another_family(golden):
   """A Llama's weights under a Qwen3 config: the first missing name."""
-  config = huggingface.read_config(make_golden.GOLDEN / "qwen3")
+  config = pretrained.read_config(make_golden.GOLDEN / "qwen3")
   with refuses("has no tensor model.layers.0.self_attn.k_norm.weight and"):
-    huggingface.load(golden, config, dtype=jnp.float32)
+    pretrained.load(golden, config, dtype=jnp.float32)
 
 
 @pytest.mark.parametrize("keep", (5, 1000, -1))

@@ -9,6 +9,10 @@ from cacheaug import errors
 from cacheaug.data import problems
 
 
+def _options(*kinds: str, **changes) -> problems.Options:
+  return problems.Options(kinds, **changes)
+
+
 def _solve(problem: problems.Problem) -> int:
   """Works the answer out from the text alone, not from how it was made."""
   text = problem.question
@@ -52,7 +56,7 @@ def test_answers_are_right(split):
 
 def test_intermediate_values_stay_in_range():
   for index in range(1000):
-    problem = problems.generate(1, index, ("sum",), (8, 8))
+    problem = problems.generate(1, index, _options("sum", steps=(8, 8)))
     value = 0
     for change in re.findall(r"[+-]?\d+", problem.question):
       value += int(change)
@@ -64,7 +68,7 @@ def test_intermediate_values_stay_in_range():
 )
 def test_text_is_one_short_line(kind, longest):
   for index in range(1000):
-    problem = problems.generate(2, index, (kind,))
+    problem = problems.generate(2, index, _options(kind))
     assert problem.kind == kind
     assert problem.text == f"{problem.question}{problem.answer}\n"
     assert problem.text.count("\n") == 1
@@ -72,7 +76,8 @@ def test_text_is_one_short_line(kind, longest):
 
 
 def test_steps_are_uniform_and_count_the_changes():
-  found = [problems.generate(3, i, ("sum",), (2, 4)) for i in range(3000)]
+  options = _options("sum", steps=(2, 4))
+  found = [problems.generate(3, i, options) for i in range(3000)]
   for problem in found:
     assert len(re.findall(r"[+-]", problem.question)) == problem.steps
   for steps in (2, 3, 4):
@@ -84,7 +89,7 @@ def test_steps_are_uniform_and_count_the_changes():
 def test_chains_have_distractors():
   counts = {True: 0, False: 0}
   for index in range(200):
-    problem = problems.generate(4, index, ("chain",), (2, 2))
+    problem = problems.generate(4, index, _options("chain", steps=(2, 2)))
     counts[problem.question.count(";") > problem.steps + 1] += 1
   assert min(counts.values()) > 50
 
@@ -118,12 +123,12 @@ def test_check_reads_the_first_line():
 
 def test_bad_options_name_the_value():
   with pytest.raises(errors.UserError, match="riddle"):
-    problems.generate(0, 0, ("riddle",))
+    problems.generate(0, 0, _options("riddle"))
   with pytest.raises(errors.UserError, match="kinds"):
-    problems.generate(0, 0, ())
+    problems.generate(0, 0, _options())
   for steps in ((0, 2), (3, 2), (1, 9)):
     with pytest.raises(errors.UserError, match="steps_min"):
-      problems.generate(0, 0, steps=steps)
+      problems.generate(0, 0, _options("sum", steps=steps))
   with pytest.raises(errors.UserError, match="test"):
     problems.generate(0, 0, split="test")
 

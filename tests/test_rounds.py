@@ -27,7 +27,7 @@ from tolerances import (
 )
 
 from cacheaug import config as configs
-from cacheaug import flops, step
+from cacheaug import flops, step, validate
 from cacheaug.augment import objective, rounds
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
@@ -366,7 +366,7 @@ def test_impossible_rounds_are_refused(tmp_path, changes, said):
   config = small_runs.get_config(str(tmp_path))
   config.traces.update(changes)
   with pytest.raises(UserError, match=said):
-    configs.validate(config, 1)
+    validate.check_config(config, 1)
 
 
 def test_inserted_rounds_need_positions(tmp_path):
@@ -375,7 +375,7 @@ def test_inserted_rounds_need_positions(tmp_path):
   with pytest.raises(
     UserError, match="latents=2 x traces.rounds=17.*64 positions"
   ):
-    configs.validate_model(config, configs.model_of(config))
+    validate.check_model(config, configs.model_of(config))
 
 
 def test_other_ways_refuse_rounds():

@@ -70,9 +70,9 @@ def test_average_follows_the_parameters(tmp_path):
 def test_check_looks_at_loss_gradient_and_parameters(name, value):
   names = ("loss", "gradient_norm", "parameter_norm")
   fine = {k: np.float32(1) for k in names}
-  train.check_finite(3, fine)
+  stepping.check_finite(3, fine)
   with pytest.raises(UserError, match=rf"{name} is {value} at step 3"):
-    train.check_finite(3, fine | {name: np.float32(value)})
+    stepping.check_finite(3, fine | {name: np.float32(value)})
 
 
 def test_baseline_is_over_the_very_tokens_of_the_step(tmp_path):

@@ -16,13 +16,13 @@ import small_runs
 from ml_collections import ConfigDict
 
 import cacheaug
+from cacheaug import build, sharding, step, validate
 from cacheaug import config as configs
-from cacheaug import sharding, train
 from cacheaug.data import pipeline, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.run import checkpoint, command
 from cacheaug.run import workdir as workdirs
-from cacheaug.weights import huggingface, published
+from cacheaug.weights import pretrained, published
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PAGE = (_ROOT / "docs" / "troubleshooting.md").read_text()
@@ -34,29 +34,29 @@ def _batches(config: ConfigDict) -> None:
 
 
 def no_weights(config, directory):
-  configs.validate(configs.resolve(published.experiment("gemma2_2b")), 1)
+  validate.check_config(configs.resolve(published.experiment("gemma2_2b")), 1)
 
 
 def no_such_directory(config, directory):
   config.decoder.path = "/models/gemma-2-2b"
   config.decoder.how_to_get = published.how_to_get("gemma2_2b")
-  train.open_model(config)
+  build.open_model(config)
 
 
 def no_config_json(config, directory):
   (directory / "weights").mkdir()
-  huggingface.read_config(directory / "weights")
+  pretrained.read_config(directory / "weights")
 
 
 def another_family(config, directory):
   _weights(directory, model_type="mistral")
-  huggingface.read_config(directory / "weights")
+  pretrained.read_config(directory / "weights")
 
 
 def another_shape(config, directory):
   config.decoder.path = "shipped:nano"
   config.decoder.shape.width = 64
-  train.open_model(config)
+  build.open_model(config)
 
 
 def names_that_do_not_match(config, directory):
@@ -83,12 +83,12 @@ def truncated(config, directory):
 
 
 def _load(found: Path) -> None:
-  huggingface.load(found, huggingface.read_config(found), dtype="float32")
+  pretrained.load(found, pretrained.read_config(found), dtype="float32")
 
 
 def _weights(directory: Path, **changes) -> Path:
   """The nano decoder's files, with entries of config.json changed."""
-  source, found = huggingface.resolve("shipped:nano"), directory / "weights"
+  source, found = pretrained.resolve("shipped:nano"), directory / "weights"
   found.mkdir()
   for path in source.iterdir():
     (found / path.name).write_bytes(path.read_bytes())
@@ -100,7 +100,7 @@ def _weights(directory: Path, **changes) -> Path:
 
 def wrong_tokenizer(config, directory):
   config.decoder.shape.vocab_size = 100
-  train.open_model(config)
+  build.open_model(config)
 
 
 def another_decoder(config, directory):
@@ -167,12 +167,12 @@ def another_experiment(config, directory):
 
 def too_few_devices(config, directory):
   config.mesh.fsdp = 16
-  configs.validate(config, 8)
+  validate.check_config(config, 8)
 
 
 def batch_that_does_not_divide(config, directory):
   config.mesh.data, config.data.batch = 8, 12
-  configs.validate(config, 8)
+  validate.check_config(config, 8)
 
 
 def shape_that_does_not_divide(config, directory):
@@ -184,12 +184,12 @@ def shape_that_does_not_divide(config, directory):
 
 def no_traces(config, directory):
   config.traces.count = 40
-  configs.validate(config, 1)
+  validate.check_config(config, 1)
 
 
 def too_long_for_the_decoder(config, directory):
   config.data.sequence = 128
-  configs.validate_model(config, configs.model_of(config))
+  validate.check_model(config, configs.model_of(config))
 
 
 def unknown_key(config, directory):
@@ -200,7 +200,7 @@ def unknown_key(config, directory):
 
 def not_finite(config, directory):
   numbers = dict(loss=float("nan"), gradient_norm=1.0, parameter_norm=1.0)
-  train.check_finite(7, numbers)
+  step.check_finite(7, numbers)
 
 
 ERRORS = [

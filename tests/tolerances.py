@@ -18,6 +18,7 @@ from cacheaug.augment import coprocessor
 from cacheaug.model import config as model_config
 from cacheaug.model import decode_rows, transformer
 from cacheaug.model.transformer import Transformer
+from cacheaug.weights import coprocessor_files
 
 # Mean nll in nats, itself of order 3: the project's own bound. Seen: 1e-6.
 LOSS = 1e-5
@@ -86,10 +87,9 @@ def make_coprocessor(model: Transformer, spec, seed: int = 1):
 
 def save_coprocessor(directory, model: Transformer, spec):
   """Exports `make_coprocessor`'s parameters; returns them."""
-  from cacheaug import export  # with Orbax, which takes seconds
 
   params = make_coprocessor(model, spec)
-  export.save_coprocessor(
+  coprocessor_files.save_coprocessor(
     directory,
     model_config=model.config,
     spec=spec,

@@ -12,13 +12,12 @@ import pathlib
 import sys
 import time
 import typing
-import zlib
 
 import numpy as np
 from absl import logging
 
 from cacheaug import errors
-from cacheaug.data import packing, problems, shards, sources, tokenizers
+from cacheaug.data import packing, problem_rows, shards, sources, tokenizers
 
 if typing.TYPE_CHECKING:
   import grain
@@ -26,129 +25,13 @@ if typing.TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 
-# Rows of the endless sources are numbered from 0 to here.
-_ENDLESS = 1 << 40
 # Two threads read ahead while the trainer computes; more would only compete
 # for the interpreter's lock.
 _THREADS = 2
 _PREFETCH = 16
 
 
-class ProblemRows:
-  """Rows of problems made as they are read; see problems.py.
-
-  Row i holds problems until one does not fit; each is a document of its own,
-  and the rest of the row is padding.
-
-  Attributes:
-    num_documents: problems in the validation split; 0 for the endless one.
-    num_source_documents: document numbers are below it.
-  """
-
-  num_source_documents = 1 << 28
-
-  def __init__(
-    self,
-    source: "ml_collections.ConfigDict",
-    tokenizer: tokenizers.Tokenizer,
-    *,
-    sequence: int,
-    split: str,
-    seed: int,
-    label: str,
-    answers: bool = False,
-  ):
-    """Checks the options and makes the validation rows.
-
-    Args:
-      source: the keys of `sources.source_defaults`.
-      tokenizer: encodes each problem on its own.
-      sequence: S, tokens in a row.
-      split: 'train' has no end; 'validation' is `validation_sequences` rows.
-      seed: of the training rows. Validation rows are the same for every seed,
-        so that runs with different seeds can be compared.
-      label: config key of the source; part of the seed.
-      answers: mark the tokens of answers.
-
-    Raises:
-      UserError: for impossible options, or S shorter than a problem.
-    """
-    self._kinds = tuple(source.kinds)
-    self._steps = (source.steps_min, source.steps_max)
-    problems.check_options(self._kinds, self._steps, label=label)
-    self._tokenizer = tokenizer
-    self._bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    self._sequence = sequence
-    self._answers = answers
-    self._split = split
-    self._label = label
-    self._seed = _seed(0 if split == "validation" else seed, label)
-    self._length = _ENDLESS
-    self.num_documents = 0
-    self._rows: tuple[np.ndarray, np.ndarray] | None = None
-    if split == "validation":
-      self._length = source.validation_sequences
-      if self._length < 1:
-        raise errors.UserError(
-          f"{label}.validation_sequences={self._length}: need at least 1"
-        )
-      self._rows = self._make(range(self._length))
-      documents = self._rows[1]
-      self.num_documents = len(np.unique(documents[documents >= 0]))
-
-  def __len__(self) -> int:
-    return self._length
-
-  def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows by number: tokens and documents, both int32 [n, S]."""
-    if self._rows is None:
-      return self._make(rows)
-    return self._rows[0][rows], self._rows[1][rows]
-
-  def _make(
-    self, rows: collections.abc.Iterable[int]
-  ) -> tuple[np.ndarray, np.ndarray]:
-    rows = [int(row) for row in rows]
-    shape = (len(rows), self._sequence)
-    tokens = np.full(shape, self._tokenizer.pad_id, np.int32)
-    documents = np.full(shape, -1, np.int32)
-    for i, row in enumerate(rows):
-      self._fill(row, tokens[i], documents[i])
-    return tokens, documents
-
-  def _fill(self, row: int, tokens: np.ndarray, documents: np.ndarray) -> None:
-    """Writes one row in place."""
-    used = 0
-    # A problem takes a token or more, so a row has fewer than S of them.
-    for index in range(row * self._sequence, (row + 1) * self._sequence):
-      problem = problems.generate(
-        self._seed, index, self._kinds, self._steps, split=self._split
-      )
-      before, ids = self._encode(problem)
-      end = used + len(ids)
-      if end > self._sequence:
-        if not used:
-          raise errors.UserError(
-            f"data.sequence={self._sequence} is shorter than a problem of "
-            f"{len(ids)} tokens; raise it or lower {self._label}.steps_max"
-          )
-        return
-      tokens[used:end] = ids
-      documents[used:end] = index % self.num_source_documents
-      if self._answers:
-        documents[used + before : end] += shards.ANSWER
-      used = end
-
-  def _encode(self, problem: problems.Problem) -> tuple[int, list[int]]:
-    """Tokens of a problem, and how many come before its answer's."""
-    if not self._answers:
-      return 0, self._bos + self._tokenizer.encode(problem.text)
-    question = self._bos + self._tokenizer.encode(problem.question)
-    answer = self._tokenizer.encode(f"{problem.answer}\n")
-    return len(question), question + answer
-
-
-Rows = shards.PackedRows | ProblemRows
+Rows = shards.PackedRows | problem_rows.ProblemRows
 
 
 class Examples(collections.abc.Sequence):
@@ -191,6 +74,7 @@ class Batches:
     process_index: int,
     process_count: int,
     answers: bool = False,
+    results: bool = False,
   ):
     """See `open_batches`, which makes the parts.
 
@@ -205,8 +89,10 @@ class Batches:
       process_index: p.
       process_count: P, a divisor of B.
       answers: batches say which tokens are of answers.
+      results: batches say what each step of a question results in.
     """
     self._answers = answers
+    self._results = max(part.steps for part in parts) if results else 0
     self._parts = parts
     self._labels = labels
     self._starts = np.cumsum([0] + [len(part) for part in parts[:-1]])
@@ -227,7 +113,7 @@ class Batches:
     self.rows = batch // process_count
     self.num_documents = sum(part.num_documents for part in parts)
     total = sum(len(part) for part in parts)
-    self.num_examples = total if total < _ENDLESS else None
+    self.num_examples = total if total < problem_rows.ENDLESS else None
 
   def at(self, step: int) -> Batch:
     """Rows of global batch `step` that belong to this process.
@@ -238,7 +124,9 @@ class Batches:
     Returns:
       {'tokens': int32 [B/P, S], 'documents': int32 [B/P, S]}, and with
       data.answers_only 'answers': bool [B/P, S]. Documents are unique over all
-      sources, and -1 on padding, whose token is pad_id.
+      sources, and -1 on padding, whose token is pad_id. With data.results
+      'results': int32 [B/P, S, K], the first token of the result of each of K
+      steps of the question that ends at a token, -1 elsewhere.
     """
     start = step * self._batch + self._process_index * self.rows
     return self.take(
@@ -308,6 +196,7 @@ class Batches:
     tokens = np.empty(shape, np.int32)
     documents = np.empty(shape, np.int32)
     answers = np.empty(shape, bool)
+    results = np.full((*shape, self._results), -1, np.int32)
     for k in np.unique(parts):
       here = parts == k
       try:
@@ -320,16 +209,25 @@ class Batches:
       answers[here] = found >= shards.ANSWER
       found = np.where(answers[here], found - shards.ANSWER, found)
       documents[here] = np.where(found < 0, found, found + offset)
+      if self._results:
+        steps = self._parts[k].results(examples[here] - self._starts[k])
+        results[here, :, : steps.shape[-1]] = steps
     batch = {"tokens": tokens, "documents": documents}
-    return batch | {"answers": answers} if self._answers else batch
+    if self._answers:
+      batch["answers"] = answers
+    return batch | {"results": results} if self._results else batch
 
 
 def pad_rows(batch: Batch, rows: int, pad_id: int = 0) -> Batch:
   """The batch filled up with rows of padding to so many."""
-  fill = {"tokens": pad_id, "documents": -1, "answers": False}
-  missing = ((0, rows - len(batch["tokens"])), (0, 0))
+  fill = {"tokens": pad_id, "documents": -1, "answers": False, "results": -1}
+  missing = rows - len(batch["tokens"])
   return {
-    name: np.pad(array, missing, constant_values=fill[name])
+    name: np.pad(
+      array,
+      ((0, missing), *((0, 0),) * (array.ndim - 1)),
+      constant_values=fill[name],
+    )
     for name, array in batch.items()
   }
 
@@ -357,17 +255,14 @@ def _order(
   datasets = []
   for k, part in enumerate(parts):
     rows = grain.MapDataset.range(int(starts[k]), int(starts[k]) + len(part))
-    if len(part) < _ENDLESS:
-      rows = rows.shuffle(seed=_seed(seed, f"shuffle {k}")).repeat()
+    if len(part) < problem_rows.ENDLESS:
+      rows = rows.shuffle(
+        seed=problem_rows.seed_for(seed, f"shuffle {k}")
+      ).repeat()
     datasets.append(rows)
   if len(datasets) == 1:
     return datasets[0]
   return grain.MapDataset.mix(datasets, weights)
-
-
-def _seed(seed: int, purpose: str) -> int:
-  """32 bits that differ by purpose: Grain adds the epoch to its seed."""
-  return zlib.crc32(f"{seed} {purpose}".encode())
 
 
 def open_batches(
@@ -432,6 +327,7 @@ def open_batches(
     process_index=process_index,
     process_count=process_count,
     answers=data_config.answers_only,
+    results=data_config.results,
   )
 
 
@@ -446,7 +342,7 @@ def _open_rows(
 ) -> Rows:
   label = f"data.sources.{name}"
   if source.kind == "problems":
-    return ProblemRows(
+    return problem_rows.ProblemRows(
       source,
       tokenizer,
       sequence=data_config.sequence,
@@ -454,6 +350,12 @@ def _open_rows(
       seed=seed,
       label=label,
       answers=data_config.answers_only,
+      results=data_config.results,
+    )
+  if data_config.results:
+    raise errors.UserError(
+      f"{label} has no results of steps, which data.results=True asks for: set "
+      f"it to False, or {label}.weight=0"
     )
   documents = sources.open_documents(source, label=label)
   if data_config.answers_only and not documents.answered:

@@ -1,10 +1,14 @@
-"""Endless word and arithmetic problems with answers that can be checked.
+"""Endless problems with answers that can be checked.
 
 A problem is a question that ends with the cue after which the answer comes:
 
   sum    "4+7-3=" -> "8"
   chain  "a=4;b=a+3;c=b-2;c=" -> "5"
   word   "Ann has 7 pens. She gets 5, then loses 4. Ann has " -> "8"
+
+These ask for no serial computation: each answer is a sum, which one layer of
+attention can take at once. The kinds of serial.py do ask for it: the result
+of each step is what the next one reads.
 
 Numbers and vocabulary are small on purpose: a byte-level decoder of 0.3M
 parameters learns the form quickly and the arithmetic only in part, which
@@ -13,10 +17,11 @@ leaves room for what extra computation may add.
 
 import collections.abc
 import dataclasses
-import hashlib
 import zlib
 
 from cacheaug import errors
+from cacheaug.data import serial
+from cacheaug.data.draws import Draws
 
 MAX_STEPS = 8  # 9 + 8 * 9 = 81: running values never pass 99.
 _VALIDATION_ONE_IN = 16
@@ -33,41 +38,42 @@ class Problem:
 
   Attributes:
     question: text up to and including the cue.
-    answer: an integer in 0..99, in decimal.
+    answer: what `check` compares with.
     kind: one of `ALL`.
-    steps: number of additions and subtractions between question and answer.
+    steps: serial steps from question to answer: additions and subtractions,
+      lookups, or factors of a product.
+    facts: number of characters of `question` that all questions share.
+    results: of each step, the answer last; () for kinds without them.
+    more: further questions on the same facts, which they do not repeat.
+    space: what a document has between a cue and its answer.
   """
 
   question: str
   answer: str
   kind: str
   steps: int
+  facts: int = 0
+  results: tuple[str, ...] = ()
+  more: tuple["Problem", ...] = ()
+  space: str = ""
+
+  @property
+  def turns(self) -> tuple["Problem", ...]:
+    """All questions in order, this one first."""
+    return (self, *self.more)
+
+  @property
+  def ending(self) -> str:
+    """What comes after the cue: the answer and its newline."""
+    return f"{self.space}{self.answer}\n"
 
   @property
   def text(self) -> str:
-    """The problem as a document, one line with its newline."""
-    return f"{self.question}{self.answer}\n"
+    """The problem as a document; each answer ends its line."""
+    return "".join(turn.question + turn.ending for turn in self.turns)
 
 
-class _Draws:
-  """Integers drawn from 256 hashed bits, read as a mixed-radix number.
-
-  A problem needs about 60 bits, so the bias of the last draw is below 2^-150.
-  Making one costs 2 us; seeding a numpy or stdlib generator costs 10 to 20.
-  """
-
-  __slots__ = ("bits",)
-
-  def __init__(self, key: str):
-    digest = hashlib.blake2b(key.encode(), digest_size=32).digest()
-    self.bits = int.from_bytes(digest, "little")
-
-  def below(self, n: int) -> int:
-    self.bits, drawn = divmod(self.bits, n)
-    return drawn
-
-
-def _changes(draws: _Draws, value: int, steps: int) -> list[int]:
+def _changes(draws: Draws, value: int, steps: int) -> list[int]:
   """Signed changes of 1..9 that keep the running value in 0..99."""
   changes = []
   for _ in range(steps):
@@ -80,13 +86,13 @@ def _changes(draws: _Draws, value: int, steps: int) -> list[int]:
   return changes
 
 
-def _sum(draws: _Draws, steps: int) -> tuple[str, int]:
+def _sum(draws: Draws, steps: int) -> tuple[str, int]:
   start = 1 + draws.below(9)
   changes = _changes(draws, start, steps)
   return f"{start}{''.join(f'{c:+d}' for c in changes)}=", start + sum(changes)
 
 
-def _chain(draws: _Draws, steps: int) -> tuple[str, int]:
+def _chain(draws: Draws, steps: int) -> tuple[str, int]:
   start = 1 + draws.below(9)
   changes = _changes(draws, start, steps)
   # One assignment that the answer does not need, in half of the short chains.
@@ -107,7 +113,7 @@ def _chain(draws: _Draws, steps: int) -> tuple[str, int]:
   return f"{''.join(parts)}{last}=", start + sum(changes)
 
 
-def _word(draws: _Draws, steps: int) -> tuple[str, int]:
+def _word(draws: Draws, steps: int) -> tuple[str, int]:
   start = 1 + draws.below(9)
   changes = _changes(draws, start, steps)
   first = draws.below(4)
@@ -131,7 +137,7 @@ def _word(draws: _Draws, steps: int) -> tuple[str, int]:
   return f"{' '.join(parts)} {name} has ", start + sum(changes)
 
 
-def _deeds(draws: _Draws, changes: list[int]) -> str:
+def _deeds(draws: Draws, changes: list[int]) -> str:
   verbs = [(_GAINS if c > 0 else _LOSSES)[draws.below(3)] for c in changes]
   return _list([f"{v} {abs(c)}" for v, c in zip(verbs, changes, strict=True)])
 
@@ -143,40 +149,69 @@ def _list(parts: list[str]) -> str:
   return f"{', '.join(parts[:-1])}, then {parts[-1]}"
 
 
-_MAKERS: dict[str, collections.abc.Callable] = {
+_SUMS: dict[str, collections.abc.Callable] = {
   "sum": _sum,
   "chain": _chain,
   "word": _word,
 }
-ALL = tuple(_MAKERS)
+ALL = (*_SUMS, *serial.KINDS)
 
 
-def check_options(
-  kinds: collections.abc.Sequence[str],
-  steps: tuple[int, int],
-  *,
-  label: str = "problems",
-) -> None:
-  """Refuses kinds and step ranges that `generate` does not know.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+  """Which problems a stream consists of; see `sources.source_defaults`.
 
-  Args:
-    kinds: non-empty, each one of `ALL`.
-    steps: smallest and largest number of steps, 1 to `MAX_STEPS`.
-    label: the config key that the error names.
-
-  Raises:
-    UserError: naming the offending value.
+  Attributes:
+    kinds: drawn from uniformly, each one of `ALL`.
+    steps: smallest and largest number of steps, drawn uniformly.
+    size: of the facts of serial kinds, smallest and largest, drawn uniformly:
+      letters of a cycle, symbols that are permuted, lines of chains.
+    questions: on the same facts; sums have no facts and are one each.
   """
-  unknown = [kind for kind in kinds if kind not in _MAKERS]
-  if unknown or not kinds:
-    raise errors.UserError(
-      f"{label}.kinds={tuple(kinds)}: choose one or more of {ALL}"
-    )
-  if not 1 <= steps[0] <= steps[1] <= MAX_STEPS:
-    raise errors.UserError(
-      f"{label}.steps_min={steps[0]}, steps_max={steps[1]}: need "
-      f"1 <= steps_min <= steps_max <= {MAX_STEPS}"
-    )
+
+  kinds: tuple[str, ...] = tuple(_SUMS)
+  steps: tuple[int, int] = (1, 4)
+  size: tuple[int, int] = (8, 8)
+  questions: int = 1
+
+  @property
+  def has_results(self) -> bool:
+    """Whether every kind tells the result of each step."""
+    return all(kind in serial.KINDS for kind in self.kinds)
+
+  def check(self, label: str = "problems") -> None:
+    """Refuses what `generate` cannot make.
+
+    Args:
+      label: the config key that the error names.
+
+    Raises:
+      UserError: naming the offending value.
+    """
+    unknown = [kind for kind in self.kinds if kind not in ALL]
+    if unknown or not self.kinds:
+      raise errors.UserError(
+        f"{label}.kinds={tuple(self.kinds)}: choose one or more of {ALL}"
+      )
+    low, high = self.steps
+    if not 1 <= low <= high <= MAX_STEPS:
+      raise errors.UserError(
+        f"{label}.steps_min={low}, steps_max={high}: need "
+        f"1 <= steps_min <= steps_max <= {MAX_STEPS}"
+      )
+    if self.questions < 1:
+      raise errors.UserError(
+        f"{label}.questions={self.questions}: need at least 1"
+      )
+    for kind in self.kinds:
+      if kind in serial.KINDS:
+        serial.check_size(kind, self.steps, self.size, label=label)
+      elif self.questions > 1:
+        raise errors.UserError(
+          f"{label}.questions={self.questions}: kind {kind!r} has no facts "
+          f"that several questions could share; use {serial.KINDS}, or "
+          f"{label}.questions=1"
+        )
 
 
 def is_validation(question: str) -> bool:
@@ -187,8 +222,7 @@ def is_validation(question: str) -> bool:
 def generate(
   seed: int,
   index: int,
-  kinds: tuple[str, ...] = ALL,
-  steps: tuple[int, int] = (1, 4),
+  options: Options | None = None,
   *,
   split: str = "train",
 ) -> Problem:
@@ -197,30 +231,59 @@ def generate(
   Args:
     seed: any integer.
     index: any integer; neighbouring indices give unrelated problems.
-    kinds: drawn from uniformly; see `ALL`.
-    steps: smallest and largest number of steps, drawn uniformly.
-    split: 'train' or 'validation'. A question belongs to exactly one of the
-      two, whatever seed and index it comes from.
+    options: which problems; by default sums of 1 to 4 steps.
+    split: 'train' or 'validation'. A question without facts belongs to exactly
+      one of the two, whatever seed and index it comes from; so do facts, with
+      all questions about them.
 
   Returns:
     The problem.
 
   Raises:
-    UserError: from `check_options`, or for an unknown split.
+    UserError: from `Options.check`, or for an unknown split.
   """
   if split not in ("train", "validation"):
     raise errors.UserError(f"split={split!r}: use 'train' or 'validation'")
-  check_options(kinds, steps)
-  low, high = steps
+  options = options or Options()
+  options.check()
   attempt = 0
   while True:
-    draws = _Draws(f"{seed}/{index}/{split}/{attempt}")
-    kind = kinds[draws.below(len(kinds))]
-    count = low + draws.below(high - low + 1)
-    question, answer = _MAKERS[kind](draws, count)
-    if is_validation(question) == (split == "validation"):
-      return Problem(question, str(answer), kind, count)
+    draws = Draws(f"{seed}/{index}/{split}/{attempt}")
+    problem = _make(draws, options)
+    kept = problem.question[: problem.facts] or problem.question
+    if is_validation(kept) == (split == "validation"):
+      return problem
     attempt += 1
+
+
+def _make(draws: Draws, options: Options) -> Problem:
+  kind = options.kinds[draws.below(len(options.kinds))]
+  low, high = options.steps
+  if kind in _SUMS:
+    count = low + draws.below(high - low + 1)
+    question, answer = _SUMS[kind](draws, count)
+    return Problem(question, str(answer), kind, count)
+  size = options.size[0] + draws.below(options.size[1] - options.size[0] + 1)
+  facts, ask = serial.KINDS[kind](draws, size, high)
+  turns = []
+  for _ in range(options.questions):
+    cue, results = ask(low + draws.below(high - low + 1))
+    turns.append(
+      Problem(
+        cue,
+        results[-1],
+        kind,
+        len(results),
+        results=tuple(results),
+        space=serial.SPACES.get(kind, ""),
+      )
+    )
+  return dataclasses.replace(
+    turns[0],
+    question=facts + turns[0].question,
+    facts=len(facts),
+    more=tuple(turns[1:]),
+  )
 
 
 def check(problem: Problem, text: str) -> bool:

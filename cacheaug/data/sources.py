@@ -63,9 +63,18 @@ def source_defaults() -> "ml_collections.ConfigDict":
   source.weight = 1.0
   # problems: the kinds drawn from.
   source.kinds = ("sum", "chain", "word")
-  # problems: fewest and most additions and subtractions in one problem.
+  # problems: fewest and most steps (sums, lookups, factors) in one problem.
   source.steps_min = 1
   source.steps_max = 4
+  # problems of serial kinds (data/serial.py): fewest and most letters of a
+  # cycle, symbols that are permuted, or lines of chains.
+  source.size_min = 8
+  source.size_max = 8
+  # problems of serial kinds: questions about the same facts.
+  source.questions = 1
+  # problems: what data.answers_only takes for the answer: that alone ('cue'),
+  # or all that follows the facts, questions too ('facts').
+  source.answers_from = "cue"
   # problems: sequences in the validation split (training has no end).
   source.validation_sequences = 64
   return source

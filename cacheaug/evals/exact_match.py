@@ -64,8 +64,7 @@ def exact_match(
   spec: TraceSpec | None,
   *,
   count: int,
-  kinds: tuple[str, ...],
-  steps: tuple[int, int],
+  options: problems.Options,
   seed: int = 0,
   late: int = 0,
   early: bool = False,
@@ -82,8 +81,7 @@ def exact_match(
     tokenizer: the decoder's.
     spec: the coprocessor's.
     count: of problems.
-    kinds: of problems.data.
-    steps: fewest and most of a problem.
+    options: of the problems; of several questions the first is asked.
     seed: of the problems.
     late: tokens between what the coprocessor has read and its latents. It has
       read the question, and the decoder says so many tokens of the answer by
@@ -102,7 +100,7 @@ def exact_match(
       "which ends an answer: set eval.problems=0"
     )
   asked = [
-    problems.generate(seed, i, kinds=kinds, steps=steps, split="validation")
+    problems.generate(seed, i, options, split="validation")
     for i in range(count)
   ]
   bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]

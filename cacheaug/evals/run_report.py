@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from cacheaug import config as configs
 from cacheaug.augment import objective
 from cacheaug.augment.traces import TraceSpec
-from cacheaug.data import pipeline
+from cacheaug.data import pipeline, problem_rows
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.evals import bootstrap, exact_match, perplexity, report
 from cacheaug.evals.bootstrap import DocumentSums
@@ -104,8 +104,7 @@ def answers(
         tokenizer,
         spec,
         count=config.eval.problems,
-        kinds=tuple(source.kinds),
-        steps=(source.steps_min, source.steps_max),
+        options=problem_rows.options_of(source, f"data.sources.{name}"),
       )
   return found
 

@@ -30,7 +30,7 @@ import optax
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.weights import huggingface
+from cacheaug.weights import leaves
 from cacheaug.weights import safetensors_io as files
 
 # Hidden states [B, D] of rows that predict the next token -> [B] bool.
@@ -244,7 +244,7 @@ def save_head(
   directory = pathlib.Path(directory).expanduser()
   flat = {
     k: np.asarray(v, np.float32).reshape(v.shape or (1,))
-    for k, v in huggingface.flatten(head).items()
+    for k, v in leaves.flatten(head).items()
   }
   shapes = {k: (v.shape, v.dtype) for k, v in flat.items()}
   files.write(directory / _WEIGHTS, shapes, flat.values())

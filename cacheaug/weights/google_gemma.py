@@ -34,7 +34,7 @@ from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params
-from cacheaug.weights import huggingface
+from cacheaug.weights import leaves as layout
 
 Shape = tuple[int, ...]
 
@@ -176,7 +176,7 @@ def config_of(
 # --- reading ----------------------------------------------------------------
 
 
-class _Leaf(huggingface.Leaf):
+class _Leaf(layout.Leaf):
   def ours(self, tensor: np.ndarray) -> np.ndarray:
     """`load` has read it as it is here."""
     return tensor
@@ -200,7 +200,7 @@ def load(
   if turned and config.mlp_width == config.width:
     raise UserError(f"{directory}: mlp/gating_einsum may be [2, D, F] or not")
   leaves, where, wanted = [], {}, {}
-  for leaf in huggingface.leaves_of(config):
+  for leaf in layout.leaves_of(config):
     if leaf.path not in _SOURCES:
       raise UserError(f"{directory}: Gemma-2 has no parameter {leaf.path}")
     stem, part = _SOURCES[leaf.path]
@@ -224,7 +224,7 @@ def load(
     except Exception as e:
       raise _damaged(directory, f"array {name}", e) from e
 
-  return huggingface.read_leaves(leaves, where, dtype, shardings, read)
+  return layout.read_leaves(leaves, where, dtype, shardings, read)
 
 
 def _check(

@@ -26,6 +26,7 @@ _DTYPES = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(jax.numpy.bfloat16),
 }
+_ROWS = 4096  # compared at a time, a few MB
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -52,13 +53,13 @@ def locate(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
       raise UserError(f"{index}: has no weight_map: download it again")
-    for shard in sorted(set(names.values())):
+    for shard in sorted(set(map(str, names.values()))):
       if not (directory / shard).exists():
         raise UserError(
           f"{directory / shard}: missing, though {INDEX} names it: download "
           "that file too"
         )
-    return {name: directory / shard for name, shard in names.items()}
+    return {name: directory / str(shard) for name, shard in names.items()}
   if (directory / SINGLE).exists():
     return {name: directory / SINGLE for name in headers([directory / SINGLE])}
   for pattern in _PICKLES:
@@ -83,22 +84,17 @@ def headers(
   return found
 
 
-def check_dtypes(
-  where: Mapping[str, pathlib.Path],
-  found: Mapping[str, tuple[tuple[int, ...], str]],
-) -> None:
-  """Looks at tensors' dtypes: `where` they are, and their headers' words.
+def check_dtype(path: pathlib.Path, name: str, code: str) -> None:
+  """Looks at a tensor's dtype, as its file's header has it.
 
   Raises:
     UserError: one that is not plain floating point.
   """
-  for name, path in where.items():
-    code = found[name][1]
-    if code not in _DTYPES:
-      raise UserError(
-        f"{path}: {name} is {code}: quantised weights are not supported, "
-        "use a float32, float16 or bfloat16 release"
-      )
+  if code not in _DTYPES:
+    raise UserError(
+      f"{path}: {name} is {code}: quantised weights are not supported, "
+      "use a float32, float16 or bfloat16 release"
+    )
 
 
 def read(path: pathlib.Path, name: str) -> np.ndarray:
@@ -106,20 +102,41 @@ def read(path: pathlib.Path, name: str) -> np.ndarray:
 
   The file is mapped only meanwhile: pages of a mapping that stays open count
   as this process's memory, a second copy of the weights.
+
+  Raises:
+    UserError: a file that is damaged, or has no such tensor.
   """
   with _open(path) as file:
-    return file.get_tensor(name)
+    try:
+      return file.get_tensor(name)
+    except safetensors.SafetensorError as e:
+      raise _damaged(path, e) from e
+
+
+def equal(
+  first: tuple[pathlib.Path, str], second: tuple[pathlib.Path, str]
+) -> bool:
+  """Whether two tensors [rows, ...] of one shape hold the same values."""
+  with _open(first[0]) as a, _open(second[0]) as b:
+    a, b = a.get_slice(first[1]), b.get_slice(second[1])
+    rows = a.get_shape()[0]
+    parts = (slice(i, min(i + _ROWS, rows)) for i in range(0, rows, _ROWS))
+    return all(np.array_equal(a[part], b[part]) for part in parts)
 
 
 def _open(path: pathlib.Path):
   try:
     return safetensors.safe_open(path, framework="numpy")
   except (OSError, safetensors.SafetensorError) as e:
-    text = " ".join(str(e).split())[:120]
-    raise UserError(
-      f"{path}: cannot be read as safetensors, truncated or damaged ({text}): "
-      "download it again"
-    ) from e
+    raise _damaged(path, e) from e
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> UserError:
+  text = " ".join(str(error).split())[:120]
+  return UserError(
+    f"{path}: cannot be read as safetensors, truncated or damaged ({text}): "
+    "download it again"
+  )
 
 
 def write(

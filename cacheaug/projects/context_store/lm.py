@@ -28,7 +28,7 @@ from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.projects.context_store.store import Entry, Identity, Store
 from cacheaug.run.checksum import leaf_checksum
-from cacheaug.weights import huggingface
+from cacheaug.weights import leaves
 
 
 def entries_of(
@@ -134,7 +134,7 @@ def _read_on(
 
 
 def _checksum(params: Params) -> list:
-  flat = huggingface.flatten(params)
+  flat = leaves.flatten(params)
   sums = np.asarray(_checksums(list(flat.values())))
   shapes = [[k, str(x.dtype), *x.shape] for k, x in flat.items()]
   return [shapes, sums.tolist()]

@@ -27,8 +27,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from cacheaug import build
 from cacheaug import config as configs
-from cacheaug import export, lm
 from cacheaug.augment import objective
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import pipeline
@@ -38,6 +38,7 @@ from cacheaug.evals import perplexity, run_report
 from cacheaug.inference import gates
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import command
+from cacheaug.weights import trained
 
 SHARES = tuple(range(0, 101, 10))  # percent
 EVERY = (1, 2, 4, 8)
@@ -286,7 +287,7 @@ def main() -> None:
   if bool(workdir) == bool(path):
     raise UserError("give either --workdir, or --config and --coprocessor")
   if workdir:
-    config, path = export.read_run(workdir).config, workdir
+    config, path = trained.read_run(workdir).config, workdir
   elif "config" not in values:
     raise UserError("--config is missing: the text and decoder to gate on")
   else:
@@ -298,7 +299,7 @@ def main() -> None:
   out = values.out or (workdir and str(pathlib.Path(workdir) / "gate"))
   if not out:
     raise UserError("--out is missing: a directory for the gate's head")
-  found = lm.load(config.decoder.path).with_coprocessor(path)
+  found = build.load(config.decoder.path).with_coprocessor(path)
   config.eval.sequences = values.sequences
   spec, coproc = found.coprocessor.spec, found.coprocessor.params
   ahead = values.ahead or spec.ahead

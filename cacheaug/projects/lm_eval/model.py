@@ -24,9 +24,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from cacheaug.build import open_lm
 from cacheaug.errors import UserError
 from cacheaug.inference.sampling import Sampling
-from cacheaug.opening import open_lm
 from cacheaug.projects.lm_eval.answering import (
   AUGMENTED,
   FROZEN,

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cacheaug import config as configs
+from cacheaug import validate
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.config import ModelConfig
@@ -55,7 +55,7 @@ def remedies(
   def judge(changes: dict[str, Any], same: bool) -> Remedy | None:
     changed = _changed(config, changes)
     try:
-      configs.validate(changed, devices)
+      validate.check_config(changed, devices)
       after = memory.arithmetic(changed, model_config, devices)
     except UserError:
       return None

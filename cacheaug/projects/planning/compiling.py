@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cacheaug import optim, sharding, train
-from cacheaug import step as stepping
+from cacheaug import build, optim, sharding
 from cacheaug.model.config import ModelConfig
 from cacheaug.projects.planning import memory
+from cacheaug.step import make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,9 @@ def compile_step(
   mesh = sharding.make_mesh(config.mesh, devices)
   state, decoder, batch = memory.abstract_arguments(config, model_config, mesh)
   optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
-  step = stepping.make_step(
+  step = make_step(
     config,
-    train.make_model(config, model_config, mesh),
+    build.make_model(config, model_config, mesh),
     optimizer,
     mesh,
     jax.tree.map(lambda x: x.sharding, state),

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
+from cacheaug import build, optim, sharding, step, trainable
 from cacheaug import config as configs
-from cacheaug import optim, sharding, step, train, trainable
 from cacheaug.augment import objective
 from cacheaug.kernels import cross_entropy
 from cacheaug.model import transformer
@@ -84,7 +84,7 @@ def abstract_arguments(
   model = _model(config, model_config)
   decoder = None
   if configs.has_decoder(config):
-    decoder = train.abstract_decoder(config, model, mesh)
+    decoder = build.abstract_decoder(config, model, mesh)
   optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
   state = step.abstract_state(config, model, optimizer, decoder, mesh)
   rows = jax.ShapeDtypeStruct(
@@ -99,7 +99,7 @@ def _model(config: ConfigDict, model_config: ModelConfig) -> Transformer:
   """For shapes, which no kernel changes; those of TPUs do not load anywhere."""
   if config.attention != "plain":
     config = _copy(config, attention="xla")
-  return train.make_model(config, model_config)
+  return build.make_model(config, model_config)
 
 
 def abstract_mesh(config: ConfigDict, devices: int) -> AbstractMesh:

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
-from cacheaug import flops
+from cacheaug import flops, validate
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.projects.planning import (
@@ -22,7 +22,7 @@ from cacheaug.projects.planning.collectives import Traffic
 from cacheaug.projects.planning.compiling import Compiled, Refused
 from cacheaug.projects.planning.memory import Memory
 from cacheaug.projects.planning.topology import Topology
-from cacheaug.weights import huggingface
+from cacheaug.weights import pretrained
 
 
 def prepare(
@@ -41,8 +41,8 @@ def prepare(
   if slices:
     config.mesh.slices = slices
   if config.decoder.path:
-    model_config = huggingface.read_config(
-      huggingface.resolve(config.decoder.path)
+    model_config = pretrained.read_config(
+      pretrained.resolve(config.decoder.path)
     )
   else:
     config.decoder.how_to_get = ""
@@ -52,7 +52,7 @@ def prepare(
         "with config.json"
       )
     model_config = configs.model_of(config)
-  configs.validate_model(config, model_config)
+  validate.check_model(config, model_config)
   return config, model_config
 
 
@@ -75,7 +75,7 @@ def plan(
     UserError: what would stop the run itself too.
   """
   config, model_config = prepare(config, slices=topology.slices)
-  configs.validate(config, topology.devices)
+  validate.check_config(config, topology.devices)
   shapes = memory.arithmetic(config, model_config, topology.devices)
   said, reason = None, "--compile=False"
   if use_compiler:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cacheaug import objectives
+from cacheaug import config as configs
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap, exact_match, run_report
 from cacheaug.projects.sweep import runner
@@ -252,7 +252,7 @@ def _problems(runs: Sequence[Run]):
 
 def _answers(run: Run) -> dict[str, dict[str, tuple[int, int]]]:
   """Kind -> column -> (right, asked)."""
-  if objectives.has_decoder(run.config):
+  if configs.has_decoder(run.config):
     return exact_match.read(run.workdir / "report")
   prefix, figures = "problems ", _figures(run)
   return {

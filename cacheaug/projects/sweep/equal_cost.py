@@ -23,7 +23,7 @@ from cacheaug.model import transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import command
-from cacheaug.weights import huggingface
+from cacheaug.weights import pretrained
 
 EQUAL = ("steps", "flops")
 
@@ -32,7 +32,7 @@ def decoder_config(config: ConfigDict) -> ModelConfig:
   """Of decoder.path, or of decoder.shape where no path is given (yet)."""
   if not config.decoder.path:
     return configs.model_of(config)
-  return huggingface.read_config(huggingface.resolve(config.decoder.path))
+  return pretrained.read_config(pretrained.resolve(config.decoder.path))
 
 
 def _numbers(tree: Params) -> int:
@@ -107,7 +107,7 @@ def larger(config: ConfigDict, model_config: ModelConfig) -> ConfigDict:
   if config.data.tokenizer == "decoder":
     path = config.decoder.path
     other.data.tokenizer = (
-      str(huggingface.resolve(path)) if path else "THE_DECODERS_DIRECTORY"
+      str(pretrained.resolve(path)) if path else "THE_DECODERS_DIRECTORY"
     )
   other.decoder.path = other.decoder.how_to_get = ""
   other.decoder.family = deep.family

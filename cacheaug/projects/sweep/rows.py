@@ -19,7 +19,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
 from cacheaug import config as configs
-from cacheaug import flops
+from cacheaug import flops, validate
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.projects.planning import memory, planner, times
@@ -277,7 +277,7 @@ def _checked(row: Row, config_file: str, changes: Mapping[str, Any]) -> Built:
   mesh = config.mesh
   # The fewest that it can run on; a run looks at its own machine again.
   devices = mesh.fsdp * mesh.tensor * mesh.slices * max(mesh.data, 1)
-  configs.validate(config, devices)
+  validate.check_config(config, devices)
   _, model = planner.prepare(config)
   state, decoder, _ = memory.abstract_arguments(
     config, model, memory.abstract_mesh(config, devices)

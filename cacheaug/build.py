@@ -1,0 +1,268 @@
+"""From a config or a path to a model, a tokenizer, a decoder, an LM.
+
+Nobody else builds one: training, evaluation, export, planning and the commands
+call these functions.
+"""
+
+import pathlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl import logging
+from ml_collections import ConfigDict
+
+from cacheaug import config as configs
+from cacheaug import sharding, trainable, validate
+from cacheaug.augment import coprocessor
+from cacheaug.data import tokenizers
+from cacheaug.errors import UserError
+from cacheaug.kernels import dispatch
+from cacheaug.lm import DTYPES, LM
+from cacheaug.model import transformer
+from cacheaug.model.config import ModelConfig
+from cacheaug.model.transformer import Params, Transformer
+from cacheaug.weights import leaves, pretrained, trained
+from cacheaug.weights import safetensors_io as files
+
+_DECODER, _COPROCESSOR = "shipped:tiny", "shipped:tiny_coprocessor"
+
+# --- of a config ------------------------------------------------------------
+
+
+def open_model(
+  config: ConfigDict, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Transformer, tokenizers.Tokenizer]:
+  """The architecture and the tokenizer; reads no weights yet.
+
+  With a mesh, attention's kernels run on each of its devices' own part.
+
+  Raises:
+    UserError: no such decoder, or a tokenizer or config that does not fit it.
+  """
+  spec = config.data.tokenizer
+  if not config.decoder.path:
+    model_config = configs.model_of(config)
+    tokenizer = tokenizers.load("byte" if spec == "decoder" else spec)
+  else:
+    try:
+      directory = pretrained.resolve(config.decoder.path)
+    except UserError as e:
+      how = config.decoder.how_to_get
+      raise UserError(f"decoder.path: {e}{': ' + how if how else ''}") from e
+    model_config = pretrained.read_config(directory)
+    tokenizer = tokenizers.load(str(directory) if spec == "decoder" else spec)
+  validate.check_model(config, model_config)
+  if tokenizer.vocab_size > model_config.vocab_size:
+    raise UserError(
+      f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries, the "
+      f"decoder's vocabulary {model_config.vocab_size}: give the decoder's own"
+    )
+  return make_model(config, model_config, mesh), tokenizer
+
+
+def make_model(
+  config: ConfigDict,
+  model_config: ModelConfig,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Transformer:
+  """The architecture as the config wants it run, on the mesh's devices."""
+  platform = jax.default_backend()
+  if mesh is not None:
+    platform = mesh.devices.flat[0].platform
+  dtype = _dtype(config.precision.compute, platform)
+  name, why = dispatch.choose(
+    config.attention, platform, model_config.head_dim, dtype
+  )
+  logging.info("attention over the context: %s (%s)", name, why)
+  kernel = dispatch.Kernel(name)
+  if mesh is not None:
+    kernel = dispatch.Kernel(
+      name, mesh, batch=sharding.RULES["B"], heads=sharding.RULES["K"]
+    )
+  return Transformer(
+    model_config, dtype=dtype, remat=config.remat, attention=kernel
+  )
+
+
+def load_decoder(
+  config: ConfigDict, model: Transformer, mesh: jax.sharding.Mesh
+) -> tuple[Params | None, str]:
+  """The frozen decoder's sharded parameters and their fingerprint.
+
+  (None, '') where a decoder is to be trained from nothing.
+  """
+  if not configs.has_decoder(config):
+    return None, ""
+  abstract = abstract_decoder(config, model, mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  storage = _dtype(config.precision.decoder, _platform(mesh))
+  if config.decoder.path:
+    decoder = pretrained.load(
+      pretrained.resolve(config.decoder.path),
+      model.config,
+      dtype=storage,
+      shardings=shardings,
+    )
+  else:
+    make = partial(trainable.random_decoder, config, model, storage)
+    decoder = jax.jit(make, out_shardings=shardings)()
+  return decoder, leaves.fingerprint(decoder)
+
+
+def load_initial(
+  config: ConfigDict,
+  model: Transformer,
+  mesh: jax.sharding.Mesh,
+  decoder: Params | None,
+  fingerprint: str,
+) -> Params | None:
+  """The trained coprocessor that the run begins as; None where it is none.
+
+  Raises:
+    UserError: none there, or one of another layout or decoder.
+  """
+  if not configs.begins_as_trained(config):
+    return None
+  path = config.coprocessor.init
+  try:
+    found = trained.open_coprocessor(path, model.config, decoder)
+  except UserError as e:
+    raise UserError(f"coprocessor.init={path!r}: {e}") from e
+  trainable.check_initial(config, found.spec, found.fingerprint, fingerprint)
+  make = partial(coprocessor.init_boxed, model, configs.spec_of(config))
+  boxed = jax.eval_shape(make, jax.random.key(0))
+  host = jax.device_get(found.params)
+  return jax.tree.map(
+    lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]),
+    host,
+    sharding.tree_shardings(mesh, boxed),
+  )
+
+
+def abstract_decoder(
+  config: ConfigDict, model: Transformer, mesh: sharding.AnyMesh
+) -> Params:
+  """Shapes of the frozen decoder's arrays, each with its sharding."""
+  boxed = jax.eval_shape(partial(transformer.init, model), jax.random.key(0))
+  storage = _dtype(config.precision.decoder, _platform(mesh))
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, storage, sharding=s),
+    nn.unbox(boxed),
+    sharding.tree_shardings(mesh, boxed),
+  )
+
+
+def _platform(mesh: sharding.AnyMesh) -> str:
+  """Of the mesh's devices; this machine's where it has none."""
+  if isinstance(mesh, jax.sharding.Mesh):
+    return mesh.devices.flat[0].platform
+  return jax.default_backend()
+
+
+def _dtype(name: str, platform: str) -> Any:
+  if name == "auto":
+    name = "float32" if platform == "cpu" else "bfloat16"
+  return jnp.dtype(name)
+
+
+# --- of a path --------------------------------------------------------------
+
+
+def load(path: str | Path, *, dtype: Any = "auto") -> LM:
+  """A frozen decoder and its tokenizer.
+
+  Args:
+    path: a Hugging Face directory (config.json, safetensors, tokenizer), or
+      'shipped:NAME' for one in the package.
+    dtype: of weights and activations: 'float32', 'bfloat16', or 'auto', which
+      is bfloat16 on accelerators and float32 on the CPU.
+
+  Raises:
+    UserError: no such directory, weights of another family or shape, or a
+      tokenizer that does not belong to them; names the file.
+  """
+  if dtype not in DTYPES:
+    raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+  if dtype == "auto":
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  directory = pretrained.resolve(str(path))
+  config = pretrained.read_config(directory)
+  tokenizer = None
+  stop_ids = set(pretrained.stop_ids(directory))
+  names = ("tokenizer.json", "tokenizer.model")
+  if any((directory / name).exists() for name in names):
+    tokenizer = tokenizers.load(str(directory))
+    stop_ids |= {tokenizer.eos_id} - {None}
+    if tokenizer.vocab_size > config.vocab_size:
+      raise UserError(
+        f"{directory}: its tokenizer has {tokenizer.vocab_size} entries, the "
+        f"decoder's vocabulary {config.vocab_size}: give the decoder's own"
+      )
+  decoder = pretrained.load(directory, config, dtype=dtype)
+  return LM(
+    model=Transformer(config, dtype=jnp.dtype(dtype)),
+    decoder=decoder,
+    tokenizer=tokenizer,
+    fingerprint=leaves.fingerprint(decoder),
+    stop_ids=tuple(sorted(stop_ids)),
+  )
+
+
+def open_lm(
+  workdir: str, decoder: str, coprocessor: str, latents: bool | None = None
+) -> LM:
+  """The decoder and, with latents, the coprocessor that the flags name.
+
+  Args:
+    workdir: a run, whose decoder and coprocessor are meant, or ''.
+    decoder: a directory, or ''.
+    coprocessor: an export or a run, or ''.
+    latents: False opens the decoder alone, True needs a coprocessor; None
+      takes the one that is named, if any.
+
+  Raises:
+    UserError: paths that do not fit together, or hold nothing of the kind.
+  """
+  if workdir and coprocessor:
+    raise UserError("--workdir and --coprocessor: give one of the two")
+  if workdir:
+    coprocessor = workdir
+    decoder = decoder or _decoder_of(workdir)
+  elif not decoder:
+    decoder = _DECODER
+    coprocessor = coprocessor or _COPROCESSOR
+  if latents and not coprocessor:
+    raise UserError(
+      "--coprocessor is missing: give the decoder's, or --latents=off"
+    )
+  lm = load(decoder)
+  if latents is False or not coprocessor:
+    return lm
+  return lm.with_coprocessor(coprocessor)
+
+
+def latents_of(flag: str | None) -> bool | None:
+  """What --latents asks of `open_lm`: 'on', 'off', or what there is if unset."""
+  return None if flag is None else flag == "on"
+
+
+def _decoder_of(workdir: str) -> str:
+  path = pathlib.Path(workdir).expanduser() / "config.json"
+  if not path.exists():
+    raise UserError(f"{path}: missing; give the --workdir of a run")
+  try:
+    decoder = files.read_json(path)["decoder"]["path"]
+  except (KeyError, TypeError) as e:
+    raise UserError(
+      f"{path}: not a run's config; give the --workdir of a run"
+    ) from e
+  if not decoder:
+    raise UserError(
+      f"{workdir}: this run has no decoder.path (it is random, or the run "
+      "trains one: export it with --decoder); give --decoder=DIR"
+    )
+  return decoder

@@ -1,0 +1,157 @@
+"""A trained coprocessor as files that other frameworks can read.
+
+`config.json` says what it is and which decoder it belongs to;
+`coprocessor.safetensors` holds its transformer's weights under the names that
+Hugging Face uses for the decoder's family (without embeddings and head),
+`soft_tokens` [N, D] and, with the harmless start, `latent_projection` [D, D],
+applied as hidden @ latent_projection. Of another `kind` than 'coprocessor' it
+holds what that kind has: see augment/coprocessor.py.
+"""
+
+import dataclasses
+import pathlib
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from cacheaug.augment import coprocessor
+from cacheaug.augment.traces import TraceSpec
+from cacheaug.errors import UserError
+from cacheaug.model.config import ModelConfig
+from cacheaug.model.transformer import Params, Transformer
+from cacheaug.weights import families, huggingface, leaves
+from cacheaug.weights import safetensors_io as files
+from cacheaug.weights.leaves import Leaf
+
+FORMAT = "cacheaug-coprocessor-1"
+WEIGHTS = "coprocessor.safetensors"
+# What latents are for the decoder: input embeddings, or keys and values.
+VARIANTS = {False: "embeddings", True: "cache"}  # by TraceSpec.given
+# TraceSpec's field -> key of config.json, where the two differ.
+_SPEC_KEYS = {"scheme": "positions"}
+# Fields that exports made before there was such a thing do not have.
+_LATER = ("late_max", "kind", "rounds", "stride")
+_META = ("family", "variant", "decoder_fingerprint", "source")
+
+
+def save_coprocessor(
+  directory: str | pathlib.Path,
+  *,
+  model_config: ModelConfig,
+  spec: TraceSpec,
+  params: Params,
+  decoder_fingerprint: str,
+  source: str,
+  lora_rank: int = 0,
+) -> None:
+  """Writes config.json and coprocessor.safetensors.
+
+  Args:
+    directory: made if absent; files of the same names are replaced.
+    model_config: of the decoder, which the coprocessor shares.
+    spec: how it was trained; N, positions and start bind its user.
+    params: of coprocessor.init_boxed, in the dtype to write.
+    decoder_fingerprint: `pretrained.fingerprint` of the decoder.
+    source: where the decoder came from, for a person.
+    lora_rank: of the LoRA that `params` have been merged with; 0 for none.
+
+  Raises:
+    UserError: a directory that cannot be written.
+  """
+  directory = pathlib.Path(directory)
+  entries = {
+    "format": FORMAT,
+    "family": model_config.family,
+    "variant": VARIANTS[spec.given],
+    "decoder_fingerprint": decoder_fingerprint,
+    "source": source,
+    "model": families.config_entries(model_config),
+  }
+  if lora_rank:
+    entries["lora_rank"] = lora_rank
+  for field in dataclasses.fields(TraceSpec):
+    key = _SPEC_KEYS.get(field.name, field.name)
+    entries[key] = getattr(spec, field.name)
+  tree = {k: v for k, v in params.items() if k != "transformer"}
+  parts = _leaves(model_config, spec)
+  body = params.get("transformer", {})
+  huggingface.write_leaves(directory / WEIGHTS, parts, body | tree, None)
+  files.write_json(directory / "config.json", entries)
+
+
+def load_coprocessor(
+  directory: str | pathlib.Path,
+  *,
+  dtype: Any = "float32",
+  shardings: Params | None = None,
+) -> tuple[ModelConfig, TraceSpec, Params, dict[str, Any]]:
+  """What `save_coprocessor` wrote.
+
+  Args:
+    directory: an exported coprocessor.
+    dtype: of every leaf.
+    shardings: tree of shardings, as the parameters; the default device by
+      default.
+
+  Returns:
+    (model config, spec, parameters, {family, variant, decoder_fingerprint,
+    source}).
+
+  Raises:
+    UserError: no export there, or a damaged one; names file and key.
+  """
+  directory = pathlib.Path(directory)
+  path = directory / "config.json"
+  if not path.exists():
+    raise UserError(f"{path}: missing; give an exported coprocessor")
+  entries = files.read_json(path)
+  if entries.get("format") != FORMAT:
+    raise UserError(
+      f"{path}: format {entries.get('format')!r} is not {FORMAT!r}; give an "
+      "exported coprocessor, not a decoder"
+    )
+  fields = dataclasses.fields(TraceSpec)
+  keys = {f.name: _SPEC_KEYS.get(f.name, f.name) for f in fields}
+  for name in _LATER:
+    entries.setdefault(keys[name], getattr(TraceSpec, name))
+  for key in ("model", *keys.values(), *_META):
+    if key not in entries:
+      raise UserError(f"{path}: has no {key!r}; export the coprocessor again")
+  config = families.config_from_entries(entries["model"], path)
+  spec = TraceSpec(**{name: entries[key] for name, key in keys.items()})
+  if entries["variant"] != VARIANTS[spec.given]:
+    raise UserError(
+      f"{path}: variant {entries['variant']!r} is not supported: of kind "
+      f"{spec.kind!r} it is {VARIANTS[spec.given]!r}"
+    )
+  params = _read(directory / WEIGHTS, _leaves(config, spec), dtype, shardings)
+  return config, spec, params, {key: entries[key] for key in _META}
+
+
+def _leaves(config: ModelConfig, spec: TraceSpec) -> list[Leaf]:
+  """Of the transformer, then what else a coprocessor of that kind has."""
+  make = partial(coprocessor.init_boxed, Transformer(config), spec)
+  tree = nn.unbox(jax.eval_shape(make, jax.random.key(0)))
+  body = leaves.flatten(tree.pop("transformer", {}))
+  parts = [leaf for leaf in leaves.leaves_of(config) if leaf.path in body]
+  order = ("soft_tokens", "latent_projection", "prefix_keys", "prefix_values")
+  names = [name for name in order if name in tree]
+  return parts + [Leaf(name, tree[name].shape, (name,)) for name in names]
+
+
+def _read(
+  path: pathlib.Path, parts: list[Leaf], dtype: Any, shardings: Params | None
+) -> Params:
+  if not path.exists():
+    raise UserError(f"{path}: missing; export the coprocessor again")
+  if shardings is not None:
+    own = {k: v for k, v in shardings.items() if k != "transformer"}
+    shardings = shardings.get("transformer", {}) | own
+  where = {name: (path, name) for name in files.headers([path])}
+  huggingface.check_tensors(path, parts, where)
+  tree = leaves.read_leaves(parts, where, dtype, shardings, files.read)
+  keys = [key for key in ("blocks", "final_norm") if key in tree]
+  body = {key: tree.pop(key) for key in keys}
+  return {"transformer": body, **tree} if body else tree
