@@ -246,7 +246,7 @@ def open_lm(
 
 
 def latents_of(flag: str | None) -> bool | None:
-  """What --latents asks of `open_lm`: 'on', 'off', or what there is if unset."""
+  """--latents as `open_lm` takes it: 'on', 'off' or unset."""
   return None if flag is None else flag == "on"
 
 
