@@ -4,6 +4,7 @@ Nobody else builds one: training, evaluation, export, planning and the commands
 call these functions.
 """
 
+import math
 import pathlib
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
-from cacheaug import sharding, trainable, validate
+from cacheaug import optim, sharding, trainable, validate
 from cacheaug.augment import coprocessor
 from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
@@ -25,6 +26,7 @@ from cacheaug.lm import DTYPES, LM
 from cacheaug.model import transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
+from cacheaug.step import abstract_state
 from cacheaug.weights import leaves, pretrained, trained
 from cacheaug.weights import safetensors_io as files
 
@@ -154,6 +156,66 @@ def abstract_decoder(
     nn.unbox(boxed),
     sharding.tree_shardings(mesh, boxed),
   )
+
+
+def abstract_arguments(
+  config: ConfigDict, model_config: ModelConfig, mesh: sharding.AnyMesh
+) -> tuple[Any, Any, dict[str, jax.ShapeDtypeStruct]]:
+  """(state, decoder, batch) of one step as shapes with shardings.
+
+  Args:
+    config: checked.
+    model_config: the decoder's.
+    mesh: of devices, or an AbstractMesh where none are needed.
+  """
+  model = shapes_only(config, model_config)
+  decoder = None
+  if configs.has_decoder(config):
+    decoder = abstract_decoder(config, model, mesh)
+  optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
+  state = abstract_state(config, model, optimizer, decoder, mesh)
+  rows = jax.ShapeDtypeStruct(
+    (config.data.batch, config.data.sequence),
+    jnp.int32,
+    sharding=sharding.batch_sharding(mesh),
+  )
+  return state, decoder, {"tokens": rows, "documents": rows}
+
+
+def shapes_only(config: ConfigDict, model_config: ModelConfig) -> Transformer:
+  """The model for shapes alone: TPU kernels load nowhere else, none matters."""
+  if config.attention != "plain":
+    config = ConfigDict(config.copy_and_resolve_references())
+    config.attention = "xla"
+  return make_model(config, model_config)
+
+
+def described_model(config: ConfigDict) -> ModelConfig:
+  """The decoder's ModelConfig, of `decoder.path` or `decoder.shape`.
+
+  Reads config.json alone, no weights.
+
+  Raises:
+    UserError: neither says what the decoder is, or they do not agree.
+  """
+  if config.decoder.path:
+    model_config = pretrained.read_config(
+      pretrained.resolve(config.decoder.path)
+    )
+  elif all(value is None for value in config.decoder.shape.values()):
+    raise UserError(
+      "decoder.shape is empty: give its keys, or decoder.path of a directory "
+      "with config.json"
+    )
+  else:
+    model_config = configs.model_of(config)
+  validate.check_model(config, model_config)
+  return model_config
+
+
+def parameters(tree: Params) -> int:
+  """Numbers in a tree of arrays or shapes."""
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def _platform(mesh: sharding.AnyMesh) -> str:

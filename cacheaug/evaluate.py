@@ -47,7 +47,6 @@ from cacheaug.evals import diagnose, page, perplexity, report, run_report
 from cacheaug.evals.page import Evaluated
 from cacheaug.evals.perplexity import Batch
 from cacheaug.lm import LM
-from cacheaug.projects.lm_eval import benchmarks
 from cacheaug.run import command, provenance
 from cacheaug.run.metrics import Progress
 from cacheaug.weights import trained
@@ -294,12 +293,15 @@ def run(
   meta = describe(config, path, found)
   if tables:
     meta["text"] = text or f"held-out documents of {', '.join(names)}"
-  scores = []
+  sections = []
   if tasks:
+    from cacheaug.projects.lm_eval import benchmarks
+
     options = dataclasses.asdict(tasks)
     scores = benchmarks.run_tasks(
       found, options.pop("names"), **options, say=print
     )
+    sections.append(benchmarks.section(scores))
   done = 0
   total = (len(asked) + (2 if diagnostics else 0)) * batches
   by_source = {}
@@ -324,7 +326,7 @@ def run(
       )
   show = functools.partial(show_token, found.tokenizer)
   files = page.contents(
-    by_source, meta=meta, seed=config.seed, show=show, scores=scores
+    by_source, meta=meta, seed=config.seed, show=show, sections=sections
   )
   for name, some in by_source.items():
     for n, sums in some.tables.items():

@@ -22,8 +22,6 @@ from cacheaug.inference.completion import Completion
 from cacheaug.inference.sampling import Sampling
 from cacheaug.inference.session import Insertion, Plan
 from cacheaug.lm import LM
-from cacheaug.projects.context_store import lm as stored
-from cacheaug.projects.context_store.store import Store
 from cacheaug.run import command
 
 _COLUMN = 38  # characters a side of --compare, two within 80
@@ -268,7 +266,10 @@ def main() -> None:
     True if values.compare or values.gate else latents_of(values.latents),
   )
   if values.store:
-    lm = stored.with_store(lm, Store.existing(values.store))
+    from cacheaug.projects.context_store.lm import with_store
+    from cacheaug.projects.context_store.store import Store
+
+    lm = with_store(lm, Store.existing(values.store))
   options = dict(
     max_new_tokens=values.max_new_tokens,
     plan=plan_of(

@@ -237,3 +237,9 @@ def put_global(local: Any, sharding: NamedSharding) -> Any:
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, x), local
   )
+
+
+def abstract_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
+  """The config's mesh over so many devices, without any."""
+  sizes = mesh_sizes(config.mesh, devices)
+  return AbstractMesh(sizes, MESH_AXES)

@@ -1,65 +1,83 @@
-"""The tree against its own rules: imports, file lengths, public functions.
+"""The tree against its plan: three rings, arrows inwards only, no cycle.
 
-architecture: main -> train -> {augment, data, evals, checkpoint, ...} -> model.
+the method    model/, augment/, kernels/ and the trainer's files at the root
+around it     data/, weights/, inference/, evals/, run/
+projects/     each folder one idea; deleted, it leaves the rest as it was
 """
 
 import ast
 import functools
 import graphlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-_ROOT = Path(__file__).resolve().parent.parent
-_PACKAGE = _ROOT / "cacheaug"
-_BENCHMARKS = tuple((_ROOT / "benchmarks").glob("*.py"))
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "cacheaug"
+BENCHMARKS = tuple((ROOT / "benchmarks").glob("*.py"))
 
-# What a part may import of the package, all else being refused.
+# Reading order of one afternoon: the paper's path from a config to an update.
+AFTERNOON = (
+  "main.py",
+  "train.py",
+  "step.py",
+  "build.py",
+  "config.py",
+  "augment/traces.py",
+  "augment/coprocessor.py",
+  "augment/objective.py",
+  "trainable.py",
+  "model/config.py",
+  "model/cache.py",
+  "model/rope.py",
+  "model/layers.py",
+  "model/attention.py",
+  "model/transformer.py",
+  "kernels/dispatch.py",
+  "kernels/context_attention.py",
+  "kernels/cross_entropy.py",
+  "optim.py",
+  "sharding.py",
+  "data/pipeline.py",
+)
+_AFTERNOON_LINES = 5000
+_ROOT_FILES = 20
+
+# What a part may import of the package, all else being refused. A part is a
+# file of the root, a folder, or a project.
+_MODEL = {"errors", "kernels", "model"}
+_METHOD = _MODEL | {"augment", "config", "trainable", "sharding", "optim"}
 _ONLY = {
   "errors": set(),
-  "checksum": set(),
-  "chips": set(),
-  "preemption": set(),
-  "provenance": set(),
-  "storage": set(),
   "kernels": set(),
-  "model": {"kernels", "checksum", "errors"},
-  "augment": {"model", "kernels", "errors"},
-  "data": {"errors"},
-  "inference": {"augment", "model", "data", "checksum", "errors"},
-  "objectives": {"augment", "errors"},
-  "sharding": {"model", "errors"},
+  "model": _MODEL,
+  "augment": _MODEL,
   "optim": {"errors"},
-  "profiling": {"errors"},
-  "heartbeat": {"storage"},
-  "metrics": {"storage", "errors"},
-  "workdir": {"storage", "errors"},
-  "checkpoint": {"storage", "checksum", "errors"},
+  "sharding": {"errors", "model"},
+  "data": {"errors"},
+  "config": {"errors", "model", "augment", "data"},
+  "trainable": {"errors", "model", "augment", "config"},
+  "flops": {"errors", "model", "augment", "config", "trainable"},
+  "run": {"errors", "config"},
+  "validate": _METHOD | {"run"},
+  "step": _METHOD | {"run"},
+  "weights": _MODEL | {"augment", "config", "trainable", "data", "run"},
+  "inference": _MODEL | {"augment", "data", "weights"},
+  "evals": _MODEL | {"augment", "config", "data", "inference", "run"},
+  "lm": _MODEL | {"augment", "data", "inference", "weights"},
+  "build": _METHOD | {"validate", "step", "data", "weights", "lm"},
 }
-# The trainer, what is built on it, and commands.
-_TRAINER = {"main", "train", "stepping", "planning", "plan", "benchmark"}
-_NEVER = {
-  "evals": _TRAINER | {"sweeping"},
-  "lm": _TRAINER | {"evals"},
-  "export": _TRAINER | {"evals", "inference"},
-  "config": _TRAINER | {"evals", "inference"},
-}
-# The one module that stands above its part: an LM with a store.
-_ABOVE = {("cacheaug.projects.context_store.lm", "cacheaug.lm")}
-# Edges inside functions that would close a cycle were they at the top.
-_LATE = {
-  # traces.py is the command that users know; its drawing builds on it.
-  ("cacheaug.augment.traces", "cacheaug.augment.drawing"),
-}
-_LINES = 500
-# Where every array has its shape beside it.
-_MATHS = ("model", "augment", "kernels", "inference")
+_TRAINER = {"main", "train"}
 # Packages that take seconds or are optional: only what uses them imports them.
 _HEAVY = (
   "array_record",
   "gcsfs",
+  "gguf",
+  "huggingface_hub",
+  "jinja2",
   "lm_eval",
   "matplotlib",
   "sentencepiece",
@@ -71,13 +89,14 @@ _HEAVY = (
 
 
 def _module(path: Path) -> str:
-  parts = path.relative_to(_ROOT).with_suffix("").parts
+  parts = path.relative_to(ROOT).with_suffix("").parts
   return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 @functools.cache
-def _modules() -> dict[str, Path]:
-  return {_module(path): path for path in _PACKAGE.rglob("*.py")}
+def modules() -> dict[str, Path]:
+  """Every module of the package, with its file."""
+  return {_module(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def _imports(tree: ast.AST) -> dict[str, bool]:
@@ -92,7 +111,7 @@ def _imports(tree: ast.AST) -> dict[str, bool]:
       elif isinstance(child, ast.ImportFrom):
         names = [f"{child.module}.{alias.name}" for alias in child.names]
       for name in names:
-        while name and name not in _modules():
+        while name and name not in modules():
           name = name.rpartition(".")[0]
         if name and name != "cacheaug":
           found[name] = found.get(name, False) or top
@@ -108,107 +127,150 @@ def _imports(tree: ast.AST) -> dict[str, bool]:
 def _graph() -> dict[str, dict[str, bool]]:
   return {
     name: _imports(ast.parse(path.read_text()))
-    for name, path in _modules().items()
+    for name, path in modules().items()
+    if name != "cacheaug"
   }
 
 
-def _part(module: str) -> str:
-  """'cacheaug.model.cache' -> 'model'."""
-  return (module.split(".") + ["", ""])[1]
-
-
-def _wrong(graph: dict[str, dict[str, bool]]) -> list[str]:
-  """Every arrow that points the wrong way."""
-  found = []
-  for module, imported in graph.items():
-    part = _part(module)
-    for name in imported:
-      other = _part(name)
-      if other == part or (module, name) in _ABOVE:
-        continue
-      only, never = _ONLY.get(part), _NEVER.get(part, set())
-      if other in never or (only is not None and other not in only):
-        found.append(f"{module} imports {other}")
-  return found
-
-
-def test_arrows_point_one_way():
-  assert _wrong(_graph()) == []
-  # Control: what would be wrong is seen.
-  bad = {
-    "cacheaug.model.cache": {"cacheaug.augment.traces": True},
-    "cacheaug.evals.report": {"cacheaug.train": False},
-    "cacheaug.projects.context_store.store": {"cacheaug.lm": True},
-    "cacheaug.train": {"cacheaug.evals.report": True},
-  }
-  assert len(_wrong(bad)) == 3
-
-
-def test_parts_form_no_cycle():
-  """Packages and modules of the top level, each as one."""
-  graph: dict[str, set[str]] = {}
-  for module, imported in _graph().items():
-    others = {_part(x) for x in imported if (module, x) not in _ABOVE}
-    graph.setdefault(_part(module), set()).update(others - {_part(module)})
-  list(graphlib.TopologicalSorter(graph).static_order())
-  # Control: with what stands above its part there is one.
-  for module, other in _ABOVE:
-    assert other in _graph()[module], "not needed in _ABOVE any more"
-    graph[_part(module)].add(_part(other))
-  with pytest.raises(graphlib.CycleError):
-    list(graphlib.TopologicalSorter(graph).static_order())
-
-
-def test_nobody_imports_main_and_train_is_for_what_builds_on_it():
-  users = {m for m, found in _graph().items() if "cacheaug.train" in found}
-  assert "cacheaug.main" in users
-  assert not [m for m, found in _graph().items() if "cacheaug.main" in found]
-
-
-def test_no_import_cycle():
-  graph = {
-    module: {
-      other
-      for other in imported
-      if other != module and (module, other) not in _LATE
-    }
-    for module, imported in _graph().items()
-  }
-  list(graphlib.TopologicalSorter(graph).static_order())
-  # Control: with the late edges there is one.
-  for module, other in _LATE:
-    assert other in _graph()[module], "not needed in _LATE any more"
-    graph[module].add(other)
-  with pytest.raises(graphlib.CycleError):
-    list(graphlib.TopologicalSorter(graph).static_order())
+def part(module: str) -> str:
+  """'cacheaug.model.cache' -> 'model'; of a project its own name, too."""
+  names = module.split(".")[1:]
+  return ".".join(names[: 2 if names[:1] == ["projects"] else 1])
 
 
 def _defines_flags(path: Path) -> bool:
-  """Whether importing the module defines flags of the process."""
+  """Whether the module defines flags of the process: it is a command."""
+  calls = ast.walk(ast.parse(path.read_text()))
+  names = [ast.unparse(c.func) for c in calls if isinstance(c, ast.Call)]
+  return any(".DEFINE_" in name for name in names)
+
+
+def _flags_at_import(path: Path) -> bool:
   body = ast.parse(path.read_text()).body
   calls = [n.value for n in body if isinstance(n, (ast.Expr, ast.Assign))]
   names = [ast.unparse(c.func) for c in calls if isinstance(c, ast.Call)]
   return any(".DEFINE_" in name for name in names)
 
 
+@functools.cache
+def _commands() -> set[str]:
+  """The root's commands, as parts."""
+  root = {m: p for m, p in modules().items() if m.count(".") == 1}
+  return {part(m) for m, p in root.items() if _defines_flags(p)}
+
+
+def _wrong(graph: dict[str, dict[str, bool]]) -> list[str]:
+  """Every arrow that points the wrong way."""
+  found = []
+  for module, imported in graph.items():
+    own = part(module)
+    for name in imported:
+      other = part(name)
+      if other == own:
+        continue
+      only = _ONLY.get(own)
+      project = other.startswith("projects") and own not in _commands()
+      command = other in _commands() | _TRAINER and own not in _TRAINER
+      outward = only is not None and other not in only
+      if project or command or outward:
+        found.append(f"{module} imports {other}")
+  return found
+
+
+def test_arrows_point_inwards():
+  assert {"generate", "sweep", "export"} <= _commands()
+  assert _wrong(_graph()) == []
+  # Control: what would be wrong is seen.
+  bad = {
+    "cacheaug.model.cache": {"cacheaug.augment.traces": True},
+    "cacheaug.evals.report": {"cacheaug.train": False},
+    "cacheaug.inference.context": {"cacheaug.lm": True},
+    "cacheaug.lm": {"cacheaug.projects.gating.report": True},
+    "cacheaug.projects.sweep.rows": {"cacheaug.projects.planning.times": True},
+    "cacheaug.projects.gating.report": {"cacheaug.export": False},
+    "cacheaug.train": {"cacheaug.evals.report": True},
+  }
+  assert len(_wrong(bad)) == 6
+
+
+def test_every_part_has_a_ring():
+  """A new file of the root or folder needs a line in this file."""
+  parts = {part(m) for m in modules()} - {"", "projects"}
+  rest = {p for p in parts if not p.startswith("projects.")}
+  assert rest - _ONLY.keys() - _TRAINER - _commands() == set()
+  assert _ONLY.keys() <= parts
+  assert not _ONLY.keys() & _commands()
+
+
+def _acyclic(graph: dict[str, set[str]]) -> None:
+  list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_no_import_cycle():
+  """Neither of modules, whether at the top or later, nor of parts."""
+  graph = {m: set(imported) - {m} for m, imported in _graph().items()}
+  _acyclic(graph)
+  by_part: dict[str, set[str]] = {}
+  for module, imported in graph.items():
+    others = {part(x) for x in imported} - {part(module)}
+    by_part.setdefault(part(module), set()).update(others)
+  _acyclic(by_part)
+  # Control: one arrow back is a cycle.
+  for closed, edge in ((graph, "cacheaug."), (by_part, "")):
+    closed = closed | {f"{edge}errors": {f"{edge}train"}}
+    with pytest.raises(graphlib.CycleError):
+      _acyclic(closed)
+
+
+def test_nobody_imports_main_and_train_is_for_main():
+  users = {m for m, found in _graph().items() if "cacheaug.train" in found}
+  assert users == {"cacheaug.main"}
+  assert not [m for m, found in _graph().items() if "cacheaug.main" in found]
+
+
+def test_commands_import_projects_when_they_are_asked_for():
+  """But for the commands that are a project's own."""
+  own = {"benchmark", "deliberate", "plan", "sweep"}
+  early = {
+    part(module)
+    for module, imported in _graph().items()
+    for name, top in imported.items()
+    if top and part(name).startswith("projects") and "projects" not in module
+  }
+  assert early <= own
+
+
 def test_commands_with_flags_are_imported_by_nobody():
   """absl's flags belong to the process: two commands may not meet in one."""
-  commands = {m for m, path in _modules().items() if _defines_flags(path)}
+  commands = {m for m, path in modules().items() if _flags_at_import(path)}
   assert "cacheaug.generate" in commands
   for module, imported in _graph().items():
     assert not commands & set(imported), module
 
 
+def _importable() -> list[str]:
+  """Modules that a process may import together."""
+  names = [m for m, path in modules().items() if not _flags_at_import(path)]
+  # They stand between lm_eval and the rest, and import it.
+  late = ("model", "tasks", "programs")
+  late = [f"cacheaug.projects.lm_eval.{name}" for name in late]
+  return sorted(n for n in names if n not in late)
+
+
+def _run(code: str, directory: Path) -> None:
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=directory, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_importing_is_light():
   """In a process of its own, every module but those that define flags."""
-  names = [m for m, path in _modules().items() if not _defines_flags(path)]
-  # Those that stand between lm_eval and the rest are imported when asked for.
-  names = [m for m in names if not m.startswith("cacheaug.evals.lm_eval_")]
   code = f"""
 import importlib, sys, threading
 import cacheaug
 assert "jax" not in sys.modules, "import cacheaug imports jax"
-names = {sorted(names)!r}
+names = {_importable()!r}
 for name in names:
   importlib.import_module(name)
 heavy = [name for name in {_HEAVY!r} if name in sys.modules]
@@ -217,110 +279,61 @@ from jax._src import xla_bridge
 assert not xla_bridge._backends, "importing looks for devices"
 assert threading.active_count() == 1, threading.enumerate()
 """
-  done = subprocess.run(
-    [sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
+  _run(code, ROOT)
 
 
-def _files() -> list[Path]:
-  places = ("cacheaug", "tests", "benchmarks", "configs", "docs")
-  found = [p for place in places for p in (_ROOT / place).rglob("*.py")]
-  return [*found, _ROOT / "setup.py"]
+def _projects() -> list[str]:
+  folders = (PACKAGE / "projects").iterdir()
+  return sorted(p.name for p in folders if (p / "__init__.py").exists())
 
 
-def test_files_are_short():
-  long = {
-    str(path.relative_to(_ROOT))
-    for path in _files()
-    if len(path.read_text().splitlines()) > _LINES
-  }
-  assert not long
+def test_any_project_can_be_deleted(tmp_path):
+  """What remains imports, in a copy without that one project."""
+  projects, names = _projects(), _importable()
+  assert len(projects) > 5
+  ignore = shutil.ignore_patterns("assets", "__pycache__")
+  for project in projects:
+    copy = tmp_path / project / "cacheaug"
+    shutil.copytree(PACKAGE, copy, ignore=ignore)
+    shutil.rmtree(copy / "projects" / project)
+  code = f"""
+import importlib, sys
+def purge():
+  for name in [n for n in sys.modules if n.partition(".")[0] == "cacheaug"]:
+    del sys.modules[name]
+sys.path.insert(0, "")
+for project in {projects!r}:
+  purge()
+  sys.path[0] = {str(tmp_path)!r} + "/" + project
+  gone = "cacheaug.projects." + project
+  own = {{"planning": "plan", "context_store": "deliberate"}}.get(project, "")
+  for name in {names!r}:
+    if not (name + ".").startswith(gone + "."):
+      module = importlib.import_module(name)
+      assert project in module.__file__, module.__file__
+  # Control: it is not there.
+  try:
+    importlib.import_module(gone)
+  except ImportError:
+    pass
+  else:
+    raise AssertionError(gone + " is still there")
+"""
+  _run(code, tmp_path)
 
 
-def _public(body: list[ast.stmt], prefix: str = ""):
-  """Public functions and methods of public classes, with their names.
-
-  Those that Python calls, such as __init__ and __call__, are among them.
-  """
-  for node in body:
-    private = getattr(node, "name", "_").startswith("_")
-    if isinstance(node, ast.ClassDef) and not private:
-      yield from _public(node.body, f"{node.name}.")
-    elif isinstance(node, ast.FunctionDef):
-      if not private or node.name.endswith("__"):
-        yield f"{prefix}{node.name}", node
+def test_the_afternoon_list_is_an_afternoon():
+  paths = [PACKAGE / name for name in AFTERNOON]
+  lines = sum(len(path.read_text().splitlines()) for path in paths)
+  assert len(AFTERNOON) <= 24
+  assert lines < _AFTERNOON_LINES
+  # Control: with what is around the method it is no afternoon.
+  for name, path in modules().items():
+    if part(name) in ("weights", "inference", "evals"):
+      lines += len(path.read_text().splitlines())
+  assert lines > _AFTERNOON_LINES
 
 
-@functools.cache
-def _functions() -> dict[str, ast.FunctionDef]:
-  """Every public function of the package and of benchmarks/."""
-  paths = _modules() | {f"benchmarks.{p.stem}": p for p in _BENCHMARKS}
-  return {
-    f"{module}.{name}": node
-    for module, path in paths.items()
-    for name, node in _public(ast.parse(path.read_text()).body)
-  }
-
-
-def _untyped(node: ast.FunctionDef) -> list[str]:
-  """Arguments without a type, and 'return'."""
-  static = any(ast.unparse(d) == "staticmethod" for d in node.decorator_list)
-  arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-  arguments += [a for a in (node.args.vararg, node.args.kwarg) if a]
-  if arguments and not static and arguments[0].arg in ("self", "cls"):
-    arguments = arguments[1:]
-  names = [a.arg for a in arguments if a.annotation is None]
-  makes = node.name in ("__init__", "__post_init__")  # and so returns None
-  return names + ([] if makes or node.returns else ["return"])
-
-
-def test_public_functions_have_types():
-  missing = {name: _untyped(node) for name, node in _functions().items()}
-  assert not {k: v for k, v in missing.items() if v}
-  # Control: what would be wrong is seen.
-  (node,) = ast.parse("def f(self, a, *b, c: int = 0, **d): pass").body
-  assert _untyped(node) == ["a", "b", "d", "return"]
-
-
-def _unsaid(node: ast.FunctionDef) -> list[str]:
-  """UserErrors that the body raises and the docstring does not mention."""
-  raised = [n.exc for n in ast.walk(node) if isinstance(n, ast.Raise)]
-  names = {ast.unparse(e.func) for e in raised if isinstance(e, ast.Call)}
-  said = ast.get_docstring(node) or ""
-  return [name for name in names & {"UserError"} if name not in said]
-
-
-def test_docstrings_say_what_is_raised():
-  """But for commands, whose users read it, and what a class says itself."""
-  silent = [name for name, node in _functions().items() if _unsaid(node)]
-  assert not [name for name in silent if not name.endswith((".main", "__"))]
-  # Control: a command shows that what is silent is found.
-  assert "cacheaug.generate.main" in silent
-
-
-def _shapeless(node: ast.FunctionDef, lines: list[str]) -> list[str]:
-  """Array arguments without a shape on their line or in the docstring."""
-  found = []
-  for a in [*node.args.args, *node.args.kwonlyargs]:
-    types = ast.unparse(a.annotation).split(" | ") if a.annotation else []
-    # A number will do for those that may be one; a key has no axes of ours.
-    array = "jax.Array" in types and "int" not in types and a.arg != "key"
-    comment = lines[a.lineno - 1].partition("#")[2]
-    if array and "[" not in comment + (ast.get_docstring(node) or ""):
-      found.append(a.arg)
-  return found
-
-
-def test_arrays_have_shapes():
-  found = {}
-  for module, path in _modules().items():
-    if _part(module) in _MATHS:
-      text = path.read_text()
-      for name, node in _public(ast.parse(text).body):
-        if shapeless := _shapeless(node, text.splitlines()):
-          found[f"{module}.{name}"] = shapeless
-  assert not found
-  # Control: what would be wrong is seen.
-  text = "def f(\n  x: jax.Array,  # [B]\n  y: jax.Array | None,\n): pass"
-  assert _shapeless(ast.parse(text).body[0], text.splitlines()) == ["y"]
+def test_the_root_is_small():
+  files = list(PACKAGE.glob("*.py"))
+  assert len(files) <= _ROOT_FILES, sorted(p.name for p in files)

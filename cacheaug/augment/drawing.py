@@ -210,3 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"error: {e}", file=sys.stderr)
     return 1
   return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

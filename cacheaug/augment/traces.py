@@ -463,8 +463,7 @@ def dense_latent_mask(
 
 
 if __name__ == "__main__":
-  import sys
+  # The drawing builds on this module, which therefore does not import it.
+  import runpy
 
-  from cacheaug.augment import drawing
-
-  sys.exit(drawing.main())
+  runpy.run_module("cacheaug.augment.drawing", run_name="__main__")

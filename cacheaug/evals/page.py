@@ -21,9 +21,7 @@ from cacheaug.evals import bootstrap, latent_stats, report
 from cacheaug.evals.bootstrap import DocumentSums
 from cacheaug.evals.diagnose import Diagnosis
 from cacheaug.evals.latent_stats import Moments
-from cacheaug.evals.report import PositionRow, markdown_table
-from cacheaug.projects.lm_eval import benchmarks
-from cacheaug.projects.lm_eval.benchmarks import Score
+from cacheaug.evals.report import PositionRow, Section, markdown_table
 from cacheaug.run import files as storage
 
 _MEANING = {
@@ -57,16 +55,16 @@ def contents(
   meta: Mapping[str, Any],
   seed: int,
   show: Callable[[int], str],
-  scores: Sequence[Score] = (),
+  sections: Sequence[Section] = (),
 ) -> dict[str, bytes]:
   """The report's files, report.md last.
 
   Args:
-    by_source: text -> figures; may be empty where there are scores.
+    by_source: text -> figures; may be empty where there are sections.
     meta: what was run, in the order to show.
     seed: of the intervals' resampling.
     show: a token's id as readable text.
-    scores: of benchmarks.
+    sections: of other evaluators, in order.
   """
   rows: dict[str, Any] = {}
   for name, found in by_source.items():
@@ -83,7 +81,9 @@ def contents(
         rows[name]["against right"][column] = report.make_rows(
           sums, base=latent_stats.RIGHT, **kw
         )
-  files: dict[str, bytes] = benchmarks.contents(scores) if scores else {}
+  files: dict[str, bytes] = {}
+  for section in sections:
+    files |= section.files
   if by_source:
     files |= _tables(by_source, rows)
   parts = ["# Evaluation", "## What was run"]
@@ -101,14 +101,8 @@ def contents(
       "with `cacheaug.evals.bootstrap.compare` two evaluations of the same "
       "tokens are compared directly."
     )
-  if scores:
-    parts += ["## Benchmarks", benchmarks.format_scores(scores)]
-    parts.append(
-      "Percent, ± the standard error over documents. Both columns answer the "
-      "same documents after one reading of each prompt, the augmented one with "
-      "latents at the prompt's end; the difference's 95 % interval is paired "
-      "by document. benchmarks.json has each document's value."
-    )
+  for section in sections:
+    parts += section.parts
   figures = {"meta": dict(meta), "sources": _figures(by_source, rows)}
   files["figures.json"] = (json.dumps(figures, indent=1) + "\n").encode()
   files["report.md"] = ("\n\n".join(parts) + "\n").encode()

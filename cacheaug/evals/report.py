@@ -25,6 +25,19 @@ from cacheaug.run import files
 
 
 @dataclasses.dataclass(frozen=True)
+class Section:
+  """What one evaluator adds to a report's page.
+
+  Attributes:
+    parts: paragraphs of Markdown, in order, a heading first.
+    files: name -> content, written beside the page.
+  """
+
+  parts: tuple[str, ...]
+  files: Mapping[str, bytes]
+
+
+@dataclasses.dataclass(frozen=True)
 class PositionRow:
   """One token position after the latents.
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from cacheaug.config import nearest
 from cacheaug.errors import UserError
+from cacheaug.evals import report
 from cacheaug.lm import LM
 from cacheaug.projects.lm_eval.answering import AUGMENTED, FROZEN, Answerer
 from cacheaug.projects.lm_eval.benchmark_tasks import BENCHMARKS
@@ -356,6 +357,18 @@ def format_scores(scores: Sequence[Score]) -> str:
   lines = ["| " + " | ".join(row) + " |" for row in rows]
   lines += ["", *(_met(score) for score in scores)]
   return "\n".join(lines) + "\n"
+
+
+def section(scores: Sequence[Score]) -> report.Section:
+  """The scores' section of a report's page, and its files."""
+  note = (
+    "Percent, ± the standard error over documents. Both columns answer the "
+    "same documents after one reading of each prompt, the augmented one with "
+    "latents at the prompt's end; the difference's 95 % interval is paired "
+    "by document. benchmarks.json has each document's value."
+  )
+  parts = ("## Benchmarks", format_scores(scores), note)
+  return report.Section(parts, contents(scores))
 
 
 def contents(scores: Sequence[Score]) -> dict[str, bytes]:

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from cacheaug import build, optim, sharding
 from cacheaug.model.config import ModelConfig
-from cacheaug.projects.planning import memory
 from cacheaug.step import make_step
 
 
@@ -48,7 +47,7 @@ def compile_step(
     devices: of topology.compiler_devices.
   """
   mesh = sharding.make_mesh(config.mesh, devices)
-  state, decoder, batch = memory.abstract_arguments(config, model_config, mesh)
+  state, decoder, batch = build.abstract_arguments(config, model_config, mesh)
   optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
   step = make_step(
     config,

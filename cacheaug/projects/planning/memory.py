@@ -16,16 +16,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from cacheaug import build, optim, sharding, step, trainable
+from cacheaug import build, sharding, trainable
 from cacheaug import config as configs
 from cacheaug.augment import objective
 from cacheaug.kernels import cross_entropy
 from cacheaug.model import transformer
 from cacheaug.model.config import LAYER_PATTERNS, ModelConfig
-from cacheaug.model.transformer import Transformer
 
 _MANY = 4096  # sequences
 
@@ -71,43 +69,6 @@ class Memory:
     return self.arguments + self.temporaries
 
 
-def abstract_arguments(
-  config: ConfigDict, model_config: ModelConfig, mesh: sharding.AnyMesh
-) -> tuple[Any, Any, dict[str, jax.ShapeDtypeStruct]]:
-  """(state, decoder, batch) of one step as shapes with shardings.
-
-  Args:
-    config: checked.
-    model_config: the decoder's.
-    mesh: of devices, or an AbstractMesh where none are needed.
-  """
-  model = _model(config, model_config)
-  decoder = None
-  if configs.has_decoder(config):
-    decoder = build.abstract_decoder(config, model, mesh)
-  optimizer, _ = optim.make_optimizer(config.optimizer, config.optimizer.steps)
-  state = step.abstract_state(config, model, optimizer, decoder, mesh)
-  rows = jax.ShapeDtypeStruct(
-    (config.data.batch, config.data.sequence),
-    jnp.int32,
-    sharding=sharding.batch_sharding(mesh),
-  )
-  return state, decoder, {"tokens": rows, "documents": rows}
-
-
-def _model(config: ConfigDict, model_config: ModelConfig) -> Transformer:
-  """For shapes, which no kernel changes; those of TPUs do not load anywhere."""
-  if config.attention != "plain":
-    config = _copy(config, attention="xla")
-  return build.make_model(config, model_config)
-
-
-def abstract_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
-  """The config's mesh over so many devices, without any."""
-  sizes = sharding.mesh_sizes(config.mesh, devices)
-  return AbstractMesh(sizes, sharding.MESH_AXES)
-
-
 def on_device(tree: Any) -> float:
   """Bytes of one device's shards of a tree of shapes with shardings."""
   return float(
@@ -126,8 +87,8 @@ def arithmetic(
   Raises:
     UserError: a mesh that does not divide devices or shapes.
   """
-  mesh = abstract_mesh(config, devices)
-  state, decoder, batch = abstract_arguments(config, model_config, mesh)
+  mesh = sharding.abstract_mesh(config, devices)
+  state, decoder, batch = build.abstract_arguments(config, model_config, mesh)
   params = on_device(state.params)
   sequences = micro_batch(config, mesh)
   kept = kept_per_sequence(config, model_config)
@@ -250,7 +211,7 @@ class _Hashable:
 @functools.cache
 def _residuals(key: _Hashable, model_config: ModelConfig) -> float:
   config = key.config
-  model = _model(config, model_config)
+  model = build.shapes_only(config, model_config)
   spec = configs.spec_of(config)
   mask = config.traces.mask_documents
   random = jax.random.key(0)

@@ -6,9 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cacheaug import config as configs
-from cacheaug import flops, validate
-from cacheaug.errors import UserError
+from cacheaug import build, flops, sharding, validate
 from cacheaug.model.config import ModelConfig
 from cacheaug.projects.planning import (
   advice,
@@ -22,7 +20,6 @@ from cacheaug.projects.planning.collectives import Traffic
 from cacheaug.projects.planning.compiling import Compiled, Refused
 from cacheaug.projects.planning.memory import Memory
 from cacheaug.projects.planning.topology import Topology
-from cacheaug.weights import pretrained
 
 
 def prepare(
@@ -40,20 +37,9 @@ def prepare(
       config.precision[key] = "bfloat16"
   if slices:
     config.mesh.slices = slices
-  if config.decoder.path:
-    model_config = pretrained.read_config(
-      pretrained.resolve(config.decoder.path)
-    )
-  else:
+  if not config.decoder.path:
     config.decoder.how_to_get = ""
-    if all(value is None for value in config.decoder.shape.values()):
-      raise UserError(
-        "decoder.shape is empty: give its keys, or decoder.path of a directory "
-        "with config.json"
-      )
-    model_config = configs.model_of(config)
-  validate.check_model(config, model_config)
-  return config, model_config
+  return config, build.described_model(config)
 
 
 def plan(
@@ -102,16 +88,16 @@ def _subject(
   config: ConfigDict, model_config: ModelConfig, topology: Topology
 ) -> dict[str, Any]:
   """What is planned, in numbers."""
-  mesh = memory.abstract_mesh(config, topology.devices)
-  state, decoder, _ = memory.abstract_arguments(config, model_config, mesh)
+  mesh = sharding.abstract_mesh(config, topology.devices)
+  state, decoder, _ = build.abstract_arguments(config, model_config, mesh)
   return {
     "topology": topology.name,
     "slices": topology.slices,
     "devices": topology.devices,
     "mesh": dict(mesh.shape),
     "parameters": {
-      "frozen": times.parameters(decoder),
-      "trained": times.parameters(state.params),
+      "frozen": build.parameters(decoder),
+      "trained": build.parameters(state.params),
     },
     "batch": {
       "sequences": config.data.batch,

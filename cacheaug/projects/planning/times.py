@@ -1,15 +1,12 @@
 """How long a step takes at least, and how long a run takes at a given MFU."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cacheaug import flops
+from cacheaug import build, flops, sharding
 from cacheaug.model.config import ModelConfig
 from cacheaug.projects.planning import memory
 from cacheaug.projects.planning.collectives import Traffic
@@ -97,13 +94,13 @@ def _uses(config: ConfigDict) -> tuple[int, int]:
 def _hbm_bytes(
   config: ConfigDict, model_config: ModelConfig, topology: Topology
 ) -> float:
-  mesh = memory.abstract_mesh(config, topology.devices)
+  mesh = sharding.abstract_mesh(config, topology.devices)
   weights = _weights(config, model_config)
   micro = sum(_uses(config)) * weights["blocks"] + 2 * weights["embedding"]
   kept = memory.micro_batch(config, mesh) * memory.kept_per_sequence(
     config, model_config
   )
-  state, _, _ = memory.abstract_arguments(config, model_config, mesh)
+  state, _, _ = build.abstract_arguments(config, model_config, mesh)
   each = micro / mesh.shape["tensor"] + 2 * kept
   # A step reads and writes the state, and each micro-batch its gradients.
   each += 2 * memory.on_device(state.params)
@@ -119,10 +116,10 @@ def expected_traffic(
   every micro-batch. Over data: gradients reduced once a step (once more
   between slices). Over tensor: two sums of the rows a layer and direction.
   """
-  mesh = memory.abstract_mesh(config, topology.devices)
+  mesh = sharding.abstract_mesh(config, topology.devices)
   data, fsdp, tensor = (mesh.shape[a] for a in ("data", "fsdp", "tensor"))
   k, weights = config.optimizer.accumulation, _weights(config, model_config)
-  state, _, _ = memory.abstract_arguments(config, model_config, mesh)
+  state, _, _ = build.abstract_arguments(config, model_config, mesh)
   gradients = memory.on_device(state.params)
   sizes = flops.sizes_of(config)
   rows = sizes.sequence + 2 * (sizes.latent_rows + sizes.decoder_rows)
@@ -153,8 +150,3 @@ def expected_traffic(
 def days(seconds: float, steps: int) -> float:
   """Days of so many steps."""
   return seconds * steps / 86_400
-
-
-def parameters(tree: Any) -> int:
-  """Numbers in a tree of arrays or shapes."""
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

@@ -19,10 +19,10 @@ from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
 from cacheaug import config as configs
-from cacheaug import flops, validate
+from cacheaug import flops, sharding, validate
+from cacheaug.build import abstract_arguments, described_model, parameters
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
-from cacheaug.projects.planning import memory, planner, times
 from cacheaug.run import command, workdir
 
 # What the report compares must be on the same tokens.
@@ -278,11 +278,11 @@ def _checked(row: Row, config_file: str, changes: Mapping[str, Any]) -> Built:
   # The fewest that it can run on; a run looks at its own machine again.
   devices = mesh.fsdp * mesh.tensor * mesh.slices * max(mesh.data, 1)
   validate.check_config(config, devices)
-  _, model = planner.prepare(config)
-  state, decoder, _ = memory.abstract_arguments(
-    config, model, memory.abstract_mesh(config, devices)
+  model = described_model(config)
+  state, decoder, _ = abstract_arguments(
+    config, model, sharding.abstract_mesh(config, devices)
   )
-  trained, frozen = times.parameters(state.params), times.parameters(decoder)
+  trained, frozen = parameters(state.params), parameters(decoder)
   if config.objective == "language_model" and trained >= frozen:
     frozen = 0  # The decoder that it starts from is replaced.
   return Built(
