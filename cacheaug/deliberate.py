@@ -21,7 +21,7 @@ from cacheaug.build import latents_of, open_lm
 from cacheaug.data import sources
 from cacheaug.data.sources import Documents
 from cacheaug.errors import UserError
-from cacheaug.lm import LENGTHS
+from cacheaug.inference import padding
 from cacheaug.projects.context_store.lm import StoredLM, with_store
 from cacheaug.projects.context_store.store import Store
 from cacheaug.run import command
@@ -88,7 +88,7 @@ def sort_out(
     if lm.has(tokens, latents):
       stored += 1
     else:
-      todo.append((len(tokens) + -len(tokens) % LENGTHS, i))
+      todo.append((padding.round_up(len(tokens), padding.PROMPT), i))
   return sorted(todo), stored, refused
 
 

@@ -27,7 +27,7 @@ from cacheaug.augment import objective
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
-from cacheaug.inference import arguments, gates
+from cacheaug.inference import arguments, gates, padding
 from cacheaug.inference import context as generate
 from cacheaug.inference.completion import Completion, Writer
 from cacheaug.inference.context import Context
@@ -40,8 +40,6 @@ from cacheaug.weights import trained
 Tokens = jax.Array | np.ndarray | Sequence[Sequence[int]]
 
 DTYPES = ("auto", "float32", "bfloat16")
-# Prompts are padded to a multiple, so that few lengths are compiled for.
-LENGTHS = 32
 
 _read = jax.jit(generate.read, static_argnames=("model", "keep_states"))
 _augment = jax.jit(generate.augment_context, static_argnames=("model", "spec"))
@@ -132,7 +130,7 @@ class LM:
         tokens than the decoder has positions.
     """
     rows = self._checked(tokens)
-    return self._read(*generate.pad_left(rows, self._pad_id))
+    return self._read(*padding.pad_left(rows, self._pad_id))
 
   def augment(self, context: Context) -> Context:
     """N latents at the end of each context; of a fresh `prefill`, once.
@@ -324,8 +322,8 @@ class LM:
     self, rows: list[list[int]], on: Sequence[bool], plan: Plan
   ) -> tuple[Context, Plan]:
     """What `writer` goes on from, and the insertions still to come."""
-    padded = -(-max(map(len, rows)) // LENGTHS) * LENGTHS
-    return self._read(*generate.pad_left(rows, self._pad_id, padded)), plan
+    padded = padding.round_up(max(map(len, rows)), padding.PROMPT)
+    return self._read(*padding.pad_left(rows, self._pad_id, padded)), plan
 
   def _read(self, tokens: np.ndarray, documents: np.ndarray) -> Context:
     coproc = self.coprocessor

@@ -18,6 +18,7 @@ from cacheaug import build, lm
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
+from cacheaug.inference import padding
 from cacheaug.weights import coprocessor_files, pretrained
 
 SPEC = TraceSpec(3, 4, "replace", tail=2, min_ahead=2, law="stratified")
@@ -146,7 +147,7 @@ def rows(model):
 
 @pytest.mark.parametrize("latents", (True, False))
 def test_generate_equals_greedy_and_the_three_steps(latents, augmented):
-  tokens, documents = generate.pad_left(rows(augmented), 0)
+  tokens, documents = padding.pad_left(rows(augmented), 0)
   ids = generate.greedy(
     augmented.model,
     augmented.decoder,

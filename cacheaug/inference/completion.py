@@ -6,7 +6,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from cacheaug.data.tokenizers import Tokenizer
-from cacheaug.inference.session import Declined, Insertion, Session
+from cacheaug.inference.session import (
+  Declined,
+  Insertion,
+  Session,
+  before_stop,
+)
 from cacheaug.inference.text import TextStream
 
 # Tokens between looks for a stop string where nobody reads along.
@@ -91,8 +96,8 @@ class Writer:
 
   def _take(self, i: int, row: list[int], last: bool) -> str:
     """Adds a sequence's tokens; ends it at a stop token or string."""
-    ends = [j for j, token in enumerate(row) if token in self._stop_ids]
-    row, last = row[: ends[0] if ends else None], last or bool(ends)
+    row, stopped = before_stop(row, self._stop_ids)
+    last = last or stopped
     stream, piece = self._streams[i], ""
     # One by one, to know the token with which a stop string became whole.
     for ids in [[t] for t in row] if self._stop else [row]:

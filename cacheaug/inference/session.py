@@ -5,7 +5,7 @@ around it, which stops it where latents are due.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,16 @@ class Plan:
     return self.rounds * (points + (self.most if self.after else 0))
 
 
+def before_stop(
+  ids: Sequence[int], stop_ids: Collection[int]
+) -> tuple[list[int], bool]:
+  """The tokens before the first stop token, and whether there is one."""
+  for i, token in enumerate(ids):
+    if token in stop_ids:
+      return list(ids[:i]), True
+  return list(ids), False
+
+
 @dataclasses.dataclass(frozen=True)
 class Insertion:
   """N latents that were inserted into one sequence."""
@@ -136,8 +146,8 @@ class Session:
       decoder: frozen parameters.
       context: of `generate.read`; kept as it is.
       max_new_tokens: the most that `run` may be asked for.
-      coproc: None decodes without latents.
-      spec: the coprocessor's.
+      coproc: the coprocessor's parameters.
+      spec: how its latents are laid out; None decodes without latents.
       on: [B], which sequences get latents; all by default.
       plan: when.
       sampling: the law of a token.
@@ -171,7 +181,7 @@ class Session:
     self._due: list[int] = []
     self._rounds, self._room, latents = 1, 0, 0
     pause_ids: tuple[int, ...] = ()
-    if coproc is not None:
+    if spec is not None:
       self._due = sorted({self._told - n for n in plan.before})
       self._due += [self._told + n for n in plan.steps(max_new_tokens)]
       self._rounds, self._room = plan.rounds, plan.room(max_new_tokens)

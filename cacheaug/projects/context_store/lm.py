@@ -20,9 +20,10 @@ from absl import logging
 
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
-from cacheaug.inference.engine import SLOTS, Context
+from cacheaug.inference import padding
+from cacheaug.inference.engine import Context
 from cacheaug.inference.session import Plan
-from cacheaug.lm import LENGTHS, LM
+from cacheaug.lm import LM
 from cacheaug.model import transformer
 from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Params, Transformer
@@ -81,7 +82,7 @@ def context_of(
   """
   if length is None:
     length = max(len(e.tokens) + e.padding for e in entries)
-  tokens, documents = generate.pad_left(
+  tokens, documents = padding.pad_left(
     [e.tokens.tolist() for e in entries], pad_id, length
   )
   pads = [length - len(e.tokens) for e in entries]
@@ -271,13 +272,14 @@ class StoredLM(LM):
     self._check_positions(entry.position - first + len(tokens), 0)
     context = context_of([entry], pad_id=self._pad_id)
     count = len(tokens)
-    padded = np.zeros((1, count + -count % LENGTHS), np.int32)
+    width = padding.round_up(count, padding.PROMPT)
+    padded = np.zeros((1, width), np.int32)
     padded[0, :count] = tokens
     hidden, rows = jax.device_get(
       _read_on(
         self.model,
         self._layers,
-        context.cache.pad(-context.cache.length % SLOTS),
+        context.cache.pad(-context.cache.length % padding.CACHE),
         padded,
         context.position,
         count,
@@ -352,7 +354,7 @@ class StoredLM(LM):
   def _together(self, entries: Sequence[Entry]) -> Context:
     """A batch of a length as `writer` has: few programs are compiled."""
     length = max(len(e.tokens) + e.padding for e in entries)
-    length += -length % LENGTHS
+    length = padding.round_up(length, padding.PROMPT)
     return context_of(entries, pad_id=self._pad_id, length=length)
 
 
