@@ -247,8 +247,8 @@ def test_tokens_that_cannot_be_read(augmented):
 
 def test_latents_are_refused_where_there_can_be_none(tiny, augmented):
   for call in (
-    lambda: tiny.generate(["a"]),
-    lambda: tiny.nll([[1] * 20], [[5]], 4),
+    lambda: tiny.generate(["a"], latents=True),
+    lambda: tiny.nll([[1] * 20], [[5]], 4, latents=True),
     lambda: tiny.augment(tiny.prefill([[5] * 10])),
   ):
     with pytest.raises(UserError, match="no coprocessor is attached"):
