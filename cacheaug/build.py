@@ -21,7 +21,7 @@ from cacheaug import optim, sharding, trainable, validate
 from cacheaug.augment import coprocessor
 from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
-from cacheaug.kernels import dispatch
+from cacheaug.kernels import dispatch, self_check
 from cacheaug.lm import DTYPES, LM
 from cacheaug.model import transformer
 from cacheaug.model.config import ModelConfig
@@ -72,13 +72,15 @@ def make_model(
   mesh: jax.sharding.Mesh | None = None,
 ) -> Transformer:
   """The architecture as the config wants it run, on the mesh's devices."""
-  platform = jax.default_backend()
-  if mesh is not None:
-    platform = mesh.devices.flat[0].platform
-  dtype = _dtype(config.precision.compute, platform)
-  name, why = dispatch.choose(
-    config.attention, platform, model_config.head_dim, dtype
+  devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+  dtype = _dtype(config.precision.compute, devices[0].platform)
+  shapes = self_check.Shapes(
+    model_config.head_dim,
+    model_config.heads // model_config.kv_heads,
+    model_config.attention_softcap,
+    dtype.name,
   )
+  name, why = self_check.choose(config.attention, shapes, devices)
   logging.info("attention over the context: %s (%s)", name, why)
   kernel = dispatch.Kernel(name)
   if mesh is not None:

@@ -16,6 +16,7 @@ KERNELS = {
   "gpu": "cacheaug.kernels.context_gpu",
 }
 NAMES = ("auto", "plain", *KERNELS)
+PALLAS = ("tpu", "gpu")  # run on the device that they are named after
 
 
 @dataclasses.dataclass(frozen=True)
