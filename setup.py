@@ -19,6 +19,8 @@ _REQUIRED = [
   "safetensors>=0.5",
   "tensorstore>=0.1.70",
   "tokenizers>=0.21",
+  # Chat templates; older ones have known ways out of the sandbox.
+  "jinja2>=3.1.6",
   "sentencepiece>=0.2",
   "numpy>=1.26",
   "tensorboardX>=2.6",

@@ -71,16 +71,14 @@ def measure(
     source = config.data.sources[name]
     if source.kind != run_report.PROBLEMS or not problems:
       continue
-    asked = dict(
-      count=problems,
-      options=problem_rows.options_of(source, f"data.sources.{name}"),
-    )
-    rest = found.tokenizer, spec
-    out["frozen match"] = exact_match.exact_match(*args, None, *rest, **asked)
+    options = problem_rows.options_of(source, f"data.sources.{name}")
+    asked = exact_match.of_problems(options, found.tokenizer, problems)
+    rest = found.tokenizer, spec, asked
+    out["frozen match"] = exact_match.exact_match(*args, None, *rest)
     for way in ("said", "early"):
       out[f"match, {way}"] = {
         d: exact_match.exact_match(
-          *args, coproc, *rest, **asked, late=d, early=way == "early"
+          *args, coproc, *rest, late=d, early=way == "early"
         )
         for d in late
       }

@@ -104,7 +104,9 @@ def answered(
       plan=plan,
       stop=["\n"],
     )
-    right += sum(map(problems.check, some, said))
+    right += sum(
+      problems.check(p.answer, text) for p, text in zip(some, said, strict=True)
+    )
   return right, count
 
 

@@ -160,7 +160,12 @@ def base() -> ConfigDict:
   # Tokens that must precede and include a point of the table, so that runs of
   # different N are compared on the same tokens; 0: the coprocessor's own need.
   c.eval.context = 0
-  c.eval.problems = 0  # generated problems answered, 0 for none
+  # Questions answered, of each source that has answers: generated problems, or
+  # documents with an answer_field; 0 for none.
+  c.eval.problems = 0
+  # Other trained coprocessors of this decoder that answer the same questions:
+  # column -> a workdir, an export, shipped:NAME.
+  c.eval.beside = ConfigDict()
 
   c.export = ""  # directory to export the result to at the end, '' for none
 
@@ -240,7 +245,7 @@ def check_keys(config: ConfigDict) -> None:
   from cacheaug.data.sources import source_defaults
 
   # Below these the keys are the experiment's own; a source's are checked.
-  free = ("data.sources.", "optimizer.multipliers.", "local.")
+  free = ("data.sources.", "optimizer.multipliers.", "eval.beside.", "local.")
   known = [k for k, _ in _leaves(base()) if not k.startswith(free)]
   found = [k for k, _ in _leaves(config) if not k.startswith(free)]
   if "sources" in config.get("data", {}):

@@ -25,6 +25,7 @@ import numpy as np
 
 from cacheaug.augment import objective
 from cacheaug.augment.traces import TraceSpec
+from cacheaug.data import tokenizers
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
 from cacheaug.inference import arguments, gates, padding
@@ -108,15 +109,18 @@ class LM:
     )
 
   def encode(self, text: str) -> list[int]:
-    """Its tokens, a BOS first if there is one; UserError: no tokenizer."""
+    """Its tokens as `transformers` gives them, special ones included.
+
+    Raises:
+      UserError: no tokenizer, or what is not text.
+    """
     arguments.instance("text", text, str)
     if self.tokenizer is None:
       raise UserError(
         "this decoder came without tokenizer.json or tokenizer.model: put it "
         "beside the weights, or use prefill and decode with tokens"
       )
-    bos = self.tokenizer.bos_id
-    return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
+    return tokenizers.with_special(self.tokenizer, text)
 
   def prefill(self, tokens: Tokens) -> Context:
     """The decoder reads contexts.

@@ -12,6 +12,7 @@ from tolerances import jit
 from cacheaug.augment import objective, traces
 from cacheaug.data import pipeline, sources, tokenizers
 from cacheaug.errors import UserError
+from cacheaug.evals import exact_match, perplexity
 
 BYTES = tokenizers.ByteTokenizer()
 
@@ -138,6 +139,59 @@ def test_points_stand_before_answers_their_beginnings_first():
   assert all(draw(key).tolist() == [[3, 7]] for key in keys)
   # Control: without answers they are anywhere.
   assert len({str(plain(key).tolist()) for key in keys}) > 3
+
+
+def test_tables_have_latents_where_answers_begin():
+  ones = np.ones((*DOCUMENTS.shape, 2), np.float32)
+  marked = {"documents": DOCUMENTS, "answers": ANSWERS}
+  weights = perplexity.of_answers(ones, marked)
+  assert np.flatnonzero(weights[0, :, 0]).tolist() == [3, 7]
+  plain = perplexity.of_answers(ones, {"documents": DOCUMENTS})
+  assert plain.sum() == ones.sum()
+
+
+def test_questions_are_read_out_of_rows(tmp_path):
+  """Whole documents with short answers of one line, each once."""
+  config = _config(tmp_path)
+  rows = _open(config, "train")
+  asked = exact_match.of_rows(rows.epoch(), BYTES, 99, name="qa")
+  for question in asked:
+    text = BYTES.decode(question.prompt)
+    first = int(question.answer.split()[0])
+    assert text == f"Q: {'x' * (3 + first % 5)}\nA: "
+    assert question.answer == " ".join([str(first)] * (1 + first % 3))
+    assert question.prompt[0] == BYTES.bos_id and question.name == "qa"
+  assert len({question.answer for question in asked}) == len(asked) > 20
+  assert len(exact_match.of_rows(rows.epoch(), BYTES, 5, name="qa")) == 5
+
+
+def test_answers_of_several_lines_are_not_asked_for(tmp_path):
+  batch = _open(_config(tmp_path), "train").at(0)
+  ends = batch["answers"] & (batch["tokens"] == ord(" ") + 4)
+  batch["tokens"] = np.where(ends, ord("\n") + 4, batch["tokens"])
+  asked = exact_match.of_rows([batch], BYTES, 99, name="qa")
+  assert all(" " not in q.answer and "\n" not in q.answer for q in asked)
+  batch["answers"][:] = False
+  with pytest.raises(UserError, match=r"data\.sources\.qa has no held-out"):
+    exact_match.of_rows([batch], BYTES, 99, name="qa")
+
+
+def test_shares_have_wilsons_interval():
+  """By its equation: |share - p| = z sqrt(p (1 - p) / n) at both ends."""
+  for right, asked in ((0, 50), (7, 50), (50, 50), (600, 1024)):
+    low, high = exact_match.interval(right, asked)
+    for p in (p for p in (low, high) if 1e-9 < p < 1 - 1e-9):
+      spread = 1.959964 * (p * (1 - p) / asked) ** 0.5
+      assert abs(right / asked - p) == pytest.approx(spread, abs=1e-7)
+    assert low - 1e-9 <= right / asked <= high + 1e-9
+  assert exact_match.interval(0, 50)[0] == 0.0
+  columns = {"frozen": {"all": (1, 4), "hops-1": (1, 2), "hops-2": (0, 2)}}
+  assert [row[0] for row in exact_match.table(columns)][1:] == [
+    "hops-1",
+    "hops-2",
+    "all",
+  ]
+  assert exact_match.plot(columns).startswith(b"\x89PNG")
 
 
 def test_losses_are_over_answers_alone():

@@ -127,6 +127,7 @@ def test_exact_match_late_in_two_ways(monkeypatch):
   """What is asked of generation, and what comes of answers begun alone."""
   calls, said = [], set()
   tokenizer, spec = tokenizers.load("byte"), TraceSpec(2, 4)
+  asked = exact_match.of_problems(Options(("sum",), (4, 4)), tokenizer, 3)
 
   def greedy(model, decoder, coproc, tokens, documents, **kw):
     on = coproc is not None
@@ -143,8 +144,7 @@ def test_exact_match_late_in_two_ways(monkeypatch):
   def ask(coproc="coprocessor", **kw):
     calls.clear()
     said.clear()
-    asked = dict(count=3, options=Options(("sum",), (4, 4)))
-    exact_match.exact_match(None, None, coproc, tokenizer, spec, **asked, **kw)
+    exact_match.exact_match(None, None, coproc, tokenizer, spec, asked, **kw)
     return list(calls), "/".join(said)
 
   ((on, late, new, width),), text = ask()
@@ -159,23 +159,15 @@ def test_exact_match_late_in_two_ways(monkeypatch):
   assert ask(coproc=None, late=3) == ([(False, 0, 6, width)], "000000")
   # Of a short question it has read as much as it needs.
   ((_, late, _, _),), _ = ask(late=40, early=True)
-  first = exact_match.problems.generate(
-    0, 0, Options(("sum",), (4, 4)), split="validation"
-  )
-  assert late == len(tokenizer.encode(first.question)) + 1 - 2  # and a BOS
+  assert late == len(asked[0].prompt) - 2
 
 
 def test_questions_too_short_for_latents_are_answered_without(monkeypatch):
   """Each coprocessor is asked the same questions, whatever its N."""
   tokenizer = tokenizers.load("byte")
-  asked = dict(count=40, options=Options(("sum", "word"), (4, 4)))
-  lengths = [
-    len(tokenizer.encode(p.question)) + 1  # and a BOS
-    for p in (
-      exact_match.problems.generate(0, i, asked["options"], split="validation")
-      for i in range(asked["count"])
-    )
-  ]
+  options = Options(("sum", "word"), (4, 4))
+  asked = exact_match.of_problems(options, tokenizer, 40)
+  lengths = [len(question.prompt) for question in asked]
   spec = TraceSpec(int(np.median(lengths)), 4)
   said = []
 
@@ -190,7 +182,7 @@ def test_questions_too_short_for_latents_are_answered_without(monkeypatch):
   for late in (0, 3):
     said.clear()
     exact_match.exact_match(
-      None, None, "coprocessor", tokenizer, spec, **asked, late=late, early=True
+      None, None, "coprocessor", tokenizer, spec, asked, late=late, early=True
     )
     short = [text == "000000" for text in said]
     assert short == [n < spec.context_needed for n in lengths]

@@ -334,6 +334,14 @@ def test_the_afternoon_list_is_an_afternoon():
   assert lines > _AFTERNOON_LINES
 
 
+def test_the_readme_names_the_afternoon_in_order():
+  text = (ROOT / "README.md").read_text()
+  at = text.index("an afternoon's reading")
+  for name in AFTERNOON:
+    at = text.index(name.rpartition("/")[2], at)
+  assert at < text.index("Around it")
+
+
 def test_the_root_is_small():
   files = list(PACKAGE.glob("*.py"))
   assert len(files) <= _ROOT_FILES, sorted(p.name for p in files)

@@ -23,7 +23,14 @@ from cacheaug import config as configs
 from cacheaug.augment import drawing
 
 README = ROOT / "README.md"
-_RESULTS = (ROOT / "RESULTS.md").read_text()
+# What was found, and the pages of long tables behind it.
+_RESULTS = "\n".join(
+  page.read_text()
+  for page in (
+    ROOT / "RESULTS.md",
+    *sorted((ROOT / "docs" / "results").glob("*.md")),
+  )
+)
 _COMMANDS = {
   command: needs for page in PAGES for command, needs in fenced.commands(page)
 }
@@ -316,7 +323,6 @@ _NAMED = {
     "step": "step",
     "transformer": "model.transformer",
     "attention": "model.attention",
-    "lm": "projects.context_store.lm",
   }.items()
 }
 
@@ -343,7 +349,7 @@ def test_named_functions_exist(page):
 
 
 def _section(heading: str) -> str:
-  """Of RESULTS.md, up to the next heading of any level."""
+  """Of RESULTS.md and its pages, up to the next heading of any level."""
   _, found, rest = _RESULTS.partition(f"\n{heading}")
   assert found, heading
   return rest.partition("\n#")[0]

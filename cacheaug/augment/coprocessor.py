@@ -262,7 +262,7 @@ def given(
   if traces.start == "harmless":
     there, here, positions = _entries(cache, traces)
     # To where the latents stand; by 'insert' these come later.
-    moved = rope_of_layers(model.config, at - positions)
+    moved = rope_of_layers(model.config, at - positions, scaled=False)
     keys, values = keys + rotate(there, moved), values + here
   return keys, jnp.broadcast_to(values, keys.shape)
 

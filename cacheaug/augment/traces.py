@@ -258,6 +258,11 @@ def before(answers: jax.Array) -> jax.Array:
   return jnp.pad(answers[:, 1:], ((0, 0), (0, 1)))
 
 
+def before_beginnings(answers: jax.Array) -> jax.Array:
+  """[B, S] bool: whether an answer begins with the token after."""
+  return before(answers) & ~answers
+
+
 def near_end(documents: jax.Array, tail: int) -> jax.Array:
   """[B, S] bool: a document ends within the `tail` tokens after."""
   after = jnp.pad(documents, ((0, 0), (0, tail)), constant_values=-1)
@@ -286,7 +291,7 @@ def sample_points(
   if spec.tail:
     noise += near_end(documents, spec.tail)
   if answers is not None:
-    noise += before(answers) & ~answers
+    noise += before_beginnings(answers)
   valid = valid_points(documents, spec, answers=answers)
   noise = jnp.where(valid, noise, -1.0)
   if spec.law == "uniform":

@@ -245,13 +245,13 @@ def _pack_shard(job: _Job, shard: int) -> None:
   marks: dict[bool, list[np.ndarray]] = {False: [], True: []}
   tokens: dict[bool, list[np.ndarray]] = {False: [], True: []}
   dtype = _dtype(job.tokenizer)
-  bos = [] if job.tokenizer.bos_id is None else [job.tokenizer.bos_id]
   for number in range(job.edges[shard], job.edges[shard + 1]):
     held_out = bool(job.held_out[number])
     # Apart, as a prompt is encoded when there is no answer yet.
     prompt, text = job.documents.parts(number)
-    before = bos + (job.tokenizer.encode(prompt) if prompt else [])
-    ids = before + job.tokenizer.encode(text)
+    before = [*job.tokenizer.prefix]
+    before += job.tokenizer.encode(prompt) if prompt else []
+    ids = before + job.tokenizer.encode(text) + [*job.tokenizer.suffix]
     mark = np.full(len(ids), number, np.int32)
     if job.documents.answered:
       mark[len(before) :] += packed.ANSWER

@@ -102,7 +102,6 @@ class ProblemRows:
     self.steps = source.steps_max
     self._from_facts = source.answers_from == "facts"
     self._tokenizer = tokenizer
-    self._bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     self._sequence = sequence
     self._answers = answers
     self._split = split
@@ -139,7 +138,7 @@ class ProblemRows:
     found = np.full((len(rows), self._sequence, self.steps), -1, np.int32)
     for i, row in enumerate(rows):
       for start, _, problem, _ in self._problems(int(row)):
-        end = start + len(self._bos)
+        end = start + len(self._tokenizer.prefix)
         for turn in problem.turns:
           end += len(self._tokenizer.encode(turn.question))
           for k, result in enumerate(turn.results):
@@ -191,17 +190,20 @@ class ProblemRows:
     """Tokens of a problem, and what marks those of answers, 0 elsewhere."""
     encode = self._tokenizer.encode
     if not self._answers:
-      ids = self._bos + encode(problem.text)
+      ids = tokenizers.with_special(self._tokenizer, problem.text)
       return ids, np.zeros(len(ids), np.int32)
     if self._from_facts:
       facts = problem.question[: problem.facts]
       parts = [(facts, problem.text[len(facts) :])]
     else:
       parts = [(turn.question, turn.ending) for turn in problem.turns]
-    ids, marks = list(self._bos), [0] * len(self._bos)
+    ids = list(self._tokenizer.prefix)
+    marks = [0] * len(ids)
     for question, answer in parts:
       for text, mark in ((question, 0), (answer, shards.ANSWER)):
         new = encode(text)
         ids += new
         marks += [mark] * len(new)
+    ids += self._tokenizer.suffix
+    marks += [shards.ANSWER] * len(self._tokenizer.suffix)
     return ids, np.array(marks, np.int32)

@@ -286,14 +286,14 @@ def _make(draws: Draws, options: Options) -> Problem:
   )
 
 
-def check(problem: Problem, text: str) -> bool:
-  """Whether generated `text` answers the problem.
+def check(answer: str, text: str) -> bool:
+  """Whether generated `text` is the answer.
 
   Args:
-    problem: the problem whose question was the prompt.
+    answer: of the question that was the prompt.
     text: what came after the question.
 
   Returns:
     True when the first line of `text`, spaces stripped, is the answer.
   """
-  return text.split("\n", 1)[0].strip() == problem.answer
+  return text.split("\n", 1)[0].strip() == answer

@@ -283,16 +283,17 @@ def attention_mass(
   kv = cache.keys.astype(model.dtype), cache.values.astype(model.dtype)
 
   def layer(x, this):
-    weights, sliding, kv = this
+    weights, other, kv = this
     context = cache.positions, cache.segments
-    args = x, (sliding, kv), rows, context, ropes
+    args = x, (other, kv), rows, context, ropes
     (x, own), kept = block.apply({"params": weights}, *args, **asked)
     query = kept["intermediates"]["attention"][name]["__call__"][0]
+    query = query.reshape(*query.shape[:3], c.heads, c.head_dim)
     window, rope = None, ropes[0]
     if SLIDING in c.layer_kinds:
-      window = jnp.where(sliding, c.window, attention.NO_LIMIT)
+      window = jnp.where(other, c.window, attention.NO_LIMIT)
     if len(ropes) > 1:
-      rope = jax.tree.map(lambda g, s: jnp.where(sliding, s, g), *ropes)
+      rope = jax.tree.map(lambda g, s: jnp.where(other, s, g), *ropes)
     query = rotate(query, rope) * jnp.asarray(c.attention_scale, model.dtype)
     seen = jnp.concatenate(
       [
@@ -304,8 +305,7 @@ def attention_mass(
     weights = _softmax(query[:, :, n:], kv[0], own[0], seen[:, :, n:], c)
     return x, weights
 
-  sliding = jnp.array([kind == SLIDING for kind in c.layer_kinds])
-  layers = decoder["blocks"], sliding, kv
+  layers = decoder["blocks"], jnp.array(c.other_layers), kv
   _, weights = jax.lax.scan(layer, x.astype(model.dtype), layers)
   s = cache.positions.shape[1]
   context, latents, ahead = jnp.split(weights, [s, s + n], axis=-1)

@@ -1,5 +1,7 @@
 """Perplexity by position (the paper's table 1), latents after every token.
 
+With data.answers_only, latents are where an answer begins instead.
+
 For every token of the held-out text that can bear a trace, the frozen decoder
 and the augmented one predict the same A following tokens from the same
 context; rows are paired token by token, and intervals resample documents.
@@ -59,10 +61,15 @@ def point_weights(
 
 
 def of_answers(weights: jax.Array, batch: Batch) -> jax.Array:  # [B, S, A]
-  """0 also where no answer's token comes next, in batches that say which do."""
+  """0 also where no answer begins next, in batches that mark answers.
+
+  Training draws those points before all others, and latents of a prompt that
+  is to be answered stand at its end. After a token within an answer they stand
+  where few or no traces of the training did.
+  """
   if "answers" not in batch:
     return weights
-  return weights * traces.before(batch["answers"])[..., None]
+  return weights * traces.before_beginnings(batch["answers"])[..., None]
 
 
 def points_of(

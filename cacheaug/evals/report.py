@@ -153,7 +153,11 @@ def format_table(
   rows: Sequence[PositionRow], name: str = AUGMENTED_NAME
 ) -> str:
   """The table as aligned plain text, for a terminal."""
-  lines = [_header(name), *(_cells(r) for r in rows)]
+  return aligned([_header(name), *(_cells(r) for r in rows)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+  """Any cells as plain text, for a terminal; columns end at the right."""
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return "\n".join(
     "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True))

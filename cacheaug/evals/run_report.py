@@ -15,9 +15,11 @@ from cacheaug.augment import objective
 from cacheaug.augment.traces import TraceSpec
 from cacheaug.data import pipeline, problem_rows
 from cacheaug.data.tokenizers import Tokenizer
+from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap, exact_match, perplexity, report
 from cacheaug.evals.bootstrap import DocumentSums
 from cacheaug.model.transformer import Params, Transformer
+from cacheaug.weights import trained
 
 PROBLEMS = "problems"
 CONTINUED = "continued"  # a decoder trained on from the frozen one
@@ -84,6 +86,34 @@ def sums_by_source(
   }
 
 
+def questions(
+  config: ConfigDict, tokenizer: Tokenizer
+) -> list[exact_match.Question]:
+  """Held-out questions of the sources that have answers.
+
+  eval.problems a source: generated problems by kind and steps, documents of an
+  `answer_field` by source. [] where none are asked for.
+
+  Raises:
+    UserError: answers that cannot be compared.
+  """
+  found, count = [], config.eval.problems
+  for name in source_names(config) if count else ():
+    source = config.data.sources[name]
+    if source.kind == PROBLEMS:
+      options = problem_rows.options_of(source, f"data.sources.{name}")
+      found += exact_match.of_problems(options, tokenizer, count)
+    elif source.answer_field:
+      marked = config.copy_and_resolve_references()
+      marked.unlock()
+      marked.data.answers_only = True
+      # A row holds one document at least.
+      marked.eval.sequences = max(count, config.eval.sequences)
+      rows = held_out(marked, tokenizer, name)
+      found += exact_match.of_rows(rows, tokenizer, count, name=name)
+  return found
+
+
 def answers(
   config: ConfigDict,
   model: Transformer,
@@ -92,21 +122,11 @@ def answers(
   tokenizer: Tokenizer,
   spec: TraceSpec | None,
 ) -> dict[str, tuple[int, int]]:
-  """Exact match over the problem sources; {} where none are asked for."""
-  found = {}
-  for name in source_names(config):
-    source = config.data.sources[name]
-    if source.kind == PROBLEMS and config.eval.problems:
-      found |= exact_match.exact_match(
-        model,
-        decoder,
-        coproc,
-        tokenizer,
-        spec,
-        count=config.eval.problems,
-        options=problem_rows.options_of(source, f"data.sources.{name}"),
-      )
-  return found
+  """Exact match over `questions`; {} where none are asked for."""
+  asked = questions(config, tokenizer)
+  if not asked:
+    return {}
+  return exact_match.exact_match(model, decoder, coproc, tokenizer, spec, asked)
 
 
 def percent(right_asked: tuple[int, int]) -> str:
@@ -134,17 +154,42 @@ def coprocessor_report(
   """Writes report/; returns what the terminal shows."""
   args = config, model, decoder, coproc, tokenizer, spec
   sums = sums_by_source(*args)
-  frozen = answers(config, model, decoder, None, tokenizer, None)
-  augmented = answers(*args)
-  return _write(config, workdir, sums, frozen, augmented, meta)
+  asked = questions(config, tokenizer)
+  columns = {}
+  if asked:
+    columns[bootstrap.FROZEN] = exact_match.exact_match(
+      model, decoder, None, tokenizer, None, asked
+    )
+    for name, found in _beside(config, model, decoder):
+      columns[name] = exact_match.exact_match(
+        model, decoder, found.params, tokenizer, found.spec, asked
+      )
+    columns[bootstrap.AUGMENTED] = exact_match.exact_match(
+      model, decoder, coproc, tokenizer, spec, asked
+    )
+  return _write(config, workdir, sums, columns, meta)
+
+
+def _beside(
+  config: ConfigDict, model: Transformer, decoder: Params
+) -> Iterator[tuple[str, Any]]:
+  """Name and content of each coprocessor of eval.beside.
+
+  Raises:
+    UserError: none there, or one of another decoder.
+  """
+  for name, path in config.eval.beside.items():
+    try:
+      yield name, trained.open_coprocessor(path, model.config, decoder)
+    except UserError as e:
+      raise UserError(f"eval.beside.{name}={path!r}: {e}") from e
 
 
 def _write(
   config: ConfigDict,
   workdir: str,
   sums: dict[str, DocumentSums],
-  frozen: dict[str, tuple[int, int]],
-  augmented: dict[str, tuple[int, int]],
+  columns: dict[str, exact_match.Answers],
   meta: dict[str, Any],
   *,
   name: str = report.AUGMENTED_NAME,
@@ -152,19 +197,23 @@ def _write(
 ) -> str:
   """Writes report/; returns what the terminal shows.
 
-  `name` is what is compared with the frozen decoder.
+  `columns` are of `exact_match`, {} where nothing is asked; `name` is what is
+  compared with the frozen decoder.
   """
   by_source = {
     source: report.make_rows(some, seed=config.seed)
     for source, some in sums.items()
   }
-  if frozen:
-    columns = {bootstrap.FROZEN: frozen, bootstrap.AUGMENTED: augmented}
-    exact_match.save(epath.Path(workdir) / "report", columns)
-  match = {
-    k: f"frozen {percent(frozen[k])}, {name} {percent(augmented[k])}"
-    for k in frozen
-  }
+  shown: dict[str, exact_match.Answers] = {}
+  directory = epath.Path(workdir) / "report"
+  if columns:
+    exact_match.save(directory, columns)
+    shown = {
+      name if column == bootstrap.AUGMENTED else column: found
+      for column, found in columns.items()
+    }
+    picture = {"exact_match.png": exact_match.plot(shown)}
+    report.write_files(directory, picture)
   first, *others = by_source
   extras = {
     f"Perplexity change on {source}": {
@@ -176,8 +225,12 @@ def _write(
     }
     for source in others
   }
-  if match:
-    extras["Exact match on held-out problems"] = match
+  if shown:
+    header, *cells = exact_match.table(shown)
+    extras["Exact match on held-out questions"] = {
+      row[0]: ", ".join(map(" ".join, zip(header[1:], row[1:], strict=True)))
+      for row in cells
+    }
   meta = {**meta, "evaluated on": f"{first}, held-out documents"}
   path = report.write_report(
     workdir,
@@ -189,10 +242,11 @@ def _write(
     name=name,
   )
   lines = []
+  if shown:
+    lines += [report.aligned(exact_match.table(shown)), ""]
   for source, rows in by_source.items():
     table = report.format_table(rows, name)
     lines += [f"{source}: held-out perplexity", table, ""]
-  lines += [f"problems {k}: {v}" for k, v in match.items()]
   return "\n".join([*lines, f"report: {path}"])
 
 
@@ -244,9 +298,12 @@ def language_model_report(
     )
     for name in source_names(config)
   }
-  frozen = answers(config, model, decoder, None, tokenizer, None)
+  columns = {}
+  if found:
+    frozen = answers(config, model, decoder, None, tokenizer, None)
+    columns = {bootstrap.FROZEN: frozen, bootstrap.AUGMENTED: found}
   title = "Perplexity change by position, continued training"
   table = _write(
-    config, workdir, sums, frozen, found, meta, name=CONTINUED, title=title
+    config, workdir, sums, columns, meta, name=CONTINUED, title=title
   )
   return figures, f"{text}\n\n{table}"

@@ -21,7 +21,7 @@ from cacheaug.augment.traces import TraceSpec
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.weights import families, huggingface, leaves
+from cacheaug.weights import config_json, huggingface, leaves
 from cacheaug.weights import safetensors_io as files
 from cacheaug.weights.leaves import Leaf
 
@@ -67,7 +67,7 @@ def save_coprocessor(
     "variant": VARIANTS[spec.given],
     "decoder_fingerprint": decoder_fingerprint,
     "source": source,
-    "model": families.config_entries(model_config),
+    "model": config_json.config_entries(model_config),
   }
   if lora_rank:
     entries["lora_rank"] = lora_rank
@@ -119,7 +119,7 @@ def load_coprocessor(
   for key in ("model", *keys.values(), *_META):
     if key not in entries:
       raise UserError(f"{path}: has no {key!r}; export the coprocessor again")
-  config = families.config_from_entries(entries["model"], path)
+  config = config_json.config_from_entries(entries["model"], path)
   spec = TraceSpec(**{name: entries[key] for name, key in keys.items()})
   if entries["variant"] != VARIANTS[spec.given]:
     raise UserError(

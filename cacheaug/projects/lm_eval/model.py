@@ -116,12 +116,12 @@ class AugmentedLM(TemplateLM):
   @property
   def eot_token_id(self) -> int:
     """The token that ends a text."""
-    return _first(self._tokenizer.eos_id, self._tokenizer.bos_id)
+    return _first(self._tokenizer.eos_id, self._tokenizer.named_bos_id)
 
   @property
   def prefix_token_id(self) -> int:
     """The token that stands for an empty context."""
-    return _first(self._tokenizer.bos_id, self._tokenizer.eos_id)
+    return _first(self._tokenizer.named_bos_id, self._tokenizer.eos_id)
 
   @property
   def tokenizer_name(self) -> str:
