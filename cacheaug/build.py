@@ -137,7 +137,7 @@ def load_initial(
   except UserError as e:
     raise UserError(f"coprocessor.init={path!r}: {e}") from e
   trainable.check_initial(config, found.spec, found.fingerprint, fingerprint)
-  make = partial(coprocessor.init_boxed, model, configs.spec_of(config))
+  make = partial(coprocessor.init_boxed, model, configs.layout_of(config))
   boxed = jax.eval_shape(make, jax.random.key(0))
   host = jax.device_get(found.params)
   return jax.tree.map(

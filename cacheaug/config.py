@@ -13,7 +13,8 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from cacheaug.augment import coprocessor
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.point_sampling import Draw
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
 from cacheaug.model.config import ModelConfig
@@ -290,23 +291,35 @@ def model_of(config: ConfigDict) -> ModelConfig:
   return model_config.make(config.decoder.family, **shape)
 
 
-def spec_of(config: ConfigDict) -> TraceSpec:
+def layout_of(config: ConfigDict) -> Layout:
   """The trace layout that a config asks for."""
-  return TraceSpec(
+  return Layout(
     latents=config.coprocessor.latents,
     ahead=config.traces.ahead,
-    scheme=config.coprocessor.positions,
+    positions=config.coprocessor.positions,
     start=config.coprocessor.start,
-    count=config.traces.count,
-    law=config.traces.law,
-    min_ahead=config.traces.min_ahead,
-    tail=config.traces.tail,
     mask_documents=config.traces.mask_documents,
-    late_max=config.traces.late_max,
     kind=config.coprocessor.kind,
     rounds=config.traces.rounds,
     stride=config.traces.stride,
   )
+
+
+def draw_of(config: ConfigDict) -> Draw:
+  """How a config's training draws traces of `layout_of`.
+
+  Raises:
+    UserError: no such trace can be drawn; names the keys.
+  """
+  draw = Draw(
+    count=config.traces.count,
+    law=config.traces.law,
+    min_ahead=config.traces.min_ahead,
+    tail=config.traces.tail,
+    late_max=config.traces.late_max,
+  )
+  draw.check(layout_of(config))
+  return draw
 
 
 def lora_rank(config: ConfigDict) -> int:

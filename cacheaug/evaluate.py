@@ -44,7 +44,7 @@ from ml_collections import ConfigDict, config_flags
 from cacheaug import build, validate
 from cacheaug import config as configs
 from cacheaug.augment import coprocessor
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data import sources
 from cacheaug.errors import UserError
 from cacheaug.evals import (
@@ -154,7 +154,7 @@ def use_text(config: ConfigDict, path: str, field: str) -> str:
   return "train"
 
 
-def asked_latents(asked: list[str], spec: TraceSpec) -> list[int]:
+def asked_latents(asked: list[str], spec: Layout) -> list[int]:
   """N of each column, ascending; as trained by default.
 
   Raises:
@@ -175,7 +175,7 @@ def asked_latents(asked: list[str], spec: TraceSpec) -> list[int]:
   return found
 
 
-def adapt(config: ConfigDict, found: LM) -> TraceSpec:
+def adapt(config: ConfigDict, found: LM) -> Layout:
   """Checks the text's layout for this coprocessor; its spec for the table.
 
   Raises:
@@ -183,19 +183,18 @@ def adapt(config: ConfigDict, found: LM) -> TraceSpec:
   """
   spec = found.coprocessor.spec
   config.coprocessor.latents = spec.latents
-  config.coprocessor.positions = spec.scheme
-  config.coprocessor.kind = spec.kind
+  config.coprocessor.positions = spec.positions
+  config.coprocessor.kind = spec.kind.value
   config.traces.rounds, config.traces.stride = spec.rounds, spec.stride
   validate.check_eval(config, spec)
   validate.check_model(config, found.model.config)
-  spec = spec.reaching(config.eval.ahead)
-  return dataclasses.replace(spec, law="uniform", tail=0)
+  return spec.reaching(config.eval.ahead)
 
 
 def evaluate(
   found: LM,
   text: Callable[[], Iterable[Batch]],
-  spec: TraceSpec,
+  spec: Layout,
   *,
   latents: list[int],
   context: int,
@@ -253,7 +252,7 @@ def describe(config: ConfigDict, path: str, found: LM) -> dict[str, Any]:
     "latents N, trained": spec.latents,
     "ahead tokens A, trained": spec.ahead,
     "kind": spec.kind,
-    "positions": spec.scheme,
+    "positions": spec.positions,
     "start": spec.start,
     "sequence": config.data.sequence,
     "sequences of each text, at most": config.eval.sequences,

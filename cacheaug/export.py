@@ -68,6 +68,7 @@ def export_run(
     params=trained.run_params(run, model_config),
     decoder_fingerprint=run.decoder_fingerprint,
     source=source,
+    draw=configs.draw_of(run.config),
     lora_rank=configs.lora_rank(run.config) if trained.adapts(run) else 0,
   )
   return run.step

@@ -139,7 +139,7 @@ def describe(lm: LM, completion: Completion, insertion: Insertion) -> str:
   """One line: the point, the tokens around it, the latents' places."""
   first, n = insertion.position, insertion.latents
   ends = {"replace": "in place of the cache there", "overlay": "beside it"}
-  how = ends.get(lm.coprocessor.spec.scheme, "further text pushed back")
+  how = ends.get(lm.coprocessor.spec.positions, "further text pushed back")
   return (
     f"{_where(lm, completion, insertion.step)}: {n} latents at positions "
     f"{first}-{first + n - 1}, {how}, slots {insertion.slot}-"

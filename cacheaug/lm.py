@@ -24,7 +24,8 @@ import jax
 import numpy as np
 
 from cacheaug.augment import objective
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.point_sampling import Draw
+from cacheaug.augment.traces import Layout
 from cacheaug.data import tokenizers
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
@@ -44,7 +45,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 _read = jax.jit(generate.read, static_argnames=("model", "keep_states"))
 _augment = jax.jit(generate.augment_context, static_argnames=("model", "spec"))
-_nll = jax.jit(objective.points_nll, static_argnames=("model", "spec"))
+_nll = jax.jit(objective.points_nll, static_argnames=("model", "layout"))
 _decode = jax.jit(
   generate.decode, static_argnames=("model", "max_new_tokens", "stop_ids")
 )
@@ -55,7 +56,8 @@ class Coprocessor:
   """Trained parameters and the trace layout that they were trained for."""
 
   params: Params = dataclasses.field(repr=False)
-  spec: TraceSpec
+  spec: Layout
+  draw: Draw = Draw()  # how training drew its traces
 
   @functools.cached_property
   def layers(self) -> Params:
@@ -105,7 +107,7 @@ class LM:
         f"{self.fingerprint}: load that decoder, or give its own coprocessor"
       )
     return dataclasses.replace(
-      self, coprocessor=Coprocessor(found.params, found.spec)
+      self, coprocessor=Coprocessor(found.params, found.spec, found.draw)
     )
 
   def encode(self, text: str) -> list[int]:
@@ -297,7 +299,7 @@ class LM:
       )
     longest = max(map(len, rows))
     pushed = 0
-    if coproc and spec.scheme == "insert":
+    if coproc and spec.positions == "insert":
       pushed = plan.room(max_new_tokens) * spec.latents
     self._check_positions(longest + pushed, max_new_tokens)
     plan = plan if coproc else Plan()
@@ -331,7 +333,9 @@ class LM:
 
   def _read(self, tokens: np.ndarray, documents: np.ndarray) -> Context:
     coproc = self.coprocessor
-    keep = {"keep_states": True} if coproc and coproc.spec.reads_states else {}
+    keep = (
+      {"keep_states": True} if coproc and coproc.spec.kind.reads_states else {}
+    )
     return _read(self.model, self._layers, tokens, documents, **keep)
 
   def nll(
@@ -361,16 +365,14 @@ class LM:
       raise UserError("tokens: rows of one length are needed, [B, S]")
     tokens = np.array(rows, np.int32)
     ahead = arguments.whole_number("ahead", ahead, 1)
-    spec, coproc = TraceSpec(1, 1), None
+    spec, coproc = Layout(1, 1), None
     latents = self.coprocessor is not None if latents is None else latents
     (latents,) = arguments.switches("latents", latents, 1)
     if latents:
       coproc, spec = self._coprocessor().params, self.coprocessor.spec
     points = self._points(points, tokens.shape, ahead, spec if latents else 0)
-    spec = dataclasses.replace(
-      spec.reaching(ahead), count=points.shape[1], law="uniform", tail=0
-    )
-    nll = _nll(self.model, self.decoder, coproc, tokens, points, spec)
+    layout = spec.reaching(ahead)
+    nll = _nll(self.model, self.decoder, coproc, tokens, points, layout)
     return np.asarray(nll)
 
   def _coprocessor(self) -> Coprocessor:
@@ -427,7 +429,7 @@ class LM:
     points: Sequence[Sequence[int]],
     shape: tuple[int, int],
     ahead: int,
-    spec: TraceSpec | int,
+    spec: Layout | int,
   ) -> np.ndarray:
     """[B, M], each with room before and after it."""
     b, s = shape

@@ -205,17 +205,17 @@ def report(
       huggingface.save(config.export, model.config, params, tokenizer=tokenizer)
     print(text)
     return
-  spec = configs.spec_of(config)
+  spec = configs.layout_of(config)
   meta |= {
-    "kind": spec.kind,
+    "kind": spec.kind.value,
     "latents N": spec.latents,
     "ahead tokens A": spec.ahead,
     "rounds of latents": spec.rounds,
     "tokens between rounds": spec.stride,
-    "positions": spec.scheme,
+    "positions": spec.positions,
     "start": spec.start,
     "began as": config.coprocessor.init,
-    "traces a sequence": spec.count,
+    "traces a sequence": config.traces.count,
   }
   text = run_report.coprocessor_report(
     config, workdir, model, decoder, params, tokenizer, spec, meta

@@ -7,7 +7,7 @@ import pytest
 import tolerances
 
 from cacheaug import lm as lm_module
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data.tokenizers import ByteTokenizer
 from cacheaug.errors import UserError
 from cacheaug.inference import engine, padding
@@ -62,7 +62,7 @@ def tiny():
 
 def augmented(tiny, scheme, latents=3, kind="coprocessor"):
   start = "as_is" if scheme == "insert" else "harmless"
-  spec = TraceSpec(latents, 4, scheme, start, kind=kind)
+  spec = Layout(latents, 4, scheme, start, kind=kind)
   params = tolerances.make_coprocessor(tiny.model, spec)
   return dataclasses.replace(tiny, coprocessor=Coprocessor(params, spec))
 

@@ -11,7 +11,7 @@ import tolerances
 
 import cacheaug
 from cacheaug import build
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data.tokenizers import ByteTokenizer
 from cacheaug.errors import UserError
 from cacheaug.inference.sampling import Sampling
@@ -30,7 +30,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def augmented(lm):
-  spec = TraceSpec(2, 4, "replace")
+  spec = Layout(2, 4, "replace")
   params = tolerances.make_coprocessor(lm.model, spec)
   return dataclasses.replace(lm, coprocessor=Coprocessor(params, spec))
 

@@ -21,7 +21,7 @@ from tolerances import (
 
 from cacheaug import build
 from cacheaug.augment import objective
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import gates
 from cacheaug.projects.gating import report
@@ -48,7 +48,7 @@ def test_every():
 def test_entropy_is_of_the_next_token_and_gates_above_the_threshold():
   model = make_model()
   decoder, tokens = make_params(model), tokens_of(model, 2, S)
-  spec = TraceSpec(N, A)
+  spec = Layout(N, A)
 
   @jit
   def run(decoder):
@@ -120,7 +120,7 @@ def test_head_comes_back_from_files(tmp_path):
 
 def test_contexts_are_those_that_can_bear_a_trace():
   model = make_model(layers=1, layer_kinds=("sliding",))
-  spec = TraceSpec(N, A, "replace", tail=2, min_ahead=2)
+  spec = Layout(N, A, "replace")
   decoder, coproc = make_params(model), make_coprocessor(model, spec)
   tokens = tokens_of(model, 2, S)
   batch = {"tokens": tokens, "documents": DOCUMENTS.astype(np.int32)}

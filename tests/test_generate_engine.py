@@ -154,7 +154,7 @@ def by_hand(prompt, spec, steps):
   out = []
   for step in range(NEW):
     if step in steps:
-      shift = N if spec.scheme == "insert" else 0
+      shift = N if spec.positions == "insert" else 0
       first = positions[-1] + 1 - N + shift
       at, more = np.arange(first, first + N), longest - len(x)
       z = coprocessor_over(spec.start)(
@@ -164,7 +164,7 @@ def by_hand(prompt, spec, steps):
         embed(text[-N:])[None],
         at[None],
       )
-      keep = len(x) - (N if spec.scheme == "replace" else 0)
+      keep = len(x) - (N if spec.positions == "replace" else 0)
       x = np.concatenate([x[:keep], z])
       positions = [*positions[:keep], *at.tolist()]
     out.append(int(plain_logits(x, positions, longest).argmax()))

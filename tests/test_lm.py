@@ -15,13 +15,13 @@ from oracle import FAMILIES, TOLERANCE, WHY_TORCH
 
 import cacheaug
 from cacheaug import build, lm
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference import padding
 from cacheaug.weights import coprocessor_files, pretrained
 
-SPEC = TraceSpec(3, 4, "replace", tail=2, min_ahead=2, law="stratified")
+SPEC = Layout(3, 4, "replace")
 PROMPTS = ["def f(x):\n", "import os\n", "for i in range(10): print(i"]
 NEW = 5
 
@@ -94,7 +94,7 @@ def test_nll_equals_torch(family, tmp_path):
   pytest.importorskip("transformers", reason=WHY_TORCH)
   _, _, reference = oracle.make_decoder(family, tmp_path / "decoder")
   frozen = cacheaug.load(tmp_path / "decoder")
-  spec = dataclasses.replace(SPEC, scheme="overlay")
+  spec = dataclasses.replace(SPEC, positions="overlay")
   ours = frozen.with_coprocessor(save(tmp_path / "coprocessor", frozen, spec))
   tokens = tolerances.tokens_of(ours.model, 2, 20)
   points = np.array([[2, 7, 15], [4, 5, 11]])

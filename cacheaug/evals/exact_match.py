@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data import problems
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
@@ -134,7 +134,7 @@ def _greedy(
   stop_id: int,
   length: int,
   coproc: Params | None = None,
-  spec: TraceSpec | None = None,
+  spec: Layout | None = None,
   late: int = 0,
 ) -> np.ndarray:  # [B, new]
   delay = None
@@ -162,7 +162,7 @@ def exact_match(
   decoder: Params,
   coproc: Params | None,
   tokenizer: Tokenizer,
-  spec: TraceSpec | None,
+  spec: Layout | None,
   questions: Sequence[Question],
   *,
   late: int = 0,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cacheaug.augment import objective
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import engine
 from cacheaug.inference.engine import Context
@@ -29,7 +29,7 @@ def apart(params: Params) -> Params:
 
 def check_prompts(
   prompts: list[list[int]],
-  spec: TraceSpec,
+  spec: Layout,
   *,
   on: Sequence[bool] | None = None,
   said: int = 0,
@@ -55,8 +55,9 @@ def check_prompts(
     if (on is None or on[i]) and len(prompt) + said < spec.context_needed:
       raise UserError(
         f"prompt {i} has {len(prompt)} tokens: with latents={spec.latents} "
-        f"(positions={spec.scheme!r}, start={spec.start!r}) it needs at least "
-        f"{spec.context_needed - said}; lengthen it, or decode without latents"
+        f"(positions={spec.positions!r}, start={spec.start!r}) it needs at "
+        f"least {spec.context_needed - said}; lengthen it, or decode without "
+        "latents"
       )
 
 
@@ -67,11 +68,11 @@ def augment(
   cache: KVCache,
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
-  spec: TraceSpec,
+  spec: Layout,
   *,
   position: jax.Array | None = None,  # [B], of the next token; S by default
   late: jax.Array | None = None,  # [B]
-  states: jax.Array | None = None,  # [B, S, D], of coprocessor.reading
+  states: jax.Array | None = None,  # [B, S, D], of coprocessor.source_cache
 ) -> tuple[jax.Array, KVCache, jax.Array]:
   """Inserts N latents at the end of the context.
 
@@ -84,7 +85,7 @@ def augment(
   if position is None:
     position = jnp.full((b,), s, jnp.int32)
   if late is not None:
-    spec.check_late()
+    spec.kind.check("late")
   latents = engine.compute_latents(
     model,
     decoder,
@@ -99,7 +100,7 @@ def augment(
     late=late,
   )
   positions = latents.positions
-  if spec.scheme == "replace":
+  if spec.positions == "replace":
     cache = cache.hide_after(positions[:, 0] - 1)
   if latents.kv is not None:
     cache = cache.concat(latents.kv)
@@ -122,7 +123,7 @@ def read(
   With `keep_states` its hidden states stay for a coprocessor to read.
   """
   b, s = tokens.shape
-  plain = TraceSpec(latents=1, ahead=1)
+  plain = Layout(latents=1, ahead=1)
   hidden, cache = objective.context_pass(
     model, decoder, tokens, documents, plain
   )
@@ -136,7 +137,7 @@ def augment_context(
   decoder: Params,
   coproc: Params,
   context: Context,
-  spec: TraceSpec,
+  spec: Layout,
   late: jax.Array | None = None,  # [B]
 ) -> Context:
   """`augment`, of all that `decode` needs; in as many rounds as trained.
@@ -203,7 +204,7 @@ def greedy(
   tokens: jax.Array,  # [B, S] from pad_left
   documents: jax.Array,  # [B, S]
   *,
-  spec: TraceSpec | None,
+  spec: Layout | None,
   max_new_tokens: int,
   stop_id: int = -1,
   late: jax.Array | None = None,  # [B]
@@ -212,7 +213,7 @@ def greedy(
 
   With `late` the coprocessor has not read the prompts' last so many tokens.
   """
-  reads = coproc is not None and spec.reads_states
+  reads = coproc is not None and spec.kind.reads_states
   context = read(model, decoder, tokens, documents, reads)
   if coproc is not None:
     context = augment_context(model, decoder, coproc, context, spec, late)

@@ -16,8 +16,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cacheaug.augment import coprocessor, objective, traces
-from cacheaug.augment.traces import Traces, TraceSpec
+from cacheaug.augment import coprocessor, kv_latents, objective, traces
+from cacheaug.augment.traces import Layout, Traces
 from cacheaug.inference import padding
 from cacheaug.inference.sampling import GREEDY, Sampling, choose
 from cacheaug.model import decode_rows, transformer
@@ -142,7 +142,7 @@ def lay_point(
   *,
   last: jax.Array | int,  # [], index of the last token of each sequence
   position: jax.Array,  # [B], of the next token
-  spec: TraceSpec,
+  spec: Layout,
   late: jax.Array | None = None,  # [B]
 ) -> Traces:  # one a sequence
   """Where latents stand at the end of each sequence.
@@ -174,8 +174,8 @@ def compute_latents(
   *,
   last: jax.Array | int,  # [], as of `lay_point`, these three
   position: jax.Array,  # [B]
-  spec: TraceSpec,
-  states: jax.Array | None = None,  # [B, S, D], of coprocessor.reading
+  spec: Layout,
+  states: jax.Array | None = None,  # [B, S, D], of coprocessor.source_cache
   late: jax.Array | None = None,  # [B]
 ) -> Latents:
   """Runs the coprocessor for the end of each sequence.
@@ -187,12 +187,12 @@ def compute_latents(
   laid = lay_point(tokens, documents, **point)
   positions = laid.rows.positions[:, 0, : spec.latents]
   copied, repeated = objective.embedded(model, decoder, laid)
-  if spec.given:
-    kv = coprocessor.given(model, coproc, cache, laid, copied)
+  if spec.latents_are_kv:
+    kv = kv_latents.latent_kv(model, coproc, cache, laid, copied)
     keys, values = (x[:, :, 0].astype(cache.keys.dtype) for x in kv)
     kv = KVCache(keys, values, positions, jnp.ones_like(positions))
     return Latents(positions, kv=kv, last=copied[:, 0, -1])
-  cache = coprocessor.reading(model, coproc, cache, states, spec)
+  cache = coprocessor.source_cache(model, coproc, cache, states, spec)
   z = coprocessor.latents(model, coproc, cache, laid, copied, repeated)
   return Latents(positions, z=z[:, 0])
 
@@ -224,14 +224,14 @@ def insert(
   state: State,
   count: jax.Array,  # [], augmentations before this one
   on: jax.Array,  # [B]; the others stay as they are
-  spec: TraceSpec,
+  spec: Layout,
 ) -> State:
   """N latents after the last token of each sequence that is `on`.
 
   The coprocessor reads the cache as it stands, earlier latents in it; or the
   states of all tokens, but of no latents.
   """
-  cache = _said(state) if spec.reads_states else state.cache.stacked()
+  cache = _said(state) if spec.kind.reads_states else state.cache.stacked()
   latents = compute_latents(
     model,
     decoder,
@@ -265,11 +265,11 @@ def write_latents(
   *,
   count: jax.Array,  # [], as of `insert`, these three
   on: jax.Array,  # [B]
-  spec: TraceSpec,
+  spec: Layout,
 ) -> State:
   """The second half of `insert`: latents enter the static cache."""
   cache, positions = state.cache, latents.positions
-  if spec.scheme == "replace":
+  if spec.positions == "replace":
     cache = cache.hide_after(jnp.where(on, positions[:, 0] - 1, NO_LIMIT))
   segments = jnp.broadcast_to(on[:, None].astype(jnp.int32), positions.shape)
   slot = state.latent_slot(count, spec.latents)

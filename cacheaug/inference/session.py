@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import arguments, engine
 from cacheaug.inference.engine import Context
@@ -54,7 +54,7 @@ class Plan:
       raise UserError(f"before={self.before}: counts of tokens are 1 or more")
 
   @classmethod
-  def trained(cls, spec: TraceSpec) -> "Plan":
+  def trained(cls, spec: Layout) -> "Plan":
     """What a coprocessor was trained for, along the whole of the new text."""
     return cls(every=spec.stride, rounds=spec.at_once)
 
@@ -129,7 +129,7 @@ class Session:
     *,
     max_new_tokens: int,
     coproc: Params | None = None,
-    spec: TraceSpec | None = None,
+    spec: Layout | None = None,
     on: Sequence[bool] | None = None,
     plan: Plan | None = None,
     sampling: Sampling = GREEDY,

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from cacheaug import config as configs
 from cacheaug import trainable
 from cacheaug.augment import coprocessor
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.point_sampling import Draw
+from cacheaug.augment.traces import Layout
 from cacheaug.data import sources
 from cacheaug.errors import UserError
 from cacheaug.model import lora, transformer
@@ -29,7 +30,7 @@ class Run:
 
   workdir: pathlib.Path
   config: ConfigDict
-  spec: TraceSpec | None  # None where the run trains a decoder
+  spec: Layout | None  # None where the run trains a decoder
   flat: dict[str, jax.Array]  # 'a/b/c' -> weights, 'frozen/...' among them
   decoder_fingerprint: str  # '' where the run had no frozen decoder
   step: int
@@ -49,7 +50,7 @@ def read_run(workdir: str | pathlib.Path) -> Run:
   try:
     config = _completed(ConfigDict(json.loads(path.read_text())))
     trains_decoder = config.objective == "language_model"
-    spec = None if trains_decoder else configs.spec_of(config)
+    spec = None if trains_decoder else configs.layout_of(config)
   except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
     line = " ".join(str(e).split())[:160]
     raise UserError(
@@ -173,7 +174,8 @@ class Trained:
   """A trained coprocessor, from wherever it was."""
 
   params: Params
-  spec: TraceSpec
+  spec: Layout
+  draw: Draw
   fingerprint: str  # of its decoder
   source: str  # where that came from
 
@@ -208,11 +210,13 @@ def open_coprocessor(
     params = run_params(run, model_config, decoder)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     where = run.config.decoder.path
-    return Trained(params, run.spec, run.decoder_fingerprint, where)
+    draw = configs.draw_of(run.config)
+    return Trained(params, run.spec, draw, run.decoder_fingerprint, where)
   _, spec, params, meta = coprocessor_files.load_coprocessor(
     directory, dtype=dtype
   )
-  return Trained(params, spec, meta["decoder_fingerprint"], meta["source"])
+  fingerprint, source = meta["decoder_fingerprint"], meta["source"]
+  return Trained(params, spec, meta["draw"], fingerprint, source)
 
 
 def _directory(path: str) -> pathlib.Path:

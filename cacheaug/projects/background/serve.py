@@ -291,7 +291,7 @@ class Server:
           f"the prompt has {len(tokens)} tokens: with latents={spec.latents} "
           f"it needs at least {needed}; lengthen it, or ask for latents=False"
         )
-      if spec.scheme == "insert":
+      if spec.positions == "insert":
         pushed = plan.room(self._most) * spec.latents
     if len(tokens) + pushed + most > config.max_positions:
       raise UserError(

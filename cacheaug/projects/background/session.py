@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacheaug.augment import coprocessor, objective
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import engine
 from cacheaug.inference.engine import Context, State
@@ -37,7 +37,7 @@ from cacheaug.projects.background.worker import Job, Snapshot, Worker
 
 @functools.partial(jax.jit, static_argnames=("model", "spec"))
 def snapshot(
-  model: Transformer, decoder: Params, state: State, spec: TraceSpec
+  model: Transformer, decoder: Params, state: State, spec: Layout
 ) -> Snapshot:
   """The state as it is, for latents at the end of each sequence."""
   traces = _point(state, spec)
@@ -56,7 +56,7 @@ def land(
   outputs: jax.Array,  # [B, N, D], the coprocessor's for an earlier step
   count: jax.Array,  # []
   on: jax.Array,  # [B]
-  spec: TraceSpec,
+  spec: Layout,
 ) -> State:
   """`engine.insert` where the coprocessor has run already."""
   traces = _point(state, spec)

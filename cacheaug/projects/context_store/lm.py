@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from cacheaug.augment import point_sampling
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference import padding
@@ -109,10 +110,6 @@ def context_of(
   )
 
 
-# Kinds that look beyond a cache's visible entries.
-_NEEDS_MORE = ("activations", "prefix")
-
-
 @functools.partial(jax.jit, static_argnames="model")
 def _read_on(
   model: Transformer,
@@ -172,12 +169,8 @@ class StoredLM(LM):
 
   def __post_init__(self):
     """Refuses kinds of coprocessor that need more than a store keeps."""
-    kind = self.coprocessor and self.coprocessor.spec.kind
-    if kind in _NEEDS_MORE:
-      raise UserError(
-        f"coprocessor.kind={kind!r}: a store keeps neither hidden states nor "
-        "what is hidden from the decoder; decode without one"
-      )
+    if self.coprocessor is not None:
+      self.coprocessor.spec.kind.check("store")
 
   def identity(self, latents: bool) -> Identity:
     """What decides the contexts computed here, with latents or without.
@@ -231,7 +224,7 @@ class StoredLM(LM):
     if latents:
       spec = self._coprocessor().spec
       generate.check_prompts([tokens], spec)
-      if spec.scheme == "insert":
+      if spec.positions == "insert":
         pushed = spec.latents * spec.at_once
         self._check_positions(len(tokens) + pushed, 0)
 
@@ -308,7 +301,9 @@ class StoredLM(LM):
     plain = Identity(_short(about), jnp.dtype(self.model.dtype).name)
     if self.coprocessor is None:
       return {False: plain}
-    spec = dataclasses.asdict(self.coprocessor.spec)
+    spec = point_sampling.to_entries(
+      self.coprocessor.spec, self.coprocessor.draw
+    )
     augmented = dataclasses.replace(
       plain,
       coprocessor=_short(_checksum(self.coprocessor.params)),

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict, config_flags
 from cacheaug import build
 from cacheaug import config as configs
 from cacheaug.augment import objective
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data import pipeline
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
@@ -75,14 +75,13 @@ def measure(
   decoder: Params,
   coproc: Params,
   batches: Batches,
-  spec: TraceSpec,
+  spec: Layout,
 ) -> Contexts:
   """What latents gain after every token, and what gates look at.
 
   Raises:
     UserError: no token has room for a trace.
   """
-  spec = dataclasses.replace(spec, min_ahead=1, law="uniform", tail=0)
   found = []
   for batch in batches:
     args = model, decoder, coproc, batch["tokens"], batch["documents"]

@@ -31,8 +31,8 @@ import numpy as np
 import tqdm
 
 from cacheaug.augment import objective, traces
-from cacheaug.augment.coprocessor import reading
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.coprocessor import source_cache
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference import padding
@@ -109,7 +109,7 @@ class Answerer:
     self._known: dict[Any, dict[str, Any]] = {}
     self._layers = generate.apart(lm.decoder)
     reserve = 0
-    if latents and self._spec.scheme == "insert":
+    if latents and self._spec.positions == "insert":
       reserve = self._spec.latents
     self.max_length = lm.model.config.max_positions - reserve
 
@@ -228,7 +228,7 @@ class Answerer:
       rows, self.lm.tokenizer.pad_id, padding.bucket(max(map(len, rows)))
     )
     model, spec = self.lm.model, self._spec
-    keep = {"keep_states": True} if spec and spec.reads_states else {}
+    keep = {"keep_states": True} if spec and spec.kind.reads_states else {}
     context = _read(model, self._layers, tokens, documents, **keep)
     if self._spec is None:
       return {FROZEN: context}, [False] * len(rows)
@@ -327,7 +327,7 @@ class Answerer:
     for b, row in enumerate(rows):
       tokens[b, : len(row)], documents[b, : len(row)] = row, 0
     args = self.lm.model, self.lm.decoder
-    coproc, spec = None, TraceSpec(1, 1)
+    coproc, spec = None, Layout(1, 1)
     points = np.full((len(tokens), 1), -1, np.int32)
     if self._spec:
       coproc, spec = self.lm.coprocessor.params, self._spec
@@ -337,9 +337,6 @@ class Answerer:
         last = len(before) + len(scored) - 1
         there = np.arange(first, last, spec.ahead)
         points[b, : len(there)] = there
-      spec = dataclasses.replace(
-        spec, count=points.shape[1], law="uniform", min_ahead=1, tail=0
-      )
     frozen, augmented = jax.device_get(
       _running(*args, coproc, tokens, documents, points, spec)
     )
@@ -413,7 +410,7 @@ def _running(
   tokens: jax.Array,  # [B, T]
   documents: jax.Array,  # [B, T], -1 = padding
   points: jax.Array,  # [B, M], -1 = none
-  spec: TraceSpec,
+  spec: Layout,
 ) -> tuple[jax.Array, jax.Array]:  # nats [B, T - 1], [B, M, A]
   """Of each token, and of those after each point with latents."""
   hidden, cache = objective.context_pass(
@@ -423,6 +420,6 @@ def _running(
   if coproc is None:
     return frozen, jnp.zeros((*points.shape, spec.ahead))
   laid = traces.lay_out(tokens, documents, points, spec)
-  read = reading(model, coproc, cache, hidden, spec)
+  read = source_cache(model, coproc, cache, hidden, spec)
   nll = objective.traces_nll(model, decoder, coproc, cache, laid, read)
   return frozen, nll
