@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from cacheaug.inference.session import Plan
 from cacheaug.lm import LM
 from cacheaug.model import transformer
 from cacheaug.model.cache import KVCache
+from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.projects.context_store.store import Entry, Identity, Store
 from cacheaug.run.checksum import leaf_checksum
@@ -141,6 +143,19 @@ def _checksum(params: Params) -> list:
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> jax.Array:
   return jnp.stack([leaf_checksum(x) for x in leaves])
+
+
+# Fields of ModelConfig that came after the first stores. At its default such a
+# field says what was so before it: entries of then stay good.
+_LATER = ("pre_norms", "qk_norm_joint", "qkv_bias")
+
+
+def _entries(config: ModelConfig) -> dict[str, Any]:
+  return {
+    field.name: getattr(config, field.name)
+    for field in dataclasses.fields(config)
+    if field.name not in _LATER or getattr(config, field.name) != field.default
+  }
 
 
 def _short(about: object) -> str:
@@ -297,7 +312,7 @@ class StoredLM(LM):
 
   @functools.cached_property
   def _identities(self) -> dict[bool, Identity]:
-    about = [dataclasses.asdict(self.model.config), _checksum(self.decoder)]
+    about = [_entries(self.model.config), _checksum(self.decoder)]
     plain = Identity(_short(about), jnp.dtype(self.model.dtype).name)
     if self.coprocessor is None:
       return {False: plain}
