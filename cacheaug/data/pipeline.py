@@ -388,6 +388,12 @@ def _open_rows(
       f"{directory}: damaged again after packing; check the disk, or give "
       "another data.cache_dir"
     )
+  if data_config.answers_only and 0 < rows.num_documents == rows.num_lost:
+    raise errors.UserError(
+      f"{label}: no {split} answer begins within a row of data.sequence="
+      f"{data_config.sequence} tokens, so that nothing could be learned; raise "
+      "data.sequence, or shorten the questions"
+    )
   if not len(rows):
     raise errors.UserError(
       f"{label}: no {split} documents with data.validation_fraction="

@@ -22,7 +22,12 @@ from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run.files import staged
-from cacheaug.weights import config_json, huggingface, leaves
+from cacheaug.weights import (
+  config_json,
+  huggingface,
+  leaves,
+  transformers_files,
+)
 from cacheaug.weights import safetensors_io as files
 from cacheaug.weights.leaves import Leaf
 
@@ -44,8 +49,9 @@ def save_coprocessor(
   source: str,
   draw: Draw = _NO_DRAW,
   lora_rank: int = 0,
+  report: str = "",
 ) -> None:
-  """Writes config.json and coprocessor.safetensors.
+  """Writes config.json, coprocessor.safetensors, and transformers_files.py's.
 
   Args:
     directory: made if absent, local or gs://; files of the same names are
@@ -57,6 +63,7 @@ def save_coprocessor(
     source: where the decoder came from, for a person.
     draw: how training drew its traces, for the record.
     lora_rank: of the LoRA that `params` have been merged with; 0 for none.
+    report: Markdown of the run's report, for the model card.
 
   Raises:
     UserError: a directory that cannot be written.
@@ -79,6 +86,7 @@ def save_coprocessor(
   body = params.get("transformer", {})
   with staged(directory) as local:
     huggingface.write_leaves(local / WEIGHTS, parts, body | tree, None)
+    transformers_files.write(local, model_config, entries, report)
     files.write_json(local / "config.json", entries)
 
 
