@@ -21,7 +21,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.run.files import staged
+from cacheaug.run.files import fetched, staged
 from cacheaug.weights import (
   config_json,
   huggingface,
@@ -99,7 +99,7 @@ def load_coprocessor(
   """What `save_coprocessor` wrote.
 
   Args:
-    directory: an exported coprocessor.
+    directory: an exported coprocessor, local or gs://.
     dtype: of every leaf.
     shardings: tree of shardings, as the parameters; the default device by
       default.
@@ -111,7 +111,13 @@ def load_coprocessor(
   Raises:
     UserError: no export there, or a damaged one; names file and key.
   """
-  directory = pathlib.Path(directory)
+  with fetched(directory) as local:
+    return _load(local, dtype, shardings)
+
+
+def _load(
+  directory: pathlib.Path, dtype: Any, shardings: Params | None
+) -> tuple[ModelConfig, Layout, Params, dict[str, Any]]:
   path = directory / "config.json"
   if not path.exists():
     raise UserError(f"{path}: missing; give an exported coprocessor")

@@ -172,16 +172,16 @@ def write(
         raise ValueError(f"{tensor.shape} {tensor.dtype}, not {shape} {dtype}")
       file.write(np.ascontiguousarray(tensor).view(np.uint8).data)
 
-  _write(path, body)
+  atomically(path, body)
 
 
 def write_json(path: pathlib.Path, entries: Mapping) -> None:
   """Writes a JSON object, keys sorted, atomically."""
   text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
-  _write(path, lambda file: file.write(text.encode()))
+  atomically(path, lambda file: file.write(text.encode()))
 
 
-def _write(path: pathlib.Path, body: Callable[[BinaryIO], None]) -> None:
+def atomically(path: pathlib.Path, body: Callable[[BinaryIO], None]) -> None:
   """`body(file)` into a file that is whole or absent.
 
   Raises:

@@ -186,10 +186,9 @@ def open_coprocessor(
     where = run.config.decoder.path
     draw = configs.draw_of(run.config)
     return Trained(params, run.spec, draw, run.decoder_fingerprint, where)
-  with files.fetched(directory) as local:
-    _, spec, params, meta = coprocessor_files.load_coprocessor(
-      local, dtype=dtype
-    )
+  _, spec, params, meta = coprocessor_files.load_coprocessor(
+    directory, dtype=dtype
+  )
   fingerprint, source = meta["decoder_fingerprint"], meta["source"]
   return Trained(params, spec, meta["draw"], fingerprint, source)
 
