@@ -36,7 +36,7 @@ def test_weights_are_transformers_bit_for_bit(family, tmp_path):
   """Every quantisation, and what each family's converter changes."""
   transformers = pytest.importorskip("transformers", reason="cacheaug[parity]")
   changes = dict(tied_head=False) if family in ("llama", "qwen3") else {}
-  # Sizes that transformers does not read from these files but takes for granted.
+  # Sizes that transformers takes for granted and does not read.
   changes |= {"gemma3": dict(head_dim=256), "qwen3": dict(head_dim=128)}.get(
     family, {}
   )
