@@ -34,7 +34,7 @@ from cacheaug import benchmark, flops, sharding
 from cacheaug import config as configs
 from cacheaug import step as stepping
 from cacheaug.augment import traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.model.transformer import Params
 from cacheaug.weights import huggingface
 
@@ -46,7 +46,7 @@ class Peer:
   """The coprocessor, its soft tokens and its optimizer in PyTorch."""
 
   def __init__(
-    self, directory: str, params: Params, spec: TraceSpec, learning_rate: float
+    self, directory: str, params: Params, spec: Layout, learning_rate: float
   ) -> None:
     load = partial(
       transformers.AutoModelForCausalLM.from_pretrained,
@@ -164,7 +164,7 @@ def _laid_out(config, batch):
   key = jax.random.key(config.seed)
   points = stepping.add_points(config, batch, key, 0)["points"]
   laid = traces.lay_out(
-    batch["tokens"], batch["documents"], points, configs.spec_of(config)
+    batch["tokens"], batch["documents"], points, configs.layout_of(config)
   )
 
   def rows(x):
@@ -202,7 +202,7 @@ def main() -> None:
     peer = Peer(
       directory,
       state.params,
-      configs.spec_of(config),
+      configs.layout_of(config),
       1e-12,  # all go on from one state: it must not move
     )
   laid = _laid_out(config, batch)

@@ -16,7 +16,7 @@ import time
 
 from absl import flags
 
-from cacheaug.build import open_lm
+from cacheaug.build import latents_of, open_lm
 from cacheaug.data import problems
 from cacheaug.data.problems import Problem
 from cacheaug.errors import UserError
@@ -39,7 +39,12 @@ flags.DEFINE_string("decoder", "", "a Hugging Face directory, or shipped:NAME")
 flags.DEFINE_string(
   "coprocessor", "", "an exported coprocessor, a run, or shipped:NAME"
 )
-flags.DEFINE_enum("latents", "on", ["on", "off"], "augment the decoder's cache")
+flags.DEFINE_enum(
+  "latents",
+  None,
+  ["on", "off"],
+  "augment the decoder's cache; unset: where there is a coprocessor",
+)
 flags.DEFINE_integer("max_new_tokens", 64, "the most tokens of a continuation")
 flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token")
 flags.DEFINE_integer("top_k", 0, "draw from so many likeliest tokens; 0: all")
@@ -171,7 +176,7 @@ def describe(lm: LM, completion: Completion, insertion: Insertion) -> str:
   """One line: the point, the tokens around it, the latents' places."""
   first, n = insertion.position, insertion.latents
   ends = {"replace": "in place of the cache there", "overlay": "beside it"}
-  how = ends.get(lm.coprocessor.spec.scheme, "further text pushed back")
+  how = ends.get(lm.coprocessor.spec.positions, "further text pushed back")
   return (
     f"{_where(lm, completion, insertion.step)}: {n} latents at positions "
     f"{first}-{first + n - 1}, {how}, slots {insertion.slot}-"
@@ -249,7 +254,7 @@ def _answer(
       print("\n".join([f"prompt: {prompt}", *lines]))
       print("\n".join([*(traces if values.trace else []), ""]), flush=True)
     return
-  writer = lm.writer(prompts, **options, latents=values.latents == "on")
+  writer = lm.writer(prompts, **options)
   if len(prompts) == 1:
     print(prompts[0], end="", flush=True)
     for _, piece in writer.pieces(1):
@@ -288,11 +293,9 @@ def _converse(lm: LM, options: dict) -> None:
 def main() -> None:
   """Reads the flags above."""
   values = flags.FLAGS
-  latents = values.latents == "on"
-  if values.compare and not latents:
-    raise UserError("--compare shows both: leave out --latents=off")
-  if values.gate and not latents:
-    raise UserError("--gate decides on latents: leave out --latents=off")
+  for flag, use in (("compare", "shows both"), ("gate", "decides on latents")):
+    if getattr(values, flag) and values.latents == "off":
+      raise UserError(f"--{flag} {use}: leave out --latents=off")
   if values.gate and values.store:
     raise UserError("--gate and --store: latents of a store are there already")
   prompts, problem = prompts_of(values.prompt, values.file), None
@@ -302,7 +305,13 @@ def main() -> None:
     problem = problem_of(values.problem, values.seed)
     prompts = [problem.question]
   sampling = Sampling(values.temperature, values.top_k, values.top_p)
-  lm = open_lm(values.workdir, values.decoder, values.coprocessor, latents)
+  lm = open_lm(
+    values.workdir,
+    values.decoder,
+    values.coprocessor,
+    # Both need one.
+    True if values.compare or values.gate else latents_of(values.latents),
+  )
   if values.store:
     from cacheaug.projects.context_store.lm import with_store
     from cacheaug.projects.context_store.store import Store

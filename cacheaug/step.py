@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from cacheaug import config as configs
 from cacheaug import sharding, trainable
-from cacheaug.augment import objective, traces
+from cacheaug.augment import objective, point_sampling
 from cacheaug.augment.objective import Sums
 from cacheaug.errors import UserError
 from cacheaug.model.transformer import Params, Transformer
@@ -51,7 +51,7 @@ def init_state(
   `initial` is the trained coprocessor that coprocessor.init names, if any.
   """
   key = jax.random.fold_in(key, 2**31 - 1)  # no step's key
-  ahead = configs.spec_of(config).reach if configs.draws_points(config) else 1
+  ahead = configs.layout_of(config).reach if configs.draws_points(config) else 1
   params, frozen = trainable.init(
     config, model, key, decoder, initial, boxed=boxed
   )
@@ -113,7 +113,7 @@ def make_step(
         config, model, whole, batch, frozen_head=adapts
       )
     else:
-      spec = configs.spec_of(config)
+      spec = configs.layout_of(config)
       nll, tokens = sums(model, decoder, whole, batch, batch["points"], spec)
     return nll.sum(), (nll, tokens)
 
@@ -157,7 +157,7 @@ def make_step(
 def _language_model(config, model, params, batch, *, frozen_head):
   """Sums of the language_model objective: nll and tokens."""
   if configs.draws_points(config):
-    spec = configs.spec_of(config)
+    spec = configs.layout_of(config)
     return objective.plain_traces_loss(
       model, params, batch, batch["points"], spec, frozen_head=frozen_head
     )
@@ -174,7 +174,7 @@ def make_baseline(
 
   None where there is no decoder: one is trained from nothing.
   """
-  spec, k = configs.spec_of(config), config.optimizer.accumulation
+  spec, k = configs.layout_of(config), config.optimizer.accumulation
 
   @partial(jax.jit, out_shardings=sharding.replicated(mesh))
   def baseline(decoder, batch, key, step):
@@ -202,13 +202,16 @@ def add_points(
   if not configs.draws_points(config):
     return batch
   key = jax.random.fold_in(key, step)
-  spec, documents = configs.spec_of(config), batch["documents"]
+  spec, draw = configs.layout_of(config), configs.draw_of(config)
+  documents = batch["documents"]
   answers = batch.get("answers")
-  points = traces.sample_points(key, documents, spec, answers)
+  points = point_sampling.sample_points(key, documents, spec, draw, answers)
   batch = batch | {"points": points}
-  if spec.late_max:
+  if draw.late_max:
     key = jax.random.fold_in(key, 1)
-    batch["late"] = traces.sample_late(key, documents, points, spec)
+    batch["late"] = point_sampling.sample_late(
+      key, documents, points, spec, draw.late_max
+    )
   return batch
 
 

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from cacheaug import config as configs
 from cacheaug import flops
-from cacheaug.augment import coprocessor, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment import coprocessor, kinds
+from cacheaug.augment.traces import Layout
 from cacheaug.flops import Sizes
 from cacheaug.inference import context
 from cacheaug.model import config as model_config
@@ -178,7 +178,7 @@ def test_steps_of_kinds_by_their_rows():
   }
   costs = {}
   for kind, body in wanted.items():
-    sizes = Sizes(1, s, m, n, a, kind)
+    sizes = Sizes(1, s, m, n, a, kinds.Kind(kind))
     costs[kind] = flops.useful(model, sizes)
     assert costs[kind].body == pytest.approx(body)
     assert flops.least(model, sizes).total < costs[kind].total
@@ -192,13 +192,13 @@ def test_steps_of_kinds_by_their_rows():
   assert costs["handover"].attention == pytest.approx(pair * (first + 3 * rows))
 
 
-@pytest.mark.parametrize("kind", traces.KINDS)
+@pytest.mark.parametrize("kind", kinds.Kind)
 def test_augmentation_agrees_with_xla(kind):
   """XLA's count of the compiled program, where nothing unused is left."""
   config, s, n = _small(window=16), 64, 8
   config = dataclasses.replace(config, window=s + n, layer_kinds=())
   model = Transformer(config, remat="none")
-  spec = TraceSpec(n, 1, "overlay", "as_is", kind=kind)
+  spec = Layout(n, 1, "overlay", "as_is", kind=kind)
   key = jax.random.key(0)
 
   def make(function):
@@ -241,7 +241,7 @@ def test_tokens_see_latents_and_parameters_are_counted():
   assert more == 8 * flops.attention_per_pair(model) / 2  # not by the window
   config = published.experiment("gemma2_2b")
   one = {}
-  for kind in traces.KINDS:
+  for kind in kinds.Kind:
     config.coprocessor.kind = kind
     one[kind] = flops.parameters(config, model)
   layer = 128 * 32 * 12 + 3 * 128 * 256 + 4 * 128
