@@ -248,7 +248,8 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
   """A frozen decoder and its tokenizer.
 
   Args:
-    path: a Hugging Face directory (config.json, safetensors, tokenizer), or
+    path: a Hugging Face directory (config.json, safetensors, tokenizer), a
+      GGUF file, or
       'shipped:NAME' for one in the package.
     dtype: of weights and activations: 'float32', 'bfloat16', or 'auto', which
       is bfloat16 on accelerators and float32 on the CPU.
@@ -266,7 +267,7 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
   tokenizer = None
   stop_ids = set(pretrained.stop_ids(directory))
   names = ("tokenizer.json", "tokenizer.model")
-  if any((directory / name).exists() for name in names):
+  if directory.is_file() or any((directory / name).exists() for name in names):
     tokenizer = tokenizers.load(str(directory))
     stop_ids |= {tokenizer.eos_id} - {None}
     if tokenizer.vocab_size > config.vocab_size:
