@@ -206,7 +206,7 @@ def test_resumed_packing_equals_uninterrupted(
   names = set(_files(cut))
   assert "meta.json" not in names and "train-00002.array_record" in names
   assert not shards.is_complete(cut)
-  (cut / "left-over.tmp").write_text("half a shard")
+  (cut / ".tmp-left-over").write_text("half a shard")
   monkeypatch.setattr(shards, "write_json", write)
   done.clear()
   monkeypatch.setattr(
