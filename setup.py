@@ -84,6 +84,7 @@ setuptools.setup(
       "assets/**/*.safetensors",
       "assets/**/*.json",
       "assets/**/*.md",
+      "weights/transformers_side/*",
     ]
   },
   install_requires=_REQUIRED,

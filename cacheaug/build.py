@@ -276,8 +276,17 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
   )
 
 
-def open_lm(workdir: str, decoder: str, coprocessor: str, latents: bool) -> LM:
+def open_lm(
+  workdir: str, decoder: str, coprocessor: str, latents: bool | None = None
+) -> LM:
   """The decoder and, with latents, the coprocessor that the flags name.
+
+  Args:
+    workdir: a run, whose decoder and coprocessor are meant, or ''.
+    decoder: a directory, or ''.
+    coprocessor: an export or a run, or ''.
+    latents: False opens the decoder alone, True needs a coprocessor; None
+      takes the one that is named, if any.
 
   Raises:
     UserError: paths that do not fit together, or hold nothing of the kind.
@@ -295,7 +304,14 @@ def open_lm(workdir: str, decoder: str, coprocessor: str, latents: bool) -> LM:
       "--coprocessor is missing: give the decoder's, or --latents=off"
     )
   lm = load(decoder)
-  return lm.with_coprocessor(coprocessor) if latents else lm
+  if latents is False or not coprocessor:
+    return lm
+  return lm.with_coprocessor(coprocessor)
+
+
+def latents_of(flag: str | None) -> bool | None:
+  """--latents as `open_lm` takes it: 'on', 'off' or unset."""
+  return None if flag is None else flag == "on"
 
 
 def _decoder_of(workdir: str) -> str:

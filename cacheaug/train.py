@@ -39,7 +39,7 @@ from cacheaug.step import (
   make_baseline,
   make_step,
 )
-from cacheaug.weights import coprocessor_files, huggingface
+from cacheaug.weights import coprocessor_files, huggingface, transformers_files
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -229,5 +229,6 @@ def report(
       decoder_fingerprint=fingerprint,
       source=config.decoder.path,
       lora_rank=rank,
+      report=transformers_files.report_of(workdir),
     )
   print(text)

@@ -254,7 +254,9 @@ def _importable() -> list[str]:
   # They stand between lm_eval and the rest, and import it.
   late = ("model", "tasks", "programs")
   late = [f"cacheaug.projects.lm_eval.{name}" for name in late]
-  return sorted(n for n in names if n not in late)
+  # Written beside an export's weights, for programs without this package.
+  outside = "cacheaug.weights.transformers_side."
+  return sorted(n for n in names if n not in late and outside not in n)
 
 
 def _run(code: str, directory: Path) -> None:

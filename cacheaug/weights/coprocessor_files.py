@@ -21,7 +21,12 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.weights import config_json, huggingface, leaves
+from cacheaug.weights import (
+  config_json,
+  huggingface,
+  leaves,
+  transformers_files,
+)
 from cacheaug.weights import safetensors_io as files
 from cacheaug.weights.leaves import Leaf
 
@@ -43,8 +48,9 @@ def save_coprocessor(
   source: str,
   draw: Draw = _NO_DRAW,
   lora_rank: int = 0,
+  report: str = "",
 ) -> None:
-  """Writes config.json and coprocessor.safetensors.
+  """Writes config.json, coprocessor.safetensors, and transformers_files.py's.
 
   Args:
     directory: made if absent; files of the same names are replaced.
@@ -55,6 +61,7 @@ def save_coprocessor(
     source: where the decoder came from, for a person.
     draw: how training drew its traces, for the record.
     lora_rank: of the LoRA that `params` have been merged with; 0 for none.
+    report: Markdown of the run's report, for the model card.
 
   Raises:
     UserError: a directory that cannot be written.
@@ -77,6 +84,7 @@ def save_coprocessor(
   parts = _leaves(model_config, spec)
   body = params.get("transformer", {})
   huggingface.write_leaves(directory / WEIGHTS, parts, body | tree, None)
+  transformers_files.write(directory, model_config, entries, report)
   files.write_json(directory / "config.json", entries)
 
 
