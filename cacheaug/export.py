@@ -21,14 +21,22 @@ import pathlib
 import runpy
 
 from absl import flags
+from etils import epath
 
 from cacheaug import build
 from cacheaug import config as configs
 from cacheaug.data import tokenizers
-from cacheaug.errors import UserError
+from cacheaug.errors import UserError, one_line
 from cacheaug.evals import torch_parity
 from cacheaug.model.config import ModelConfig
 from cacheaug.run import command
+from cacheaug.run.files import (
+  expanded,
+  fetched,
+  reading,
+  refuse_remote,
+  staged,
+)
 from cacheaug.weights import (
   coprocessor_files,
   huggingface,
@@ -57,8 +65,9 @@ def export_run(
   Raises:
     UserError: nothing to export there, or an `out` that holds something else.
   """
-  out = pathlib.Path(out).expanduser()
-  _check_out(out, decoder)
+  out = expanded(out)
+  with reading(out):
+    _check_out(out, decoder)
   if earlier := _earlier_export(workdir):
     _write_anew(earlier, out)
     return 0
@@ -93,25 +102,27 @@ def export_run(
   return run.step
 
 
-def _write_anew(earlier: pathlib.Path, out: pathlib.Path) -> None:
+def _write_anew(earlier: epath.Path, out: epath.Path) -> None:
   """An exported coprocessor with the files that exports have by now."""
-  model_config, *_ = coprocessor_files.load_coprocessor(earlier)
-  names = (coprocessor_files.WEIGHTS, "config.json")
-  for name in names if out.resolve() != earlier.resolve() else ():
-    data = (earlier / name).read_bytes()
-    files.atomically(out / name, lambda file, data=data: file.write(data))
-  entries = files.read_json(earlier / "config.json")
-  transformers_files.write(out, model_config, entries)
+  with fetched(earlier) as source, staged(out) as target:
+    model_config, *_ = coprocessor_files.load_coprocessor(source)
+    names = (coprocessor_files.WEIGHTS, "config.json")
+    for name in names if target.resolve() != source.resolve() else ():
+      data = (source / name).read_bytes()
+      files.atomically(target / name, lambda file, data=data: file.write(data))
+    entries = files.read_json(source / "config.json")
+    transformers_files.write(target, model_config, entries)
 
 
-def _earlier_export(workdir: str | pathlib.Path) -> pathlib.Path | None:
+def _earlier_export(workdir: str | pathlib.Path) -> epath.Path | None:
   """The directory where `workdir` names an exported coprocessor."""
-  directory = pathlib.Path(workdir).expanduser()
+  directory = expanded(workdir)
   if str(workdir).startswith(pretrained.SHIPPED):
-    directory = pretrained.resolve(str(workdir))
+    directory = expanded(pretrained.resolve(str(workdir)))
   path = directory / "config.json"
-  if (directory / "checkpoints").exists() or not path.is_file():
-    return None
+  with reading(directory):
+    if (directory / "checkpoints").exists() or not path.is_file():
+      return None
   is_export = files.read_json(path).get("format") == coprocessor_files.FORMAT
   return directory if is_export else None
 
@@ -129,7 +140,8 @@ def check(out: str | pathlib.Path, decoder_path: str = "") -> bool:
   Raises:
     UserError: torch is not installed, there is no export, or no decoder.
   """
-  out = pathlib.Path(out).expanduser()
+  refuse_remote(out, "--out")
+  out = pathlib.Path(expanded(out))
   *_, meta = coprocessor_files.load_coprocessor(out)
   decoder = decoder_path or meta["source"]
   if not decoder:
@@ -146,13 +158,13 @@ def check(out: str | pathlib.Path, decoder_path: str = "") -> bool:
       f"--check: {e}; install torch: pip install 'cacheaug[parity]'"
     ) from e
   except (OSError, ValueError) as e:
-    raise UserError(f"--check: {' '.join(str(e).split())}") from e
+    raise UserError(f"--check: {one_line(e, 1000)}") from e
   for name, (text, good) in rows.items():
     print(f"{name:16} {text}{'' if good else '   FAILED'}")
   return all(good for _, good in rows.values())
 
 
-def _check_out(out: pathlib.Path, decoder: bool) -> None:
+def _check_out(out: epath.Path, decoder: bool) -> None:
   """Refuses to write over anything but an earlier coprocessor's export."""
   if out.is_dir() and not any(out.iterdir()):
     return

@@ -3,9 +3,9 @@
   python -m cacheaug.generate --prompt="def main(argv):" --compare
 
 Without --workdir and --decoder it is the tiny decoder that ships in the
-package, with its coprocessor. Without --prompt and --file each line that is
-typed, or comes through a pipe, is a prompt. One prompt's text is shown as it
-comes; several are one batch, shown at its end. With --chat a prompt is a
+package, with its coprocessor. Without --prompt, --file and --problem each line
+that is typed, or comes through a pipe, is a prompt. One prompt's text is shown
+as it comes; several are one batch, shown at its end. With --chat a prompt is a
 message to an instruct model, put into that model's own format.
 """
 
@@ -18,6 +18,8 @@ import time
 from absl import flags
 
 from cacheaug.build import latents_of, open_lm
+from cacheaug.data import problems
+from cacheaug.data.problems import Problem
 from cacheaug.errors import UserError
 from cacheaug.inference.completion import Completion
 from cacheaug.inference.sampling import Sampling
@@ -30,6 +32,9 @@ _AROUND = 6  # tokens that --trace shows before and after the latents
 
 flags.DEFINE_multi_string("prompt", [], "text to continue; may be repeated")
 flags.DEFINE_string("file", "", "a file of prompts, one a line")
+flags.DEFINE_string(
+  "problem", "", "instead of a prompt, KIND:STEPS of data/problems.py; --seed"
+)
 flags.DEFINE_string("workdir", "", "a run: its coprocessor and its decoder")
 flags.DEFINE_string("decoder", "", "a Hugging Face directory, or shipped:NAME")
 flags.DEFINE_string(
@@ -149,6 +154,38 @@ def check_text(name: str, text: str) -> None:
     raise UserError(f"{name} is not UTF-8 text: {ascii(text)[:60]}") from e
 
 
+def problem_of(text: str, seed: int) -> Problem:
+  """The held-out problem that --problem=KIND:STEPS names.
+
+  Raises:
+    UserError: no such kind, or a number of steps that it cannot have.
+  """
+  kind, _, steps = text.partition(":")
+  if not steps.isdecimal():
+    raise UserError(f"--problem={text}: give KIND:STEPS, such as hops:2")
+  size = (4, 4) if kind in ("compose", "reorder") else (8, 8)
+  options = problems.Options((kind,), (int(steps),) * 2, size)
+  try:
+    options.check()
+  except UserError as e:
+    raise UserError(f"--problem={text}: {e}") from e
+  return problems.generate(seed, 0, options, split="validation")
+
+
+def explain(lm: LM, problem: Problem) -> str:
+  """The answer, the steps to it, and what either side has for them."""
+  line = f"answer: {problem.answer}"
+  if not problem.results:
+    return line
+  layers = lm.model.config.layers
+  return (
+    f"{line}, by {' -> '.join(problem.results)}: each step reads the result of "
+    f"the one before it.\nThe frozen decoder has its {layers} layers for that; "
+    f"latents have been through {layers} of the\ncoprocessor's before they go "
+    f"through the decoder's {layers}."
+  )
+
+
 def describe(lm: LM, completion: Completion, insertion: Insertion) -> str:
   """One line: the point, the tokens around it, the latents' places."""
   first, n = insertion.position, insertion.latents
@@ -220,7 +257,12 @@ def _column(text: str) -> list[str]:
 
 
 def _answer(
-  lm: LM, prompts: list[str], options: dict, shown: list[str]
+  lm: LM,
+  prompts: list[str],
+  options: dict,
+  *,
+  shown: list[str],
+  problem: Problem | None = None,
 ) -> list[str]:
   """Prints the continuations of one batch, each after what is shown of it.
 
@@ -231,6 +273,7 @@ def _answer(
   if values.compare:
     for prompt in prompts:
       lines, traces = _compare(lm, prompt, options)
+      lines += [explain(lm, problem)] if problem else []
       print("\n".join([f"prompt: {prompt}", *lines]))
       print("\n".join([*(traces if values.trace else []), ""]), flush=True)
     return []
@@ -246,6 +289,8 @@ def _answer(
       print(f"{begin}{done.text}\n", flush=True)
     for line in trace(lm, done) if values.trace else ():
       print(line, flush=True)
+  if problem:
+    print(explain(lm, problem), flush=True)
   return [done.text for done in completions]
 
 
@@ -278,11 +323,11 @@ def _converse(lm: LM, options: dict) -> None:
       check_text("a prompt", text)
       if chat:
         asked = [*messages, {"role": "user", "content": text}]
-        answers = _answer(lm, [lm.render(asked)], options, [""])
+        answers = _answer(lm, [lm.render(asked)], options, shown=[""])
         answer = {"role": "assistant", "content": "".join(answers)}
         messages = [*asked, answer] if answers else []
       else:
-        _answer(lm, [text], options, [text])
+        _answer(lm, [text], options, shown=[text])
     except UserError as e:
       if not typed:
         raise
@@ -302,7 +347,12 @@ def main() -> None:
   for name in ("stop", "insert_after"):
     for text in getattr(values, name):
       check_text(f"--{name}", text)
-  prompts = prompts_of(values.prompt, values.file)
+  prompts, problem = prompts_of(values.prompt, values.file), None
+  if values.problem:
+    if prompts:
+      raise UserError("--problem is a prompt: leave out --prompt and --file")
+    problem = problem_of(values.problem, values.seed)
+    prompts = [problem.question]
   sampling = Sampling(values.temperature, values.top_k, values.top_p)
   lm = open_lm(
     values.workdir,
@@ -330,11 +380,12 @@ def main() -> None:
     stop=values.stop,
     gate=values.gate,
   )
-  if prompts and values.chat:
+  shown = prompts
+  if values.chat:
     shown = [f"{prompt}\n" for prompt in prompts]
-    _answer(lm, _first_messages(lm, prompts), options, shown)
-  elif prompts:
-    _answer(lm, prompts, options, prompts)
+    prompts = _first_messages(lm, prompts)
+  if prompts:
+    _answer(lm, prompts, options, shown=shown, problem=problem)
   else:
     _converse(lm, options)
 

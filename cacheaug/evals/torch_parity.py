@@ -17,7 +17,7 @@ AHEAD = 16  # tokens scored after each prompt
 TOKENS = 50  # greedy ones
 
 _compute_latents = jax.jit(
-  engine.deliberate, static_argnames=("model", "spec", "last")
+  engine.compute_latents, static_argnames=("model", "spec", "last")
 )
 
 
@@ -70,7 +70,7 @@ def expected(
     last = read.tokens.shape[1] - 1
     where = dict(last=last, position=read.position, spec=spec)
     out["z"] = np.asarray(
-      _compute_latents(*args, **where, states=read.states)[0]
+      _compute_latents(*args, **where, states=read.states).z
     )
   rng = np.random.default_rng(1)
   vocab = lm.model.config.vocab_size

@@ -16,6 +16,7 @@ from etils import epath
 
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
+from cacheaug.run.files import expanded
 from cacheaug.weights import leaves, pretrained
 from cacheaug.weights import safetensors_io as files
 
@@ -67,7 +68,7 @@ def write(
 
 def report_of(workdir: str | epath.Path) -> str:
   """A run's report in Markdown; '' where it has written none."""
-  path = epath.Path(workdir) / "report" / "report.md"
+  path = expanded(workdir) / "report" / "report.md"
   return path.read_text() if path.exists() else ""
 
 
