@@ -173,7 +173,8 @@ def test_a_problem_is_a_prompt_with_its_answer(command, capsys):
   options = dict(max_new_tokens=1, sampling=Sampling())
   flags.FLAGS(["generate"])
   try:
-    command._answer(found, [problem.question], options, problem)
+    prompts = [problem.question]
+    command._answer(found, prompts, options, shown=prompts, problem=problem)
   finally:
     flags.FLAGS.unparse_flags()
   out = capsys.readouterr().out
