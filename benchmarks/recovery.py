@@ -75,7 +75,7 @@ class Run:
     return int(found[1]) if found else None
 
   def batches(self) -> dict[int, str]:
-    """step -> checksum of the rows, of every line that is whole."""
+    """The rows' checksum by step, of every line that is whole."""
     path = self.workdir / "speed.jsonl"
     lines = path.read_bytes().splitlines(True) if path.exists() else []
     whole = [json.loads(x) for x in lines if x.endswith(b"\n")]
@@ -126,8 +126,8 @@ def measure(options: argparse.Namespace) -> None:
     again = run.wait(lambda run=run, s=start: s < run.last()) - killed
     back = run.wait(lambda run=run, s=step: run.last() >= s) - killed
     print(
-      f"| {count} | {start} | {step} | {ready - killed:.1f} s | {again:.1f} s | "
-      f"{back:.1f} s |",
+      f"| {count} | {start} | {step} | {ready - killed:.1f} s "
+      f"| {again:.1f} s | {back:.1f} s |",
       flush=True,
     )
     killed, step = run.kill_after_checkpoint()
