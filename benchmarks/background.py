@@ -40,7 +40,7 @@ from absl import flags
 
 import cacheaug
 from cacheaug.augment import coprocessor
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference.engine import Context
@@ -125,7 +125,7 @@ class Parts:
   model: Transformer
   decoder: Params
   coproc: Params
-  spec: TraceSpec
+  spec: Layout
 
   def worker(self, kind: type[Slow], seconds: float, **options: Any) -> Slow:
     """A fresh one."""
@@ -141,7 +141,7 @@ def open_parts(path: str, n: int) -> Parts:
   else:
     lm = cacheaug.load(path, dtype="float32")
     model, decoder = lm.model, lm.decoder
-  spec = TraceSpec(n, 1, "overlay", "harmless")
+  spec = Layout(n, 1, "overlay", "harmless")
   coproc = coprocessor.init(model, spec, key, decoder)
   shape = coproc["latent_projection"].shape
   coproc["latent_projection"] = 0.02 * jax.random.normal(key, shape)

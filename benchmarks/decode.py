@@ -36,7 +36,7 @@ import turns
 from absl import flags
 
 from cacheaug.augment import coprocessor
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference import engine
@@ -75,7 +75,7 @@ class Ours:
   def __init__(self, model: Transformer, decoder: Params, n: int):
     split = jax.jit(decode_rows.split_layers)
     self._model, self._decoder = model, split(decoder)
-    self._spec = TraceSpec(n, 1, "overlay", "harmless")
+    self._spec = Layout(n, 1, "overlay", "harmless")
     key = jax.random.key(0)
     coproc = coprocessor.init(model, self._spec, key, decoder)
     coproc["transformer"] = split(coproc["transformer"])

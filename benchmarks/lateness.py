@@ -50,7 +50,7 @@ def measure(
 ) -> dict[str, Any]:
   """Figures of one run by source and lateness."""
   spec, coproc = found.coprocessor.spec, found.coprocessor.params
-  spec = dataclasses.replace(spec, ahead=max(positions), min_ahead=1)
+  spec = dataclasses.replace(spec, ahead=max(positions))
   args = found.model, found.decoder
   out: dict[str, Any] = {}
   for name in run_report.source_names(config):

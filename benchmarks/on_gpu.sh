@@ -36,7 +36,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 if ((dry)); then
-  export JAX_PLATFORMS=cpu
+  export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0
 fi
 if [[ -n $wheels && ! -d $out/site ]]; then
   "$python" -m pip install -q --no-index --no-deps --no-compile \

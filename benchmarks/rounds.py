@@ -32,7 +32,7 @@ import numpy as np
 from absl import flags
 
 from cacheaug import build
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data import problem_rows, problems
 from cacheaug.errors import UserError
 from cacheaug.evals import exact_match, perplexity, report, run_report
@@ -51,7 +51,7 @@ flags.DEFINE_string("json", "", "file to write the figures to")
 
 
 def by_way(
-  found: LM, batches: list, again: TraceSpec, seed: int
+  found: LM, batches: list, again: Layout, seed: int
 ) -> dict[str, list]:
   """Rows of `report` by way and token after the first point."""
   single = dataclasses.replace(again, rounds=1, stride=0, ahead=again.reach)
@@ -111,7 +111,7 @@ def answered(
 
 
 def measure(
-  config: Any, found: LM, again: TraceSpec, count: int
+  config: Any, found: LM, again: Layout, count: int
 ) -> dict[str, Any]:
   """Figures of one run."""
   out: dict[str, Any] = {}
@@ -171,9 +171,6 @@ def main() -> None:
       rounds=values.rounds,
       stride=values.stride,
       ahead=values.ahead,
-      law="uniform",
-      min_ahead=1,
-      late_max=0,
     )
     figures = measure(config, found, again, values.problems)
     layout = config.traces.rounds, config.traces.stride

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from cacheaug.augment import coprocessor
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.build import open_lm
 from cacheaug.inference.engine import Context
 from cacheaug.inference.session import Session
@@ -47,7 +47,7 @@ def open_both(decoder: str, coproc: str) -> LM:
   if coproc or not decoder:
     return open_lm("", decoder, coproc, True)
   lm = open_lm("", decoder, "", False)
-  spec = TraceSpec(latents=8, ahead=1)
+  spec = Layout(latents=8, ahead=1)
   params = coprocessor.init(lm.model, spec, jax.random.key(0), lm.decoder)
   fields = {**vars(lm), "coprocessor": Coprocessor(params, spec)}
   return LM(**{k: v for k, v in fields.items() if not k.startswith("_")})

@@ -33,7 +33,7 @@ from cacheaug import benchmark, flops, sharding
 from cacheaug import config as configs
 from cacheaug import step as stepping
 from cacheaug.augment import traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.model.transformer import Params
 from cacheaug.weights import huggingface
 
@@ -54,7 +54,7 @@ class Peer:
     self,
     decoder: transformers.PreTrainedModel,
     params: Params,
-    spec: TraceSpec,
+    spec: Layout,
     learning_rate: float,
   ) -> None:
     self.decoder = decoder.eval().requires_grad_(False)
@@ -176,7 +176,7 @@ def laid_out(config: Any, batch: dict[str, Any]) -> Laid:
   key = jax.random.key(config.seed)
   points = stepping.add_points(config, batch, key, 0)["points"]
   laid = traces.lay_out(
-    batch["tokens"], batch["documents"], points, configs.spec_of(config)
+    batch["tokens"], batch["documents"], points, configs.layout_of(config)
   )
 
   def rows(x):
@@ -217,7 +217,7 @@ def main() -> None:
     peer = Peer(
       decoder,
       state.params,
-      configs.spec_of(config),
+      configs.layout_of(config),
       1e-12,  # all go on from one state: it must not move
     )
   laid = laid_out(config, batch)

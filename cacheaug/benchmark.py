@@ -212,7 +212,7 @@ def _differences(config, variants, state, decoder, batch):
   from cacheaug import config as configs
   from cacheaug.step import add_points
 
-  spec = configs.spec_of(config)
+  spec = configs.layout_of(config)
 
   def gradient(name):
     sums, model = variants[name]

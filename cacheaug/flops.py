@@ -1,19 +1,13 @@
 """Floating-point operations of one training step, counted by hand.
 
 XLA's cost analysis counts a loop's body once and a Pallas call not at all, so
-FLOP are counted from shapes. Only matrix products count, 2 a multiply-add.
-Three ways to compute the same loss:
+FLOP are counted from shapes. Only matrix products count, 2 a multiply-add. The
+context is cached; a row attends to its context prefix and its own block; only
+the M A predicting rows have logits.
 
-  structured    context cached; a row attends to its context prefix and its own
-                block; logits of the M A predicting rows alone
-  cached_dense  context cached; one dense mask over [context | all blocks]
-  naive         one extended sequence a pass, one dense mask, context again in
-                every pass, logits of every row of the last: the literal reading
-
-"Useful" is structured without recomputation: what MFU is a share of. It counts
-a backward pass as twice its forward one, as MFU commonly does, but for the
-frozen decoder's own matrices, which get no gradient (once). `least` leaves out
-what no mathematics needs either, a lower bound for floors.
+"Useful" is this without recomputation: what MFU is a share of. It counts a
+backward pass as twice its forward one, as MFU commonly does, but for the frozen
+decoder's own matrices, which get no gradient (once).
 
 A block counts as N + A rows: the last ahead token is only predicted, so a
 program may leave its row out (R = N + A - 1).
@@ -35,7 +29,8 @@ from ml_collections import ConfigDict
 
 from cacheaug import config as configs
 from cacheaug import trainable
-from cacheaug.augment import coprocessor, traces
+from cacheaug.augment import coprocessor
+from cacheaug.augment.kinds import Kind
 from cacheaug.model import lora, transformer
 from cacheaug.model.config import SLIDING, ModelConfig
 from cacheaug.model.transformer import Transformer
@@ -50,26 +45,21 @@ class Sizes:
   traces: int  # M
   latents: int  # N
   ahead: int  # A
-  kind: str = "coprocessor"  # of traces.KINDS
+  kind: Kind = Kind.COPROCESSOR
   rounds: int = 1  # of latents a trace
   stride: int = 0  # k, tokens between them
 
   @property
   def latent_rows(self) -> int:
     """Rows of one sequence in the coprocessor's pass."""
-    if self.kind in ("pause", "prefix"):
+    if not self.kind.network:
       return 0
     return self.traces * self.rounds * self.latents
 
   @property
-  def given(self) -> bool:
-    """As of TraceSpec."""
-    return self.kind in traces.GIVEN
-
-  @property
   def decoder_rows(self) -> int:
     """Rows of one sequence in the decoder's second pass."""
-    latents = 0 if self.given else self.rounds * self.latents
+    latents = 0 if self.kind.latents_are_kv else self.rounds * self.latents
     return self.traces * (latents + self.reach)
 
   @property
@@ -99,7 +89,7 @@ def sizes_of(config: ConfigDict) -> Sizes:
     traces=config.traces.count,
     latents=config.coprocessor.latents,
     ahead=config.traces.ahead,
-    kind=config.coprocessor.kind,
+    kind=Kind.of(config.coprocessor.kind),
     rounds=config.traces.rounds,
     stride=config.traces.stride,
   )
@@ -157,7 +147,7 @@ def context_pass(model: ModelConfig, sizes: Sizes) -> Cost:
   Of kind 'activations' to its end: the hidden states are what is read.
   """
   s = sizes.sequence
-  if sizes.kind == "activations":
+  if sizes.kind is Kind.ACTIVATIONS:
     attention = sum(_context_attention(model, s))
     return Cost(s * body_per_row(model), 0.0, attention)
   return Cost(
@@ -175,19 +165,19 @@ def structured(
   With remat the attention's output is kept, as the policies here do.
   """
   again = 1 if remat else 0
-  context, own = _trace_attention(model, sizes)
+  context, own = trace_attention(model, sizes)
   first = context_pass(model, sizes)
   rows = sizes.latent_rows * (3 + again)
   body = (rows + sizes.decoder_rows * (2 + again)) * body_per_row(model)
   attention = 3 * (context + own)
-  if sizes.kind == "handover":
+  if sizes.kind is Kind.HANDOVER:
     body -= rows * _unused_per_row(model)
-  elif sizes.kind == "activations":
+  elif sizes.kind is Kind.ACTIVATIONS:
     s, layers = sizes.sequence, _context_attention(model, sizes.sequence)
     per_row = body_per_row(model) - _unused_per_row(model)
     body += s * (3 + again) * per_row
     attention += 3 * sum(layers[:-1])
-  return _times(
+  return scaled(
     sizes.batch,
     first.body + body,
     3 * sizes.traces * sizes.reach * logits_per_row(model),
@@ -200,24 +190,7 @@ def useful(model: ModelConfig, sizes: Sizes) -> Cost:
   return structured(model, sizes)
 
 
-def least(model: ModelConfig, sizes: Sizes) -> Cost:
-  """`useful` less gradients that are not needed: a lower bound.
-
-  Context keys and values are constants: the backward pass needs dP and dQ of
-  them alone. The embedding is frozen: logits need d(hidden) alone.
-  """
-  context, own = _trace_attention(model, sizes)
-  if sizes.kind == "activations":  # the coprocessor's own context is trained
-    context *= sizes.decoder_rows / (sizes.latent_rows + sizes.decoder_rows)
-  cost = structured(model, sizes)
-  predicting = sizes.traces * sizes.reach * logits_per_row(model)
-  return cost._replace(
-    logits=cost.logits - sizes.batch * predicting,
-    attention=cost.attention - sizes.batch * context,
-  )
-
-
-def _trace_attention(model: ModelConfig, sizes: Sizes) -> tuple[float, float]:
+def trace_attention(model: ModelConfig, sizes: Sizes) -> tuple[float, float]:
   """Forward FLOP of one sequence's blocks over their context, and own rows.
 
   Points are uniform: a row sees on average what a context row sees.
@@ -227,10 +200,11 @@ def _trace_attention(model: ModelConfig, sizes: Sizes) -> tuple[float, float]:
   in_latents = sizes.latent_rows * sum(layers)
   first = _causal_pairs(n) if sizes.latent_rows else 0.0
   first *= attention_per_pair(model)
-  if sizes.kind == "handover":  # the last layer's rows ask nothing
+  if sizes.kind is Kind.HANDOVER:  # the last layer's rows ask nothing
     in_latents -= sizes.latent_rows * layers[-1]
     first -= _causal_pairs(n) * _layer_per_pair(model)
-  if sizes.given:  # every row sees those given; x[p] again is not seen
+  # Every row sees all N where they are keys and values, x[p] again none.
+  if sizes.kind.latents_are_kv:
     pairs = a * n + _causal_pairs(a - 1)
   else:
     # The rows of all rounds are one triangle; a round's latents attend to those
@@ -244,47 +218,10 @@ def _trace_attention(model: ModelConfig, sizes: Sizes) -> tuple[float, float]:
   return context / sizes.sequence, own
 
 
-def cached_dense(
-  model: ModelConfig, sizes: Sizes, *, remat: bool = True
-) -> Cost:
-  """A whole step with the context cached and dense masks over all blocks.
-
-  With remat everything of a layer is computed again, attention too.
-  """
-  again = 1 if remat else 0
-  s, two, three = sizes.sequence, sizes.latent_rows, sizes.decoder_rows
-  pairs = two * (s + two) + three * (s + three)
-  body = s + two * (3 + again) + three * (2 + again)
-  return _times(
-    sizes.batch,
-    body * body_per_row(model),
-    2 * three * logits_per_row(model),
-    (s * s + (3 + again) * pairs) * attention_per_pair(model),
-  )
-
-
-def naive(model: ModelConfig, sizes: Sizes, *, remat: bool = True) -> Cost:
-  """A whole step on extended sequences, every pass from the context on.
-
-  With remat everything of a layer is computed again, attention too.
-  """
-  again = 1 if remat else 0
-  s = sizes.sequence
-  two, three = s + sizes.latent_rows, s + sizes.decoder_rows
-  body = s + two * (3 + again) + three * (2 + again)
-  pairs = s * s + (3 + again) * (two * two + three * three)
-  return _times(
-    sizes.batch,
-    body * body_per_row(model),
-    2 * three * logits_per_row(model),
-    pairs * attention_per_pair(model),
-  )
-
-
 def language_model(model: ModelConfig, sizes: Sizes) -> Cost:
   """A whole step of training a decoder itself: three times forward."""
   s = sizes.sequence
-  return _times(
+  return scaled(
     3 * sizes.batch,
     s * body_per_row(model),
     s * logits_per_row(model),
@@ -299,7 +236,7 @@ def of_step(config: ConfigDict, model: ModelConfig) -> Cost:
     cost, rows = language_model(model, sizes), sizes.sequence
   else:
     cost, rows = useful(model, sizes), sizes.latent_rows
-    if sizes.kind == "activations":
+    if sizes.kind is Kind.ACTIVATIONS:
       rows += sizes.sequence
   rank = configs.lora_rank(config)
   if not rank:
@@ -321,15 +258,17 @@ def augmentation(model: ModelConfig, sizes: Sizes) -> Cost:
   """
   n, s = sizes.latents, sizes.sequence
   one = dataclasses.replace(sizes, traces=1, ahead=1)
-  seen, rows = _seen(model, s), one.latent_rows + (1 if one.given else n)
+  kv = sizes.kind.latents_are_kv  # the decoder runs x[p] alone
+  seen, rows = _seen(model, s), one.latent_rows + (1 if kv else n)
   body = rows * body_per_row(model)
   attention = rows * seen + (one.latent_rows > 0) * _own(model, n)
-  attention += n * attention_per_pair(model) if one.given else _own(model, n)
-  if sizes.kind == "handover":
+  per_pair = attention_per_pair(model)
+  attention += n * per_pair if kv else _own(model, n)
+  if sizes.kind is Kind.HANDOVER:
     body -= n * _unused_per_row(model)
     attention -= n * _seen_by_layer(model, s)[-1]
     attention -= _causal_pairs(n) * _layer_per_pair(model)
-  elif sizes.kind == "activations":
+  elif sizes.kind is Kind.ACTIVATIONS:
     # All but the last layer of its own, and the decoder's last.
     body += s * body_per_row(model)
     attention += sum(_context_attention(model, s))
@@ -397,10 +336,11 @@ def parameters(config: ConfigDict, model_config: ModelConfig) -> Parameters:
   decoder = count(functools.partial(transformer.init, model))
   own = 0
   if config.objective == "coprocessor":
-    spec = configs.spec_of(config)
+    spec = configs.layout_of(config)
     own = count(functools.partial(coprocessor.init_boxed, model, spec))
   return Parameters(decoder, own, count(trained))
 
 
-def _times(count: int, *parts: float) -> Cost:
+def scaled(count: int, *parts: float) -> Cost:
+  """The cost whose parts are these, each so many times."""
   return Cost(*(count * part for part in parts))

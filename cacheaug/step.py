@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 
 from cacheaug import config as configs
 from cacheaug import sharding, trainable
-from cacheaug.augment import objective, traces
+from cacheaug.augment import objective, point_sampling
 from cacheaug.augment.objective import Sums
 from cacheaug.errors import UserError
 from cacheaug.model.transformer import Params, Transformer
+from cacheaug.run.checksum import batch_checksum
 from cacheaug.run.metrics import MetricWriter, memory_peak
 
 Batch = dict[str, jax.Array]  # tokens, documents [B, S], maybe answers
@@ -51,7 +52,7 @@ def init_state(
   `initial` is the trained coprocessor that coprocessor.init names, if any.
   """
   key = jax.random.fold_in(key, 2**31 - 1)  # no step's key
-  ahead = configs.spec_of(config).reach if configs.draws_points(config) else 1
+  ahead = configs.layout_of(config).reach if configs.draws_points(config) else 1
   params, frozen = trainable.init(
     config, model, key, decoder, initial, boxed=boxed
   )
@@ -113,7 +114,7 @@ def make_step(
         config, model, whole, batch, frozen_head=adapts
       )
     else:
-      spec = configs.spec_of(config)
+      spec = configs.layout_of(config)
       nll, tokens = sums(model, decoder, whole, batch, batch["points"], spec)
     return nll.sum(), (nll, tokens)
 
@@ -175,7 +176,7 @@ def _compiler_options(
 def _language_model(config, model, params, batch, *, frozen_head):
   """Sums of the language_model objective: nll and tokens."""
   if configs.draws_points(config):
-    spec = configs.spec_of(config)
+    spec = configs.layout_of(config)
     return objective.plain_traces_loss(
       model, params, batch, batch["points"], spec, frozen_head=frozen_head
     )
@@ -192,7 +193,7 @@ def make_baseline(
 
   None where there is no decoder: one is trained from nothing.
   """
-  spec, k = configs.spec_of(config), config.optimizer.accumulation
+  spec, k = configs.layout_of(config), config.optimizer.accumulation
 
   @partial(
     jax.jit,
@@ -224,13 +225,16 @@ def add_points(
   if not configs.draws_points(config):
     return batch
   key = jax.random.fold_in(key, step)
-  spec, documents = configs.spec_of(config), batch["documents"]
+  spec, draw = configs.layout_of(config), configs.draw_of(config)
+  documents = batch["documents"]
   answers = batch.get("answers")
-  points = traces.sample_points(key, documents, spec, answers)
+  points = point_sampling.sample_points(key, documents, spec, draw, answers)
   batch = batch | {"points": points}
-  if spec.late_max:
+  if draw.late_max:
     key = jax.random.fold_in(key, 1)
-    batch["late"] = traces.sample_late(key, documents, points, spec)
+    batch["late"] = point_sampling.sample_late(
+      key, documents, points, spec, draw.late_max
+    )
   return batch
 
 
@@ -259,7 +263,7 @@ def log_step(
   step: int,
   metrics: Mapping[str, Any],
   baseline: Sums | None,
-  shape: tuple[int, int],
+  batch: Mapping[str, jax.Array],
   times: Mapping[str, float],
 ) -> dict[str, float]:
   """Writes one line of metrics; returns what the progress line shows.
@@ -272,7 +276,7 @@ def log_step(
     metrics: of make_step.
     baseline: the frozen decoder's sums over this step's tokens, where there
       is one.
-    shape: (B, S) of a step's tokens.
+    batch: this step's, [B, S] each.
     times: of profiling.Clock.
   """
   metrics, baseline = jax.device_get((metrics, baseline))
@@ -288,11 +292,12 @@ def log_step(
     "parameter_norm": float(metrics["parameter_norm"]),
     "batch_loss": mean(metrics["batch"]),  # this step's tokens
   }
-  seconds = times["step_time"]
+  seconds, (rows, length) = times["step_time"], batch["tokens"].shape
   speed = {
     **times,
-    "tokens_per_second": shape[0] * shape[1] / seconds,
+    "tokens_per_second": rows * length / seconds,
     "memory_peak": memory_peak(),
+    "batch": batch_checksum(batch),  # the same on any number of devices
   }
   if floor:
     speed["mfu"] = floor / seconds
@@ -301,7 +306,7 @@ def log_step(
     line["baseline_loss"] = mean(baseline)  # frozen decoder, the same tokens
     shown["against_frozen"] = line["batch_loss"] - line["baseline_loss"]
   if config.objective == "coprocessor":
-    speed["traces_per_second"] = shape[0] * config.traces.count / seconds
+    speed["traces_per_second"] = rows * config.traces.count / seconds
   writer.write(step, line, speed)
   return shown
 

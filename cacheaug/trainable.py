@@ -25,7 +25,8 @@ from ml_collections import ConfigDict
 
 from cacheaug import config as configs
 from cacheaug.augment import coprocessor
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.kinds import Kind
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import lora, transformer
 from cacheaug.model.transformer import Params, Transformer
@@ -35,7 +36,7 @@ _SHARED = (
   ("kind", "coprocessor.kind"),
   ("latents", "coprocessor.latents"),
   ("start", "coprocessor.start"),
-  ("scheme", "coprocessor.positions"),
+  ("positions", "coprocessor.positions"),
 )
 
 
@@ -71,7 +72,7 @@ def init(
   """
   if config.objective == "language_model":
     return _init_decoder(config, model, key, decoder, boxed), None
-  rank, spec = configs.lora_rank(config), configs.spec_of(config)
+  rank, spec = configs.lora_rank(config), configs.layout_of(config)
   other = configs.begins_as_trained(config)
   if boxed:
     params = coprocessor.init_boxed(model, spec, key)
@@ -141,13 +142,13 @@ def effective(
   adapted = {**base, "blocks": how(base["blocks"], params["lora"], scale)}
   if config.objective == "language_model":
     return adapted
-  parts = coprocessor.NETWORK[config.coprocessor.kind]
+  parts = Kind.of(config.coprocessor.kind).network
   return {"transformer": {k: adapted[k] for k in parts}, **own}
 
 
 def check_initial(
   config: ConfigDict,
-  spec: TraceSpec,
+  spec: Layout,
   found: str,
   wanted: str,
 ) -> None:
@@ -165,7 +166,7 @@ def check_initial(
   path = config.coprocessor.init
   for field, key in _SHARED:
     theirs = getattr(spec, field)
-    ours = getattr(configs.spec_of(config), field)
+    ours = getattr(configs.layout_of(config), field)
     if theirs != ours:
       raise UserError(
         f"coprocessor.init={path!r} was trained with {key}={theirs!r}, this "

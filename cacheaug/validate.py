@@ -10,13 +10,14 @@ from ml_collections import ConfigDict
 
 from cacheaug import config as configs
 from cacheaug import optim, sharding
-from cacheaug.augment import coprocessor, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment import coprocessor, kinds, point_sampling, traces
+from cacheaug.augment.kinds import Kind
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.kernels import dispatch
 from cacheaug.model import lora, transformer
 from cacheaug.model.config import ModelConfig
-from cacheaug.run import profiling
+from cacheaug.run import files, profiling
 
 OBJECTIVES = ("coprocessor", "language_model")
 LOSSES = ("tokens", "traces")
@@ -49,11 +50,11 @@ def check_config(config: ConfigDict, devices: int) -> None:
     UserError: naming the key and the numbers.
   """
   _one_of(config, "objective", OBJECTIVES)
-  _one_of(config, "coprocessor.kind", traces.KINDS)
+  _one_of(config, "coprocessor.kind", kinds.NAMES)
   _one_of(config, "language_model.loss", LOSSES)
   _one_of(config, "coprocessor.start", traces.STARTS)
-  _one_of(config, "coprocessor.positions", traces.SCHEMES)
-  _one_of(config, "traces.law", traces.LAWS)
+  _one_of(config, "coprocessor.positions", traces.POSITIONS)
+  _one_of(config, "traces.law", point_sampling.LAWS)
   _one_of(config, "precision.compute", DTYPES)
   _one_of(config, "precision.decoder", DTYPES)
   _one_of(config, "remat", tuple(transformer.REMAT_POLICIES))
@@ -69,6 +70,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
   for key in ("watchdog.seconds", "data.retries", "eval.context"):
     if configs.at(config, key) < 0:
       raise UserError(f"{key}={configs.at(config, key)} must be 0 or more")
+  _check_places(config)
   profiling.parse_steps(config.profile)
   optim.make_schedule(config.optimizer, config.optimizer.steps)
   if not config.data.sources:
@@ -87,7 +89,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
     _check_traces(config)
   # A decoder trained on from another is compared with it after every token.
   if configs.has_decoder(config):
-    check_eval(config, configs.spec_of(config))
+    check_eval(config, configs.layout_of(config))
 
 
 def _check_start(config: ConfigDict) -> None:
@@ -128,30 +130,31 @@ def _check_start(config: ConfigDict) -> None:
 
 def _check_traces(config: ConfigDict) -> None:
   kind, init = config.coprocessor.kind, config.coprocessor.init
-  if kind in ("pause", "prefix") and init == "scratch":
+  if not Kind.of(kind).network and init == "scratch":
     raise UserError(
       f"coprocessor.init={init!r}: coprocessor.kind={kind!r} has no network "
       "that could begin so; leave it 'decoder'"
     )
-  s, spec = config.data.sequence, configs.spec_of(config)
-  points = s - spec.min_ahead - spec.context_needed + 1
-  if spec.count > points:
+  s, spec = config.data.sequence, configs.layout_of(config)
+  draw = configs.draw_of(config)
+  points = s - draw.min_ahead - spec.context_needed + 1
+  if draw.count > points:
     raise UserError(
-      f"traces.count={spec.count} exceeds the {max(points, 0)} possible points "
+      f"traces.count={draw.count} exceeds the {max(points, 0)} possible points "
       f"of a sequence of data.sequence={s} with coprocessor.latents="
-      f"{spec.latents} and traces.min_ahead={spec.min_ahead}"
+      f"{spec.latents} and traces.min_ahead={draw.min_ahead}"
     )
-  if spec.late_max >= points:
+  if draw.late_max >= points:
     raise UserError(
-      f"traces.late_max={spec.late_max}: no trace of a sequence of "
+      f"traces.late_max={draw.late_max}: no trace of a sequence of "
       f"data.sequence={s} can be so late with coprocessor.latents="
-      f"{spec.latents} and traces.min_ahead={spec.min_ahead}; at most "
+      f"{spec.latents} and traces.min_ahead={draw.min_ahead}; at most "
       f"{points - 1}"
     )
-  if spec.law == "stratified" and s % spec.count:
+  if draw.law == "stratified" and s % draw.count:
     raise UserError(
       f"traces.law='stratified' wants data.sequence={s} to be a multiple of "
-      f"traces.count={spec.count}"
+      f"traces.count={draw.count}"
     )
   needed, more = spec.context_needed + spec.reach, ""
   if spec.stride:
@@ -163,7 +166,7 @@ def _check_traces(config: ConfigDict) -> None:
     )
 
 
-def check_eval(config: ConfigDict, spec: TraceSpec) -> None:
+def check_eval(config: ConfigDict, spec: Layout) -> None:
   """Refuses a table by position that sequences have no room for.
 
   Args:
@@ -225,6 +228,22 @@ def check_model(config: ConfigDict, model: ModelConfig) -> None:
       f"data.sequence={s}{more} exceeds the decoder's {model.max_positions} "
       "positions (max_positions): lower it"
     )
+
+
+def _check_places(config: ConfigDict) -> None:
+  """Refuses object storage where it would only fail in the end.
+
+  Raises:
+    UserError: naming the key.
+  """
+  files.refuse_remote(config.decoder.path, "decoder.path")
+  files.refuse_remote(config.data.cache_dir, "data.cache_dir")
+  for name, source in config.data.sources.items():
+    if source.kind != "tfds":  # which reads it by itself
+      files.refuse_remote(source.path, f"data.sources.{name}.path")
+  if files.is_remote(config.export):
+    with files.reading(config.export, "export"):
+      files.expanded(config.export).exists()
 
 
 def _one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:

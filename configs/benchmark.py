@@ -2,7 +2,7 @@
 
   python -m cacheaug.benchmark --config=configs/benchmark.py --gradients
 
-Two CPU cores, under two minutes; the figures are in RESULTS.md. Random weights
+Two CPU cores, under two minutes; figures: docs/results/speed.md. Random weights
 and tokens, so no data is read.
 """
 

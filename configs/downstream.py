@@ -16,7 +16,7 @@ Your own task: a file of {"question": ..., "answer": ...} lines, by
 --config.data.sources.problems.field=question
 --config.data.sources.problems.answer_field=answer --config.eval.problems=0.
 
-Hardware, time and figures: RESULTS.md.
+Hardware, time and figures: docs/results/baselines.md.
 """
 
 from ml_collections import ConfigDict

@@ -19,7 +19,7 @@ need not suit them: try --config.optimizer.learning_rate. Where the config wants
 the decoder's directory, so does this: --config.decoder.path=DIR, for `larger`
 --config.data.tokenizer=DIR.
 
-Hardware, time and figures: RESULTS.md.
+Hardware, time and figures: docs/results/baselines.md.
 """
 
 import runpy

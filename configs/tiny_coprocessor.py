@@ -5,7 +5,7 @@
 
 Text: Python's standard library and generated problems, half and half. Points
 near the end of a problem are drawn first (`traces.tail`): its answer is there.
-Hardware, time and figures: RESULTS.md.
+Hardware, time and figures: docs/results/shipped.md.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
   python -m cacheaug.main --config=configs/tiny_decoder.py:nano \
       --workdir=runs/nano_decoder --config.export=cacheaug/assets/nano
 
-Hardware, time, loss curves and exact match: RESULTS.md, "Shipped decoders".
+Hardware, time, loss curves and exact match: docs/results/shipped.md.
 Gemma-2's architecture without soft caps (half a step's time at this size goes
 into element-wise work), bytes as tokens; Python's standard library and
 generated problems as text.

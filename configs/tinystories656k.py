@@ -13,7 +13,7 @@ Weights:
 Text: a file of TinyStories, a line <|endoftext|> between stories, as
 roneneldan/TinyStories has it; a megabyte (1,000 stories) is read several times.
 
-Hardware: one CPU core, about seven minutes. Figures: RESULTS.md.
+Hardware: one CPU core, about seven minutes. Figures: docs/results/baselines.md.
 """
 
 from ml_collections import ConfigDict

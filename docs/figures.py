@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cacheaug.augment import drawing, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.kernels import intervals
 
 DIRECTORY = Path(__file__).resolve().parent / "figures"
@@ -81,7 +81,7 @@ def mask(scheme: str) -> str:
   """Who sees whom in the decoder's pass, and at which position each stands."""
   words, documents = drawing.parse_text(TEXT)
   points = drawing.parse_points(POINTS, len(words))
-  spec = TraceSpec(LATENTS, AHEAD, scheme)
+  spec = Layout(LATENTS, AHEAD, scheme)
   laid = _lay_out(documents, points, spec)
   seen = traces.dense_mask(documents, points, spec)
   labels, kinds = list(words), ["context"] * len(words)
@@ -105,7 +105,7 @@ def late(delay: int = 2) -> str:
   """The coprocessor's own rows where its latents come `delay` words late."""
   words, documents = drawing.parse_text(TEXT)
   points = drawing.parse_points("4", len(words))
-  spec = TraceSpec(LATENTS, AHEAD, "replace", late_max=delay)
+  spec = Layout(LATENTS, AHEAD, "replace")
   drawing.check_points(words, documents, points, spec, delay)
   seen, rows, positions = [], [], []
   for d in (0, delay):
@@ -171,8 +171,8 @@ def positions() -> str:
   last = p + LATENTS + AHEAD
   title = "Positions of one trace's rows, by scheme"
   svg = _Svg(90 + wide * last, 330, title, least=480)
-  for i, scheme in enumerate(traces.SCHEMES):
-    spec = TraceSpec(LATENTS, AHEAD, scheme)
+  for i, scheme in enumerate(traces.POSITIONS):
+    spec = Layout(LATENTS, AHEAD, scheme)
     laid = _lay_out(documents, points, spec)
     limit = int(np.asarray(laid.rows.limits).max())
     stands = np.asarray(laid.rows.positions)[0, 0]
@@ -232,7 +232,7 @@ def staircase_tiles() -> tuple[
   """
   s, block_q, block_k = 96, 8, 16
   points = [3, 9, 14, 16, 23, 31, 38, 40, 47, 55, 58, 66, 71, 80, 84, 90]
-  spec = TraceSpec(LATENTS, AHEAD, "replace")
+  spec = Layout(LATENTS, AHEAD, "replace")
   laid = _lay_out(np.zeros(s, int), np.array(points), spec)
   limits = np.asarray(laid.rows.limits)[0]  # [M, 1]
   stop = np.broadcast_to(limits + 1, (len(points), spec.rows)).reshape(1, -1)
@@ -246,7 +246,7 @@ def staircase_tiles() -> tuple[
 
 def figures() -> dict[str, str]:
   """File name -> its text."""
-  drawn = {f"mask_{scheme}.svg": mask(scheme) for scheme in traces.SCHEMES}
+  drawn = {f"mask_{scheme}.svg": mask(scheme) for scheme in traces.POSITIONS}
   drawn["positions.svg"] = positions()
   drawn["staircase.svg"] = staircase()
   drawn["late.svg"] = late()

@@ -30,6 +30,10 @@ _LLAMA3 = dict(
   high_freq_factor=4.0,
   original_max_position_embeddings=16,
 )
+_BASE = dict(rope_type="default", rope_theta=10_000.0)
+_YARN = _BASE | dict(
+  rope_type="yarn", factor=4.0, original_max_position_embeddings=16
+)
 _LINEAR = dict(rope_type="linear", rope_theta=10_000.0, factor=4.0)
 # Case -> (family's prefix of transformers' classes, config). Windows of 8 are
 # a third of the length; seven layers give Gemma-3's pattern a global one.
@@ -70,6 +74,54 @@ CASES = {
       rope_parameters=_LINEAR,
     ),
   ),
+  "gemma": ("Gemma", dict(num_hidden_layers=2, num_key_value_heads=1)),
+  "mistral": (
+    "Mistral",
+    dict(num_hidden_layers=2, sliding_window=8, rms_norm_eps=1e-5),
+  ),
+  "mistral_global": (
+    "Mistral",
+    dict(num_hidden_layers=2, sliding_window=None, tie_word_embeddings=True),
+  ),
+  "olmo2": (
+    "Olmo2",
+    dict(num_hidden_layers=2, rope_parameters=_BASE | {"rope_theta": 5e5}),
+  ),
+  "qwen2": (
+    "Qwen2",
+    dict(num_hidden_layers=2, rope_parameters=_YARN),
+  ),
+  "qwen2_tied_sliding": (
+    "Qwen2",
+    dict(
+      num_hidden_layers=3,
+      tie_word_embeddings=True,
+      use_sliding_window=True,
+      sliding_window=8,
+      max_window_layers=1,
+    ),
+  ),
+  "smollm3": (
+    "SmolLM3",
+    dict(num_hidden_layers=3, no_rope_layers=[1, 0, 1], pad_token_id=0),
+  ),
+  "llama_yarn_by_hand": (
+    "Llama",
+    dict(
+      num_hidden_layers=2,
+      rope_parameters=_YARN
+      | dict(beta_fast=8.0, beta_slow=2.0, truncate=False)
+      | dict(mscale=0.7, mscale_all_dim=0.5),
+    ),
+  ),
+  "llama_dynamic": (
+    "Llama",
+    dict(
+      num_hidden_layers=2,
+      max_position_embeddings=16,
+      rope_parameters=_BASE | dict(rope_type="dynamic", factor=2.0),
+    ),
+  ),
   "qwen3": (
     "Qwen3",
     dict(num_hidden_layers=3, tie_word_embeddings=True),
@@ -88,7 +140,17 @@ CASES = {
     ),
   ),
 }
-GOLDEN_CASES = ("gemma2", "gemma3", "llama", "qwen3")
+GOLDEN_CASES = (
+  "gemma",
+  "gemma2",
+  "gemma3",
+  "llama",
+  "mistral",
+  "olmo2",
+  "qwen2",
+  "qwen3",
+  "smollm3",
+)
 
 
 def build(case, **changes):
@@ -135,6 +197,15 @@ def reference(model, tokens, mask):
   """
   import torch
 
+  rope = model.config.rope_parameters
+  if rope.get("rope_type") == "dynamic" and len(tokens) > 1:
+    # transformers takes one base for a batch, of its longest sequence, and
+    # keeps that of the longest that it has seen: the shorter one goes first.
+    rows = [
+      reference(model, tokens[i : i + 1], mask[i : i + 1]) for i in (1, 0)
+    ]
+    logits, hidden = zip(*reversed(rows), strict=True)
+    return np.concatenate(logits), np.concatenate(hidden, 1)
   mask = torch.tensor(mask)
   with torch.no_grad():
     out = model(

@@ -82,7 +82,7 @@ def oracle(decoder, coproc, extra, tokens, point, spec):
   n, p = spec.latents, point
   context = torch.tensor(tokens[: p + 1])[None].long()
   ahead = torch.tensor(tokens[p + 1 : p + 1 + spec.ahead])[None].long()
-  shift = n if spec.scheme == "insert" else 0
+  shift = n if spec.positions == "insert" else 0
 
   def past(entries):
     """The decoder's cache of the first tokens, made afresh."""
@@ -108,7 +108,7 @@ def oracle(decoder, coproc, extra, tokens, point, spec):
   z = read(coproc, p + 1, soft + copied, first).last_hidden_state
   if spec.start == "harmless":
     z = copied + z @ torch.tensor(extra["latent_projection"])
-  entries = p - n + 1 if spec.scheme == "replace" else p + 1
+  entries = p - n + 1 if spec.positions == "replace" else p + 1
   x = torch.cat([z, embed(ahead[:, :-1])], dim=1)
   logits = read(decoder, entries, x, first).logits[:, n - 1 :]
   return torch.nn.functional.cross_entropy(

@@ -12,7 +12,8 @@ import numpy as np
 from tolerances import jit, make_coprocessor, make_model, make_params, tokens_of
 
 from cacheaug.augment import coprocessor, objective, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.point_sampling import Draw, sample_points
+from cacheaug.augment.traces import Layout
 
 A, S = 4, 28
 DOCUMENTS = np.array(
@@ -32,8 +33,8 @@ def note(name, value):
 def setup(latents, start, scheme="insert", *, kind="coprocessor", **changes):
   """(model, spec, decoder, coproc, tokens [2, S]); one coproc a start."""
   model = make_model()
-  spec = TraceSpec(latents, A, scheme, start, kind=kind, **changes)
-  inserted = TraceSpec(latents, A, "insert", start, kind=kind)
+  spec = Layout(latents, A, scheme, start, kind=kind, **changes)
+  inserted = Layout(latents, A, "insert", start, kind=kind)
   coproc = make_coprocessor(model, inserted)
   return model, spec, make_params(model), coproc, tokens_of(model, 2, S)
 
@@ -83,7 +84,7 @@ def one_at_a_time(alone, coproc, tokens, spec, points=POINTS, late=None):
     # A document's last traces have fewer targets; the rest weigh nothing.
     following = np.resize(tokens[b, p + 1 : min(p + 1 + A, end)], A)
     weights = (np.arange(A) < end - p - 1).astype(np.float32)
-    insert = spec.scheme == "insert"
+    insert = spec.positions == "insert"
     read = () if late is None else (prefix[:, : length - late[b, m]],)
     loss, nll, g = alone(
       coproc,
@@ -94,7 +95,7 @@ def one_at_a_time(alone, coproc, tokens, spec, points=POINTS, late=None):
       length if insert else length - spec.latents,
       length + spec.latents if insert else length,
       *read,
-      cut=spec.scheme == "replace",
+      cut=spec.positions == "replace",
     )
     total, count = total + loss, count + weights.sum()
     nlls[b, m] = np.asarray(nll)[weights > 0]
@@ -114,16 +115,15 @@ def cut_off(cache, keep):
 
 def nll_at_start(start, scheme, kind="coprocessor"):
   """(augmented, frozen) nll [A] of an untrained coprocessor."""
-  model, spec, decoder, _, tokens = setup(
-    3, start, scheme, kind=kind, count=6, min_ahead=2
-  )
+  model, spec, decoder, _, tokens = setup(3, start, scheme, kind=kind)
   batch = {"tokens": tokens, "documents": DOCUMENTS}
 
   @jit
   def run(decoder):
     key = jax.random.key(1)
     fresh = coprocessor.init(model, spec, key, decoder)
-    points = traces.sample_points(key, DOCUMENTS, spec)
+    draw = Draw(6, min_ahead=2)
+    points = sample_points(key, DOCUMENTS, spec, draw)
     return (
       objective.coprocessor_loss(model, decoder, fresh, batch, points, spec),
       objective.frozen_loss(model, decoder, batch, points, spec),

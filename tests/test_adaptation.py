@@ -16,6 +16,7 @@ import cacheaug
 from cacheaug import build, export, step, train
 from cacheaug import config as configs
 from cacheaug.augment import objective, traces
+from cacheaug.augment.point_sampling import Draw, sample_points
 from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
 from cacheaug.evals import report
@@ -117,14 +118,14 @@ def test_continued_decoder_begins_as_the_frozen_one(
 def test_traces_loss_counts_each_token_as_often_as_traces_predict_it():
   model = tolerances.make_model()
   params = tolerances.make_params(model)
-  spec = traces.TraceSpec(latents=2, ahead=3, count=4)
+  spec = traces.Layout(latents=2, ahead=3)
   tokens = tolerances.tokens_of(model, 2, 16)
   documents = np.repeat([[0, 1], [2, -1]], [9, 7], axis=1).astype(np.int32)
   batch = {"tokens": tokens, "documents": documents}
 
   @jit
   def run():
-    points = traces.sample_points(jax.random.key(0), documents, spec)
+    points = sample_points(jax.random.key(0), documents, spec, Draw(4))
     hidden, _ = objective.context_pass(model, params, tokens, documents, spec)
     return (
       points,
@@ -238,7 +239,7 @@ def test_lora_decoder_and_its_table(tmp_path, decoder_path):
   out = _twice(tmp_path, **changes)
   workdir, config = tmp_path / "parts", _config(tmp_path, **changes)
   # The very tokens that a coprocessor of this config is evaluated on.
-  spec = configs.spec_of(config)
+  spec = configs.layout_of(config)
   table = (workdir / "report" / "perplexity_by_position.csv").read_text()
   assert (
     "continued" in out

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tolerances import jit
 
 from cacheaug.augment import objective, traces
+from cacheaug.augment.point_sampling import Draw, sample_points, valid_points
 from cacheaug.data import pipeline, sources, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.evals import exact_match, perplexity
@@ -130,11 +131,11 @@ ANSWERS = np.array([[0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0]], bool)
 
 
 def test_points_stand_before_answers_their_beginnings_first():
-  spec = traces.TraceSpec(latents=2, ahead=3, count=2)
-  valid = jit(lambda: traces.valid_points(DOCUMENTS, spec, answers=ANSWERS))()
+  spec, of_two = traces.Layout(latents=2, ahead=3), Draw(2)
+  valid = jit(lambda: valid_points(DOCUMENTS, spec, answers=ANSWERS))()
   assert np.flatnonzero(valid).tolist() == [3, 4, 7, 8, 9]
-  draw = jit(lambda key: traces.sample_points(key, DOCUMENTS, spec, ANSWERS))
-  plain = jit(lambda key: traces.sample_points(key, DOCUMENTS, spec))
+  draw = jit(lambda key: sample_points(key, DOCUMENTS, spec, of_two, ANSWERS))
+  plain = jit(lambda key: sample_points(key, DOCUMENTS, spec, of_two))
   keys = [jax.random.key(i) for i in range(8)]
   assert all(draw(key).tolist() == [[3, 7]] for key in keys)
   # Control: without answers they are anywhere.
@@ -197,13 +198,13 @@ def test_shares_have_wilsons_interval():
 def test_losses_are_over_answers_alone():
   model = tolerances.make_model()
   params = tolerances.make_params(model)
-  spec = traces.TraceSpec(latents=2, ahead=3, count=5)
+  spec = traces.Layout(latents=2, ahead=3)
   tokens = tolerances.tokens_of(model, 1, 12)
   batch = {"tokens": tokens, "documents": DOCUMENTS, "answers": ANSWERS}
 
   @jit
   def run():
-    points = traces.sample_points(jax.random.key(0), DOCUMENTS, spec, ANSWERS)
+    points = sample_points(jax.random.key(0), DOCUMENTS, spec, Draw(5), ANSWERS)
     hidden, _ = objective.context_pass(model, params, tokens, DOCUMENTS, spec)
     return (
       objective.next_token_nll(model, params, hidden, tokens)[0],

@@ -235,7 +235,7 @@ def late_by_hand(prompt, spec, late):
   """Each token by a whole pass; latents of the prompt's end after `late`."""
   x, positions, text = embed(prompt), list(range(len(prompt))), list(prompt)
   longest = max(map(len, prompts())) + NEW + N * 3
-  shift = N if spec.scheme == "insert" else 0
+  shift = N if spec.positions == "insert" else 0
   at = np.arange(len(prompt) - N, len(prompt)) + shift
   more = longest - len(x)
   out = coprocessor_over(spec.start)(
@@ -250,7 +250,7 @@ def late_by_hand(prompt, spec, late):
       z = out
       if spec.start == "harmless":
         z = out - embed(prompt[-N:]) + embed(text[-N:])
-      keep = len(x) - (N if spec.scheme == "replace" else 0)
+      keep = len(x) - (N if spec.positions == "replace" else 0)
       x = np.concatenate([x[:keep], z])
       positions = [*positions[:keep], *(at + late).tolist()]
     text.append(int(plain_logits(x, positions, longest).argmax()))

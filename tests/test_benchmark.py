@@ -26,7 +26,8 @@ from tolerances import (
 from cacheaug import benchmark, flops
 from cacheaug import config as configs
 from cacheaug.augment import objective, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.point_sampling import Draw, sample_points
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.kernels import dispatch
 from cacheaug.projects.speed import dense_reference
@@ -45,14 +46,14 @@ def config_of(tmp_path, **changes):
 
 def of_loss(sums, scheme):
   """(loss, gradients) of a coprocessor, freshly traced."""
-  model, spec = make_model(), TraceSpec(2, 3, scheme, count=4)
+  model, spec = make_model(), Layout(2, 3, scheme)
   decoder, coproc = make_params(model), make_coprocessor(model, spec)
   documents = np.array([[0] * 9 + [1] * 7, [2] * 13 + [-1] * 3], np.int32)
   batch = {"tokens": tokens_of(model, 2, 16), "documents": documents}
 
   @jit
   def run(coproc):
-    points = traces.sample_points(jax.random.key(0), documents, spec)
+    points = sample_points(jax.random.key(0), documents, spec, Draw(4))
 
     def loss(coproc):
       nll, tokens = sums(model, decoder, coproc, batch, points, spec)
@@ -63,7 +64,7 @@ def of_loss(sums, scheme):
   return run(coproc)
 
 
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 def test_peers_are_the_same_loss_and_gradients(scheme):
   loss, gradients = of_loss(objective.coprocessor_loss, scheme)
   for peer in (dense_reference.naive_loss, dense_reference.cached_dense_loss):

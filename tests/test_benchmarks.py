@@ -10,7 +10,7 @@ import pytest
 import tolerances
 
 import cacheaug
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data.tokenizers import ByteTokenizer
 from cacheaug.errors import UserError
 from cacheaug.lm import LM, Coprocessor
@@ -111,7 +111,7 @@ def fill(directory, name, count=9):
 @pytest.fixture(scope="module")
 def tiny():
   model = tolerances.make_model(vocab_size=260, max_positions=96)
-  spec = TraceSpec(3, 4, "replace")
+  spec = Layout(3, 4, "replace")
   return LM(
     model,
     tolerances.make_params(model),

@@ -17,7 +17,7 @@ from tolerances import (
 )
 
 from cacheaug.augment import coprocessor, objective, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import transformer
@@ -29,7 +29,7 @@ DOCUMENTS = np.zeros((1, S), np.int32)
 
 def setup(start):
   model = make_model(window=20)
-  spec = TraceSpec(N, 2, start=start)
+  spec = Layout(N, 2, start=start)
   tokens = tokens_of(model, 1, S)
   return model, spec, make_params(model), tokens
 
@@ -162,7 +162,7 @@ def test_causality_by_gradient(start):
 
 def test_fewer_latents_are_the_last_ones():
   model = make_model()
-  spec = TraceSpec(4, 3)
+  spec = Layout(4, 3)
   params = make_coprocessor(model, spec)
   fewer, changed = coprocessor.fewer(params, spec, 3)
   np.testing.assert_array_equal(fewer["soft_tokens"], params["soft_tokens"][1:])

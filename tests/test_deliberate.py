@@ -14,7 +14,7 @@ import pytest
 import tolerances
 from absl import flags
 
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data.tokenizers import ByteTokenizer
 from cacheaug.errors import UserError
 from cacheaug.inference.session import Plan
@@ -33,7 +33,7 @@ NEW = 6
 
 def make(scheme) -> LM:
   model = tolerances.make_model(vocab_size=260, max_positions=256)
-  spec = TraceSpec(2, 4, scheme)
+  spec = Layout(2, 4, scheme)
   return LM(
     model=model,
     decoder=tolerances.make_params(model),
@@ -191,7 +191,7 @@ def test_contexts_of_other_weights_or_specs_are_not_found(lm, tmp_path):
       (True,),
       dict(
         coprocessor=Coprocessor(
-          coproc.params, dataclasses.replace(spec, scheme="overlay")
+          coproc.params, dataclasses.replace(spec, positions="overlay")
         )
       ),
     ),

@@ -13,7 +13,8 @@ from packed import DOCUMENTS, S, setup
 from tolerances import ATTENTION, NLL, close, far, jit, make_coprocessor
 
 from cacheaug.augment import objective, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.point_sampling import valid_points
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap, diagnose, latent_stats, perplexity
 from cacheaug.evals.latent_stats import MEAN, NOTHING, RIGHT, ZEROED
@@ -50,7 +51,7 @@ def latents(start="harmless", scheme="replace"):
   place, out = latent_stats.contributions(
     model, decoder, coproc, tokens, DOCUMENTS, spec=spec
   )
-  valid = np.asarray(traces.valid_points(DOCUMENTS, spec))
+  valid = np.asarray(valid_points(DOCUMENTS, spec))
   return model, spec, decoder, coproc, text, place, out, valid
 
 
@@ -392,5 +393,5 @@ def test_context_and_answers_leave_out_points():
   np.testing.assert_array_equal(later.sums.checksum, same.checksum)
   assert later.z.count == same.tokens[:, 0].sum()
   assert (later.sums.tokens < whole().sums.tokens).all()
-  assert dataclasses.replace(TraceSpec(N, 4)).context_needed == N
+  assert dataclasses.replace(Layout(N, 4)).context_needed == N
   assert S > N + 2

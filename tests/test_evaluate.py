@@ -19,7 +19,7 @@ from tolerances import LOSS, close, make_coprocessor
 
 from cacheaug import build, evaluate
 from cacheaug import config as configs
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap, page, perplexity, run_report
 from cacheaug.weights import coprocessor_files, trained
@@ -32,7 +32,7 @@ def pair(tmp_path_factory):
   """(directory of an untrained coprocessor of the shipped nano, its lm)."""
   path = tmp_path_factory.mktemp("pair") / "coprocessor"
   found = build.load("shipped:nano")
-  spec = TraceSpec(N, A, "replace", "harmless")
+  spec = Layout(N, A, "replace", "harmless")
   coprocessor_files.save_coprocessor(
     path,
     model_config=found.model.config,

@@ -12,13 +12,14 @@ import safetensors.numpy
 from oracle import FAMILIES, TOLERANCE, WHY_TORCH, random_params
 
 from cacheaug.augment import objective, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.point_sampling import Draw
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
 from cacheaug.model.transformer import Transformer
 from cacheaug.weights import coprocessor_files, leaves
 
-SPEC = TraceSpec(latents=3, ahead=4)
+SPEC = Layout(latents=3, ahead=4)
 
 
 def make(spec, directory, dtype=jnp.float32):
@@ -40,7 +41,7 @@ def make(spec, directory, dtype=jnp.float32):
 @pytest.mark.parametrize("start", traces.STARTS)
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_round_trip_is_bit_identical(start, dtype, tmp_path):
-  spec = TraceSpec(latents=3, ahead=4, scheme="insert", start=start)
+  spec = Layout(latents=3, ahead=4, positions="insert", start=start)
   config, params = make(spec, tmp_path, jnp.dtype(dtype))
   got = coprocessor_files.load_coprocessor(tmp_path, dtype=dtype)
   assert got[:2] == (config, spec)
@@ -49,6 +50,7 @@ def test_round_trip_is_bit_identical(start, dtype, tmp_path):
     "variant": "embeddings",
     "decoder_fingerprint": "0123456789ab",
     "source": "shipped:tiny",
+    "draw": Draw(),
   }
   assert jax.tree.structure(got[2]) == jax.tree.structure(params)
   jax.tree.map(np.testing.assert_array_equal, got[2], params)
@@ -58,7 +60,7 @@ def test_files_are_as_documented(tmp_path):
   _, params = make(SPEC, tmp_path)
   entries = json.loads((tmp_path / "config.json").read_text())
   assert entries["latents"] == 3
-  assert entries["positions"] == SPEC.scheme
+  assert entries["positions"] == SPEC.positions
   assert entries["start"] == "harmless"
   assert entries["model"]["model_type"] == "qwen3"
   stored = safetensors.numpy.load_file(tmp_path / "coprocessor.safetensors")
@@ -148,11 +150,11 @@ traces_nll = jax.jit(objective.traces_nll, static_argnums=0)
 
 
 @pytest.mark.parametrize("start", traces.STARTS)
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 def test_oracle(scheme, start, decoders, tmp_path):
   """All traces at once equal transformers' one at a time."""
   model, params, reference, directory = decoders
-  spec = TraceSpec(latents=3, ahead=4, scheme=scheme, start=start)
+  spec = Layout(latents=3, ahead=4, positions=scheme, start=start)
   coproc = random_params(model, spec)
   coprocessor_files.save_coprocessor(
     tmp_path,

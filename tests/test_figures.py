@@ -9,7 +9,7 @@ import pytest
 from fenced import ROOT
 
 from cacheaug.augment import drawing, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 
 _SVG = "{http://www.w3.org/2000/svg}"
 
@@ -36,12 +36,12 @@ def _marks(text: str) -> dict[str, list[tuple[int, int]]]:
   return found
 
 
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 def test_mask_figure_shows_the_dense_mask(script, scheme):
   """Its boxes put back on a grid, against the mask by the definition."""
   words, documents = drawing.parse_text(script["TEXT"])
   points = drawing.parse_points(script["POINTS"], len(words))
-  spec = TraceSpec(script["LATENTS"], script["AHEAD"], scheme)
+  spec = Layout(script["LATENTS"], script["AHEAD"], scheme)
   wanted = traces.dense_mask(documents, points, spec)
   boxes = [
     p for places in _marks(script["mask"](scheme)).values() for p in places

@@ -21,7 +21,7 @@ from tolerances import (
 
 from cacheaug import build
 from cacheaug.augment import objective
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import gates
 from cacheaug.projects.gating import report
@@ -37,10 +37,7 @@ DOCUMENTS = np.array([[0] * 6 + [1] * 8, [2] * 5 + [3] * 6 + [-1] * 3])
 S, A, N = 14, 3, 2
 
 
-def test_always_never_and_every():
-  hidden = jnp.zeros((2, 5, 4))
-  assert gates.always(hidden).shape == (2, 5) and gates.always(hidden).all()
-  assert not gates.never(hidden).any()
+def test_every():
   on = gates.every(jnp.arange(1, 9), 3)
   assert on.tolist() == [False, False, True] * 2 + [False, False]
   assert gates.every(jnp.arange(3), 1).all()
@@ -51,7 +48,7 @@ def test_always_never_and_every():
 def test_entropy_is_of_the_next_token_and_gates_above_the_threshold():
   model = make_model()
   decoder, tokens = make_params(model), tokens_of(model, 2, S)
-  spec = TraceSpec(N, A)
+  spec = Layout(N, A)
 
   @jit
   def run(decoder):
@@ -123,7 +120,7 @@ def test_head_comes_back_from_files(tmp_path):
 
 def test_contexts_are_those_that_can_bear_a_trace():
   model = make_model(layers=1, layer_kinds=("sliding",))
-  spec = TraceSpec(N, A, "replace", tail=2, min_ahead=2)
+  spec = Layout(N, A, "replace")
   decoder, coproc = make_params(model), make_coprocessor(model, spec)
   tokens = tokens_of(model, 2, S)
   batch = {"tokens": tokens, "documents": DOCUMENTS.astype(np.int32)}

@@ -8,9 +8,9 @@ import pytest
 from tolerances import jit, make_coprocessor, make_model, make_params, tokens_of
 
 from cacheaug.augment import traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
-from cacheaug.inference import context
+from cacheaug.inference import context, padding
 from cacheaug.model import transformer
 
 N, NEW, PAD = 3, 6, 36
@@ -29,15 +29,15 @@ def prompts():
 
 
 def spec_of(scheme, start="harmless"):
-  return TraceSpec(N, 2, scheme, start)
+  return Layout(N, 2, scheme, start)
 
 
 def greedy(prompts, spec=None, stop_id=-1, length=None):
   model, decoder = model_and_params()
   coproc = None
   if spec is not None:
-    coproc = make_coprocessor(model, TraceSpec(N, 2, "insert", spec.start))
-  tokens, documents = context.pad_left(prompts, PAD, length)
+    coproc = make_coprocessor(model, Layout(N, 2, "insert", spec.start))
+  tokens, documents = padding.pad_left(prompts, PAD, length)
   run = compiled(spec, stop_id)
   return np.asarray(run(decoder, coproc, tokens, documents)).tolist()
 
@@ -88,7 +88,7 @@ def embed(ids):
 def coprocessor_alone(start, length):
   """z [N, D] of one unpadded prompt, soft tokens at the given positions."""
   model, decoder = model_and_params()
-  coproc = make_coprocessor(model, TraceSpec(N, 2, "insert", start))
+  coproc = make_coprocessor(model, Layout(N, 2, "insert", start))
 
   @jit
   def run(prompt, copied, positions):
@@ -113,13 +113,13 @@ def _naive(prompt, spec):
   t = len(prompt)
   x, positions, after = embed(list(prompt)), list(range(t)), t
   if spec is not None:
-    insert = spec.scheme == "insert"
+    insert = spec.positions == "insert"
     first = t if insert else t - N
     at = list(range(first, first + N))
     z = coprocessor_alone(spec.start, t)(
       np.array([prompt]), embed(list(prompt[-N:]))[None], np.array([at])
     )
-    assert spec.scheme in ("insert", "replace")
+    assert spec.positions in ("insert", "replace")
     keep = t if insert else t - N
     x = np.concatenate([x[:keep], z])
     positions, after = positions[:keep] + at, at[-1] + 1
@@ -218,7 +218,7 @@ def test_stop_token_ends_a_sequence_and_not_the_others():
 
 
 def test_pad_left():
-  tokens, documents = context.pad_left([[5, 6, 7], [8]], 9, 4)
+  tokens, documents = padding.pad_left([[5, 6, 7], [8]], 9, 4)
   assert tokens.tolist() == [[9, 5, 6, 7], [9, 9, 9, 8]]
   assert documents.tolist() == [[-1, 0, 0, 0], [-1, -1, -1, 0]]
   assert tokens.dtype == documents.dtype == np.int32
@@ -226,12 +226,12 @@ def test_pad_left():
 
 def test_prompts_that_cannot_be_used_are_refused():
   with pytest.raises(UserError, match="prompt 1 is empty"):
-    context.pad_left([[1], []], PAD)
+    padding.pad_left([[1], []], PAD)
   with pytest.raises(UserError, match="3 tokens, room for 2"):
-    context.pad_left([[1, 2, 3]], PAD, 2)
+    padding.pad_left([[1, 2, 3]], PAD, 2)
 
 
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 @pytest.mark.parametrize("start", traces.STARTS)
 def test_prompts_shorter_than_the_latents_are_refused(scheme, start):
   spec = spec_of(scheme, start)
@@ -248,7 +248,7 @@ def test_last_latent_predicts_and_next_position_follows():
   for scheme, expected in (("insert", 9 + N), ("overlay", 9), ("replace", 9)):
     spec = spec_of(scheme)
     coproc = make_coprocessor(model, spec_of("insert"))
-    tokens, documents = context.pad_left(prompts(), PAD)
+    tokens, documents = padding.pad_left(prompts(), PAD)
 
     @jit
     def run(tokens, spec=spec, documents=documents, coproc=coproc):

@@ -20,7 +20,7 @@ from test_pretrained import PUBLISHED
 from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
 from cacheaug.model.transformer import Transformer
-from cacheaug.weights import families, google_gemma, leaves, pretrained
+from cacheaug.weights import config_json, google_gemma, leaves, pretrained
 
 H, K, E = 4, 2, 8  # of make_golden's shapes
 
@@ -231,7 +231,7 @@ def test_config_of_the_releases(size):
     shapes[f"layer_{i}/mlp/linear"] = (f, d)
   config = google_gemma.config_of(shapes, size)
   path = pathlib.Path("config.json")
-  assert config == families.config_from_entries(entries, path)
+  assert config == config_json.config_from_entries(entries, path)
 
 
 def refuses(message):

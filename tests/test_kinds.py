@@ -23,14 +23,14 @@ from packed import (
 )
 from tolerances import GRADIENT, LOSS, NLL, close, close_trees, far
 
-from cacheaug.augment import coprocessor, objective, traces
+from cacheaug.augment import coprocessor, kinds, objective, traces
 from cacheaug.model import transformer
 from cacheaug.model.attention import NO_LIMIT, Rows
 from cacheaug.model.cache import KVCache
 from cacheaug.model.rope import rope_table, rotate
 
 N = 3
-KINDS = tuple(k for k in traces.KINDS if k != "coprocessor")
+KINDS = tuple(k for k in kinds.NAMES if k != "coprocessor")
 CASES = [(kind, "harmless") for kind in KINDS]
 CASES += [pytest.param(kind, "as_is", marks=pytest.mark.slow) for kind in KINDS]
 
@@ -47,7 +47,7 @@ def parallel(kind, start):
   def nll(coproc, laid):
     args = model, decoder
     hidden, cache = objective.context_pass(*args, tokens, DOCUMENTS, spec)
-    reading = coprocessor.reading(model, coproc, cache, hidden, spec)
+    reading = coprocessor.source_cache(model, coproc, cache, hidden, spec)
     return objective.traces_nll(*args, coproc, cache, laid, reading)
 
   return nll
@@ -218,7 +218,7 @@ def run_dense(kind, start, scheme):
   # Slots in the order: context, all traces' latents, all the other rows.
   blocks = S + np.arange(POINTS.shape[1] * spec.rows).reshape(-1, spec.rows)
   index = np.concatenate([np.arange(S), *blocks[:, :N], *blocks[:, N:]])
-  if spec.given:
+  if spec.latents_are_kv:
     order = order[:, index][:, :, index]
   w = laid.weights / laid.weights.sum()
   return dense(kind, start)(
@@ -229,7 +229,7 @@ def run_dense(kind, start, scheme):
 @pytest.mark.parametrize("kind, start", CASES)
 def test_parallel_equals_one_at_a_time_equals_dense(kind, start):
   losses = []
-  for scheme in traces.SCHEMES:
+  for scheme in traces.POSITIONS:
     laid, (loss, nll, grads) = run_parallel(kind, start, scheme)
     _, spec, _, coproc, tokens = setup(kind, start, scheme)
     single, nlls, single_grads = one_at_a_time(

@@ -24,24 +24,24 @@ from tolerances import (
 
 from cacheaug import sharding, validate
 from cacheaug import step as stepping
-from cacheaug.augment import coprocessor, objective, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment import coprocessor, kinds, objective, traces
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
-from cacheaug.inference import engine
+from cacheaug.inference import engine, padding
 from cacheaug.inference.session import Plan, Session
 from cacheaug.model import decode_rows, transformer
 from cacheaug.projects.background.worker import Worker
 from cacheaug.weights import coprocessor_files
 
 NEW = 5
-KINDS = tuple(k for k in traces.KINDS if k != "coprocessor")
+KINDS = tuple(k for k in kinds.NAMES if k != "coprocessor")
 
 
 def setup(kind, scheme="replace"):
   model, decoder = model_and_params()
-  spec = TraceSpec(N, NEW, scheme, kind=kind)
-  coproc = make_coprocessor(model, TraceSpec(N, NEW, kind=kind))
+  spec = Layout(N, NEW, scheme, kind=kind)
+  coproc = make_coprocessor(model, Layout(N, NEW, kind=kind))
   return model, decoder, coproc, spec
 
 
@@ -54,7 +54,7 @@ def scorer(kind):
   def run(coproc, tokens, documents, laid):
     args = model, decoder
     hidden, cache = objective.context_pass(*args, tokens, documents, spec)
-    read = coprocessor.reading(model, coproc, cache, hidden, spec)
+    read = coprocessor.source_cache(model, coproc, cache, hidden, spec)
     return objective.traces_nll(*args, coproc, cache, laid, read)
 
   return run
@@ -76,8 +76,10 @@ def teacher_forced(kind, scheme, prompt, said):
 @functools.cache
 def context(kind):
   model, decoder, *_, spec = setup(kind)
-  tokens, documents = generate.pad_left(prompts(), PAD)
-  run = functools.partial(generate.read, model, keep_states=spec.reads_states)
+  tokens, documents = padding.pad_left(prompts(), PAD)
+  run = functools.partial(
+    generate.read, model, keep_states=spec.kind.reads_states
+  )
   return tolerances.jit(run)(
     decode_rows.split_layers(decoder), tokens, documents
   )
@@ -128,7 +130,7 @@ def test_once_at_the_end_and_in_one_program(kind, monkeypatch):
   for name in ("start", "advance"):  # inside of one program, not their own
     function = getattr(engine, name).__wrapped__
     monkeypatch.setattr(engine, name, function)
-  tokens, documents = generate.pad_left(prompts(), PAD)
+  tokens, documents = padding.pad_left(prompts(), PAD)
   run = functools.partial(
     generate.greedy.__wrapped__, model, spec=spec, max_new_tokens=NEW
   )
@@ -149,10 +151,10 @@ def test_latents_after_tokens_said_are_those_of_the_longer_prompt(kind):
 
 
 @pytest.mark.parametrize("start", traces.STARTS)
-@pytest.mark.parametrize("kind", traces.KINDS)
+@pytest.mark.parametrize("kind", kinds.NAMES)
 def test_export_round_trip(kind, start, tmp_path):
   model, _ = model_and_params()
-  spec = TraceSpec(N, NEW, "overlay", start, kind=kind)
+  spec = Layout(N, NEW, "overlay", start, kind=kind)
   params = save_coprocessor(tmp_path, model, spec)
   config, found, tree, _ = coprocessor_files.load_coprocessor(tmp_path)
   assert (config, found) == (model.config, spec)
@@ -166,7 +168,7 @@ def test_export_round_trip(kind, start, tmp_path):
   )
   # Of another kind it is damaged: names the tensor.
   other = "prefix" if kind == "pause" else "pause"
-  variant = coprocessor_files.VARIANTS[TraceSpec(1, 1, kind=other).given]
+  variant = coprocessor_files.VARIANTS[Layout(1, 1, kind=other).latents_are_kv]
   entries |= {"kind": other, "variant": variant}
   (tmp_path / "config.json").write_text(json.dumps(entries))
   with pytest.raises(UserError, match="tensor|soft_tokens|prefix"):
@@ -175,7 +177,7 @@ def test_export_round_trip(kind, start, tmp_path):
 
 def test_exports_from_before_there_were_kinds_are_the_papers(tmp_path):
   model, _ = model_and_params()
-  spec = TraceSpec(N, NEW)
+  spec = Layout(N, NEW)
   save_coprocessor(tmp_path, model, spec)
   path = tmp_path / "config.json"
   entries = json.loads(path.read_text())
@@ -268,7 +270,7 @@ def test_the_background_takes_the_papers_kind_alone():
 def test_late_activations_are_those_of_the_shorter_text():
   """What the coprocessor has not read changes nothing."""
   model, decoder, coproc, spec = setup("activations", "overlay")
-  tokens, documents = generate.pad_left(prompts()[:1], PAD)
+  tokens, documents = padding.pad_left(prompts()[:1], PAD)
   other = tokens.copy()
   other[0, -1] += 1
   late = np.array([1], np.int32)
@@ -279,7 +281,7 @@ def test_late_activations_are_those_of_the_shorter_text():
     laid = traces.lay_out(tokens, documents, point, spec, late[:, None])
     args = model, decoder
     hidden, cache = objective.context_pass(*args, tokens, documents, spec)
-    read = coprocessor.reading(model, coproc, cache, hidden, spec)
+    read = coprocessor.source_cache(model, coproc, cache, hidden, spec)
     copied = transformer.embed(model, decoder, laid.copied)
     return coprocessor.outputs(model, coproc, read, laid, copied)
 

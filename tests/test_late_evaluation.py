@@ -10,11 +10,12 @@ from packed import DOCUMENTS, STARTS_AT, S, setup
 from tolerances import LOSS, NLL, close, far, jit
 
 from cacheaug.augment import objective, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data import tokenizers
 from cacheaug.data.problems import Options
 from cacheaug.evals import exact_match, perplexity
 from cacheaug.inference import context as generate
+from cacheaug.inference import padding
 from cacheaug.model import transformer
 
 N = 4
@@ -92,13 +93,13 @@ def test_table_takes_a_lateness(monkeypatch):
   close(rows[0].augmented_nll, augmented[..., 0][keep].mean(), LOSS)
 
 
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 @pytest.mark.parametrize("start", traces.STARTS)
 def test_generation_inserts_late_latents_as_trained(start, scheme):
   model, spec, decoder, coproc, tokens = setup(N, start, scheme)
   tokens, d = tokens[:, :12], 3
   prompts = [row[:k].tolist() for row, k in zip(tokens, (12, 9), strict=True)]
-  padded, documents = generate.pad_left(prompts, 0)
+  padded, documents = padding.pad_left(prompts, 0)
   spec = dataclasses.replace(spec, ahead=1)
 
   @jit
@@ -125,7 +126,7 @@ def test_generation_inserts_late_latents_as_trained(start, scheme):
 def test_exact_match_late_in_two_ways(monkeypatch):
   """What is asked of generation, and what comes of answers begun alone."""
   calls, said = [], set()
-  tokenizer, spec = tokenizers.load("byte"), TraceSpec(2, 4)
+  tokenizer, spec = tokenizers.load("byte"), Layout(2, 4)
   asked = exact_match.of_problems(Options(("sum",), (4, 4)), tokenizer, 3)
 
   def greedy(model, decoder, coproc, tokens, documents, **kw):
@@ -167,7 +168,7 @@ def test_questions_too_short_for_latents_are_answered_without(monkeypatch):
   options = Options(("sum", "word"), (4, 4))
   asked = exact_match.of_problems(options, tokenizer, 40)
   lengths = [len(question.prompt) for question in asked]
-  spec = TraceSpec(int(np.median(lengths)), 4)
+  spec = Layout(int(np.median(lengths)), 4)
   said = []
 
   def greedy(model, decoder, coproc, tokens, documents, **kw):

@@ -4,7 +4,6 @@ As test_objective.py, but the coprocessor has read up to d tokens less than the
 decoder when its latents are inserted.
 """
 
-import dataclasses
 import functools
 import json
 
@@ -41,7 +40,8 @@ from tolerances import (
 
 from cacheaug import step, validate
 from cacheaug.augment import coprocessor, drawing, objective, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.point_sampling import Draw, sample_late, sample_points
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import attention, transformer
@@ -62,10 +62,10 @@ def lay(tokens, spec, late=LATE, points=POINTS):
 # --- the layout -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 def test_pass_2_is_of_the_earlier_point_and_pass_3_of_the_later(scheme):
   """Every row of a late trace is a row of one of two on-time traces."""
-  spec, tokens = TraceSpec(N, A, scheme), tokens_of(make_model(), 2, S)
+  spec, tokens = Layout(N, A, scheme), tokens_of(make_model(), 2, S)
   late = lay(tokens, spec)
   here = lay(tokens, spec, None)
   earlier = lay(tokens, spec, None, np.where(POINTS < 0, -1, POINTS - LATE))
@@ -86,10 +86,10 @@ def test_pass_2_is_of_the_earlier_point_and_pass_3_of_the_later(scheme):
   assert (np.asarray(late.copied) != np.asarray(here.copied)).any()
 
 
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 @pytest.mark.parametrize("together", [False, True])
 def test_fast_masks_are_the_dense_masks(scheme, together):
-  spec = TraceSpec(N, A, scheme, mask_documents=not together)
+  spec = Layout(N, A, scheme, mask_documents=not together)
   tokens = tokens_of(make_model(), 2, S)
 
   @jit
@@ -227,7 +227,7 @@ def dense(start, scheme):
 
 @pytest.mark.parametrize(
   "start, scheme",
-  [*(("harmless", scheme) for scheme in traces.SCHEMES), ("as_is", "insert")],
+  [*(("harmless", scheme) for scheme in traces.POSITIONS), ("as_is", "insert")],
 )
 def test_parallel_equals_one_at_a_time_equals_dense(start, scheme):
   _, spec, _, coproc, tokens = setup(N, start, scheme)
@@ -251,7 +251,7 @@ def test_parallel_equals_one_at_a_time_equals_dense(start, scheme):
   far(loss, on_time[0])
 
 
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 def test_a_lateness_of_zero_is_none(scheme):
   """Bit for bit in the layout; XLA may fuse the rest otherwise."""
   _, spec, _, coproc, tokens = setup(N, "harmless", scheme)
@@ -271,7 +271,7 @@ def test_nothing_between_reaches_the_coprocessor(start):
   points, late = np.array([[6, 20]], np.int32), np.array([[2, 4]], np.int32)
   documents = DOCUMENTS[:1]
   model = make_model(tied_head=False).clone(attention=Kernel("plain"))
-  spec = TraceSpec(2, A, "replace", start)
+  spec = Layout(2, A, "replace", start)
   decoder, coproc = make_params(model), make_coprocessor(model, spec)
   # All tokens differ and the head is untied: row t of the embedding's gradient
   # is the influence of token t and of nothing else.
@@ -312,14 +312,14 @@ def test_nothing_between_reaches_the_coprocessor(start):
 
 
 def test_lateness_is_uniform_and_stays_in_the_document():
-  spec = TraceSpec(3, 2, count=6, min_ahead=2, late_max=4)
+  spec, draw = Layout(3, 2), Draw(6, min_ahead=2)
   keys = jax.random.split(jax.random.key(2), 3000)
 
   @jit
   def many(keys):
     def one(key):
-      points = traces.sample_points(key, DOCUMENTS, spec)
-      late = traces.sample_late(key, DOCUMENTS, points, spec)
+      points = sample_points(key, DOCUMENTS, spec, draw)
+      late = sample_late(key, DOCUMENTS, points, spec, 4)
       return points, late
 
     return jax.vmap(one)(keys)
@@ -342,7 +342,7 @@ def test_lateness_is_uniform_and_stays_in_the_document():
         (some == short).mean(), 1 - short / 5, atol=0.1
       )
   nothing = np.full((1, 2), -1, np.int32)
-  none = traces.sample_late(keys[0], DOCUMENTS[:1], nothing, spec)
+  none = sample_late(keys[0], DOCUMENTS[:1], nothing, spec, 4)
   assert none.tolist() == [[0, 0]]
 
 
@@ -386,12 +386,12 @@ def test_impossible_lateness_is_refused(tmp_path, value, said):
 
 def test_exports_say_it_and_older_ones_need_not(tmp_path):
   model = make_model(attention_softcap=0.0, final_softcap=0.0)
-  spec = TraceSpec(2, A, late_max=5)
-  save_coprocessor(tmp_path, model, spec)
-  assert coprocessor_files.load_coprocessor(tmp_path)[1] == spec
+  spec, draw = Layout(2, A), Draw(late_max=5)
+  save_coprocessor(tmp_path, model, spec, draw=draw)
+  assert coprocessor_files.load_coprocessor(tmp_path)[3]["draw"] == draw
   path = tmp_path / "config.json"
   entries = json.loads(path.read_text())
   assert entries.pop("late_max") == 5
   path.write_text(json.dumps(entries))
-  older = coprocessor_files.load_coprocessor(tmp_path)[1]
-  assert older == dataclasses.replace(spec, late_max=0)
+  older = coprocessor_files.load_coprocessor(tmp_path)
+  assert (older[1], older[3]["draw"]) == (spec, Draw())

@@ -15,12 +15,13 @@ from oracle import FAMILIES, TOLERANCE, WHY_TORCH
 
 import cacheaug
 from cacheaug import build, lm
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
+from cacheaug.inference import padding
 from cacheaug.weights import coprocessor_files, pretrained
 
-SPEC = TraceSpec(3, 4, "replace", tail=2, min_ahead=2, law="stratified")
+SPEC = Layout(3, 4, "replace")
 PROMPTS = ["def f(x):\n", "import os\n", "for i in range(10): print(i"]
 NEW = 5
 
@@ -93,7 +94,7 @@ def test_nll_equals_torch(family, tmp_path):
   pytest.importorskip("transformers", reason=WHY_TORCH)
   _, _, reference = oracle.make_decoder(family, tmp_path / "decoder")
   frozen = cacheaug.load(tmp_path / "decoder")
-  spec = dataclasses.replace(SPEC, scheme="overlay")
+  spec = dataclasses.replace(SPEC, positions="overlay")
   ours = frozen.with_coprocessor(save(tmp_path / "coprocessor", frozen, spec))
   tokens = tolerances.tokens_of(ours.model, 2, 20)
   points = np.array([[2, 7, 15], [4, 5, 11]])
@@ -146,7 +147,7 @@ def rows(model):
 
 @pytest.mark.parametrize("latents", (True, False))
 def test_generate_equals_greedy_and_the_three_steps(latents, augmented):
-  tokens, documents = generate.pad_left(rows(augmented), 0)
+  tokens, documents = padding.pad_left(rows(augmented), 0)
   ids = generate.greedy(
     augmented.model,
     augmented.decoder,
@@ -246,8 +247,8 @@ def test_tokens_that_cannot_be_read(augmented):
 
 def test_latents_are_refused_where_there_can_be_none(tiny, augmented):
   for call in (
-    lambda: tiny.generate(["a"]),
-    lambda: tiny.nll([[1] * 20], [[5]], 4),
+    lambda: tiny.generate(["a"], latents=True),
+    lambda: tiny.nll([[1] * 20], [[5]], 4, latents=True),
     lambda: tiny.augment(tiny.prefill([[5] * 10])),
   ):
     with pytest.raises(UserError, match="no coprocessor is attached"):

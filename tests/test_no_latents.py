@@ -10,7 +10,8 @@ import pytest
 from packed import DOCUMENTS, A, S, lay_out, nll_at_start, note, setup
 from tolerances import HIDDEN, LOSS, MATTERS, close, far, jit, tokens_of
 
-from cacheaug.augment import coprocessor, objective, traces
+from cacheaug.augment import coprocessor, objective
+from cacheaug.augment.point_sampling import Draw, sample_points
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
 
@@ -30,12 +31,11 @@ def test_other_starts_do_not(scheme, start):
 
 def test_frozen_loss_is_the_plain_models():
   """Each document by itself, token by token, against the sums."""
-  model, spec, decoder, _, tokens = setup(
-    3, "harmless", "replace", count=6, min_ahead=2
-  )
+  model, spec, decoder, _, tokens = setup(3, "harmless", "replace")
   batch = {"tokens": tokens, "documents": DOCUMENTS}
-  draw = jit(lambda key: traces.sample_points(key, DOCUMENTS, spec))
-  points = np.asarray(draw(jax.random.key(1)))
+  draw = Draw(6, min_ahead=2)
+  run = jit(lambda key: sample_points(key, DOCUMENTS, spec, draw))
+  points = np.asarray(run(jax.random.key(1)))
 
   @jit
   def logp(document):
@@ -144,7 +144,7 @@ def test_twenty_steps_leave_the_decoder_bit_identical():
 
   @functools.partial(jit, donate_argnums=(1, 2))
   def step(decoder, coproc, state, tokens, key):
-    points = traces.sample_points(key, DOCUMENTS, spec)
+    points = sample_points(key, DOCUMENTS, spec, Draw())
 
     def loss(coproc):
       batch = {"tokens": tokens, "documents": DOCUMENTS}

@@ -34,7 +34,8 @@ from tolerances import (
 )
 
 from cacheaug.augment import coprocessor, objective, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.point_sampling import LAWS, Draw, sample_points
+from cacheaug.augment.traces import Layout
 from cacheaug.kernels import context_attention
 from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import transformer
@@ -163,7 +164,7 @@ def run_dense(latents, start, scheme, together=False):
   )
 
 
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 @pytest.mark.parametrize("latents, start", CASES)
 def test_parallel_equals_one_at_a_time_equals_dense(latents, start, scheme):
   laid, (loss, nll, grads) = run_parallel(latents, start, scheme)
@@ -185,7 +186,7 @@ def test_parallel_equals_one_at_a_time_equals_dense(latents, start, scheme):
   note("gradients, dense", close_trees(grads, whole_grads, GRADIENT))
 
 
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 def test_documents_that_see_each_other_equal_dense(scheme):
   args = 4, "harmless", scheme, True
   _, (loss, _, grads) = run_parallel(*args)
@@ -199,7 +200,7 @@ def test_schemes_and_windows_and_caps_are_told_apart():
   """What the equalities above would miss if it had no effect."""
   latents, start = 4, "harmless"
   _, _, decoder, coproc, tokens = setup(latents, start)
-  losses = {s: run_parallel(latents, start, s)[1][0] for s in traces.SCHEMES}
+  losses = {s: run_parallel(latents, start, s)[1][0] for s in traces.POSITIONS}
   far(losses["insert"], losses["overlay"])
   far(losses["overlay"], losses["replace"])
   laid = lay_out(tokens, setup(latents, start, "overlay")[1])
@@ -212,7 +213,7 @@ def test_schemes_and_windows_and_caps_are_told_apart():
 
     @jit
     def loss(coproc, other=other):
-      spec = TraceSpec(latents, A)
+      spec = Layout(latents, A)
       args = other, decoder
       _, cache = objective.context_pass(*args, tokens, DOCUMENTS, spec)
       nll = objective.traces_nll(*args, coproc, cache, laid)
@@ -221,12 +222,10 @@ def test_schemes_and_windows_and_caps_are_told_apart():
     far(loss(coproc), losses["overlay"])
 
 
-@pytest.mark.parametrize("law", traces.LAWS)
+@pytest.mark.parametrize("law", LAWS)
 def test_tiles_equal_one_masked_softmax(law, monkeypatch):
   """Through the loss itself, with several tiles of rows and of slots."""
-  model, spec, decoder, coproc, tokens = setup(
-    2, "harmless", "replace", count=14, law=law
-  )
+  model, spec, decoder, coproc, tokens = setup(2, "harmless", "replace")
   documents = np.where(DOCUMENTS < 0, 3, DOCUMENTS)
   key = jax.random.key(5)
   batch = {"tokens": tokens, "documents": documents}
@@ -234,7 +233,7 @@ def test_tiles_equal_one_masked_softmax(law, monkeypatch):
   def run(name):
     @jit
     def sums(coproc):
-      points = traces.sample_points(key, documents, spec)
+      points = sample_points(key, documents, spec, Draw(14, law))
 
       def loss(coproc):
         nll, tokens = objective.coprocessor_loss(
@@ -278,7 +277,7 @@ def test_gradient_of_the_context_is_refused():
 # --- what depends on what ---------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 def test_causality_by_gradient(scheme):
   """d nll / d latents of any trace, and / d embedding of any token.
 
@@ -288,7 +287,7 @@ def test_causality_by_gradient(scheme):
   n, points = 2, np.array([[4, 7, 15, 20]], np.int32)
   documents = DOCUMENTS[:1]
   model = make_model(tied_head=False).clone(attention=Kernel("plain"))
-  spec = TraceSpec(n, A, scheme)
+  spec = Layout(n, A, scheme)
   decoder, coproc = make_params(model), make_coprocessor(model, spec)
   tokens = np.random.default_rng(0).permutation(37)[None, :S].astype(np.int32)
   laid = jit(lambda: traces.lay_out(tokens, documents, points, spec))()

@@ -108,7 +108,7 @@ def test_negative_controls(torch, tmp_path):
   assert np.abs(ours[0] - theirs[0]).max() > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("case", ("gemma2", "gemma3", "llama", "qwen3"))
+@pytest.mark.parametrize("case", make_golden.GOLDEN_CASES)
 def test_transformers_reads_what_we_write(case, torch, tmp_path):
   import transformers
 

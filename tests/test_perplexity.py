@@ -18,7 +18,7 @@ from tolerances import (
 )
 
 from cacheaug.augment import objective
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.evals import perplexity
 
@@ -36,12 +36,11 @@ COUNTS[4] = 0 + 2 + 0 + 0
 @functools.cache
 def setup():
   model = make_model(layers=1, layer_kinds=("sliding",))
-  # What training skips or strata it draws are no matter of evaluation.
-  spec = TraceSpec(3, A, "replace", count=2, min_ahead=3)
+  spec = Layout(3, A, "replace")
   return (
     model,
     make_params(model),
-    make_coprocessor(model, TraceSpec(3, A)),
+    make_coprocessor(model, Layout(3, A)),
     spec,
   )
 
@@ -49,7 +48,6 @@ def setup():
 @functools.cache
 def both(tokens_key=0, at_once=64):
   model, decoder, coproc, spec = setup()
-  spec = dataclasses.replace(spec, min_ahead=1)
   tokens = tokens_of(model, 3, S, seed=tokens_key)
   run = quick()  # traced anew, so that the constant is read
   with pytest.MonkeyPatch.context() as patch:
@@ -201,7 +199,6 @@ def test_points_want_as_much_context_as_asked():
 
 def test_plain_models_are_compared_on_the_same_tokens():
   model, decoder, coproc, spec = setup()
-  spec = dataclasses.replace(spec, min_ahead=1)
   batch = {"tokens": tokens_of(model, 3, S), "documents": DOCUMENTS}
   other = make_params(model, seed=5)
   kw = dict(positions=(1, 2, 4), context=4)

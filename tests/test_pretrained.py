@@ -18,7 +18,7 @@ from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
 from cacheaug.model.config import GLOBAL, SLIDING
 from cacheaug.weights import (
-  families,
+  config_json,
   huggingface,
   leaves,
   pretrained,
@@ -295,7 +295,7 @@ def test_save_refuses_what_the_family_cannot_say(tmp_path):
 CHILD = """
 import pathlib, re, sys
 import jax, jax.numpy as jnp
-from cacheaug.weights import leaves, pretrained
+from cacheaug.weights import config_json, families, leaves, pretrained
 
 def peak():
   # Not getrusage: its maximum is inherited from the process that forked.
@@ -335,7 +335,7 @@ def test_no_second_copy_on_the_host(layers, width, tmp_path):
   }
   tensors = (np.ones(shape, dtype) for shape, dtype in shapes.values())
   safetensors_io.write(tmp_path / "model.safetensors", shapes, tensors)
-  entries = families.config_entries(config)
+  entries = config_json.config_entries(config)
   write_config(tmp_path, entries)
   child = subprocess.run(
     [sys.executable, "-c", CHILD, str(tmp_path)],
@@ -370,7 +370,11 @@ def test_resolve(tmp_path):
   (
     (dict(model_type="gpt2"), "model_type 'gpt2' is not supported (supported:"),
     (dict(quantization_config={"bits": 4}), "quantization_config is not"),
-    (dict(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' is not"),
+    (dict(rope_parameters={"rope_type": "yarn"}), "has no 'factor'"),
+    (
+      dict(rope_parameters={"rope_type": "longrope"}),
+      "rope_type 'longrope' is not",
+    ),
     (dict(hidden_act="relu"), "hidden_act 'relu' is not supported (silu"),
     (dict(hidden_size="24"), "hidden_size '24' is not of type int"),
     (dict(num_attention_heads=0), "num_attention_heads 0 must be 1 or more"),

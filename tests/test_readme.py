@@ -23,7 +23,14 @@ from cacheaug import config as configs
 from cacheaug.augment import drawing
 
 README = ROOT / "README.md"
-_RESULTS = (ROOT / "RESULTS.md").read_text()
+# What was found, and the pages of long tables behind it.
+_RESULTS = "\n".join(
+  page.read_text()
+  for page in (
+    ROOT / "RESULTS.md",
+    *sorted((ROOT / "docs" / "results").glob("*.md")),
+  )
+)
 _COMMANDS = {
   command: needs for page in PAGES for command, needs in fenced.commands(page)
 }
@@ -127,7 +134,7 @@ def test_keys_files_and_flags_exist(command):
   config = given.get("config")
   if config:
     found = runpy.run_path(str(ROOT / config))["get_config"]()
-    known = [key for key, _ in configs._leaves(found)]
+    known = [key for key, _ in configs.leaves(found)]
     for key in given:
       if key.startswith("config."):
         assert key.removeprefix("config.") in known, key
@@ -322,7 +329,7 @@ _NAMED = {
 
 def _gone(text: str) -> list[str]:
   """Names of functions, or of keys, that the code does not have."""
-  keys = {key for key, _ in configs._leaves(configs.base())}
+  keys = {key for key, _ in configs.leaves(configs.base())}
   names = re.findall(rf"\b(?<!\.)({'|'.join(_NAMED)})\.([a-z]\w+)", text)
   return [
     f"{module}.{name}"
@@ -342,7 +349,7 @@ def test_named_functions_exist(page):
 
 
 def _section(heading: str) -> str:
-  """Of RESULTS.md, up to the next heading of any level."""
+  """Of RESULTS.md and its pages, up to the next heading of any level."""
   _, found, rest = _RESULTS.partition(f"\n{heading}")
   assert found, heading
   return rest.partition("\n#")[0]

@@ -29,10 +29,10 @@ from tolerances import (
 from cacheaug import config as configs
 from cacheaug import flops, step, validate
 from cacheaug.augment import objective, rounds
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
-from cacheaug.inference import engine
+from cacheaug.inference import engine, padding
 from cacheaug.inference.session import Plan, Session
 from cacheaug.model import transformer
 from cacheaug.projects.background.worker import Worker
@@ -55,9 +55,9 @@ cases = pytest.mark.parametrize("scheme, start, count, stride", CASES)
 
 @functools.cache
 def setup(scheme, start, count, stride):
-  spec = TraceSpec(N, A, scheme, start, rounds=count, stride=stride)
+  spec = Layout(N, A, scheme, start, rounds=count, stride=stride)
   model = make_model()
-  coproc = make_coprocessor(model, TraceSpec(N, A, "insert", start))
+  coproc = make_coprocessor(model, Layout(N, A, "insert", start))
   return model, spec, make_params(model), coproc, tokens_of(model, 2, S)
 
 
@@ -93,7 +93,7 @@ def prompts(reach):
     p = POINTS[b, m]
     found.append(tokens[b, STARTS_AT[DOCUMENTS[b, p]] : p + 1].tolist())
     after.append(np.resize(tokens[b, p + 1 : p + 1 + reach], reach))
-  return (*generate.pad_left(found, 0), np.stack(after))
+  return (*padding.pad_left(found, 0), np.stack(after))
 
 
 def in_order(x):
@@ -257,7 +257,7 @@ def picture(spec, i, reading):
     word = "bcd"[spec.stride * j]
     labels += [f"{word}'", *"cdef"[spec.stride * j :][: rounds.fed_in(spec, j)]]
   order = rounds.masks(spec, i)[not reading]
-  hides = spec.scheme == "replace" and (i or not reading)
+  hides = spec.positions == "replace" and (i or not reading)
   context = np.tile(np.arange(4) < (1 if hides else 2), (len(order), 1))
   q = order.shape[0] - 1 if reading else 0
   labels = [*labels[: len(order) - 1], str(i + 1)] if reading else labels
@@ -281,7 +281,7 @@ def test_docstring_draws_the_masks():
     return name, rest.count("#")
 
   for part, scheme in zip(drawn[:2], ("insert", "replace"), strict=True):
-    spec = TraceSpec(1, 2, scheme, rounds=2, stride=1)
+    spec = Layout(1, 2, scheme, rounds=2, stride=1)
     _, rows = picture(spec, 1, False)
     # Each round's own: the first one's rows are in its own pass.
     _, first = picture(spec, 0, False)
@@ -299,7 +299,7 @@ def test_docstring_draws_the_masks():
       "c'",
       "d",
     ]
-  spec = TraceSpec(1, 2, "replace", rounds=2, stride=1)
+  spec = Layout(1, 2, "replace", rounds=2, stride=1)
   rows = [picture(spec, i, True)[1][-1] for i in range(2)]
   assert [marks(x) for x in drawn[2][1:]] == [
     (r[0], r.count("#")) for r in rows
@@ -307,13 +307,13 @@ def test_docstring_draws_the_masks():
 
 
 def test_reaching_is_as_far_as_asked():
-  spec = TraceSpec(N, A, rounds=3, stride=4, min_ahead=2)
+  spec = Layout(N, A, rounds=3, stride=4)
   assert spec.reach == 11
   for tokens in (1, 4, 5, 8, 9, 32):
     some = spec.reaching(tokens)
     assert some.reach == tokens and some.ahead >= 1 and some.rounds <= 3
     assert some.rounds == 1 + sum(4 * i < tokens for i in (1, 2))
-  once = TraceSpec(N, A, rounds=3).reaching(5)
+  once = Layout(N, A, rounds=3).reaching(5)
   assert (once.rounds, once.reach) == (3, 5)
 
 
@@ -331,7 +331,7 @@ def test_training_takes_rounds(tmp_path):
   again = steps_of(tmp_path, rounds=2, stride=3)
   batch = again.batches.at(0)
   batch = step.add_points(again.config, batch, again.key, 0)
-  spec = configs.spec_of(again.config)
+  spec = configs.layout_of(again.config)
 
   @jit
   def frozen(batch):
@@ -386,13 +386,13 @@ def test_other_ways_refuse_rounds():
   with pytest.raises(UserError, match="no dense way"):
     dense_reference.naive_loss(None, None, None, batch, POINTS, spec)
   with pytest.raises(UserError, match="computes one round"):
-    Worker(None, {}, TraceSpec(N, A, rounds=2))
+    Worker(None, {}, Layout(N, A, rounds=2))
 
 
 @pytest.mark.parametrize("stride", [0, 2, 5])
 def test_flop_are_of_every_round(stride):
   """By enumeration of who sees whom of a trace's own rows."""
-  spec = TraceSpec(N, A, "insert", rounds=3, stride=stride)
+  spec = Layout(N, A, "insert", rounds=3, stride=stride)
   model = make_model().config
   common = dict(batch=1, sequence=S, traces=2, latents=N, ahead=A)
   sizes = flops.Sizes(**common, rounds=3, stride=stride)
@@ -450,10 +450,10 @@ def test_sessions_insert_as_trained():
 
 
 def test_a_trained_coprocessor_says_how_often():
-  spec = TraceSpec(N, A, rounds=2, stride=4)
+  spec = Layout(N, A, rounds=2, stride=4)
   assert Plan.trained(spec) == Plan(every=4)
-  assert Plan.trained(TraceSpec(N, A, rounds=3)) == Plan(rounds=3)
-  assert Plan.trained(TraceSpec(N, A)) == Plan()
+  assert Plan.trained(Layout(N, A, rounds=3)) == Plan(rounds=3)
+  assert Plan.trained(Layout(N, A)) == Plan()
   plan = Plan(at=(0,), before=(8, 4), rounds=2)
   assert plan.room(5) == 6 and plan.told == 8 and plan.first(5) == -8
   for wrong in (dict(before=(0,)), dict(rounds=0)):

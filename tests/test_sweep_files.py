@@ -8,7 +8,7 @@ import pytest
 
 from cacheaug import config as configs
 from cacheaug.projects.sweep import rows
-from cacheaug.weights import families
+from cacheaug.weights import config_json
 
 _SWEEPS = Path(__file__).resolve().parent.parent / "configs" / "sweeps"
 _LETTERS = ("latents", "ahead", "traces", "steps", "decoders", "decoder")
@@ -19,7 +19,7 @@ _NAMES = (*_FILES, *(f"scaling:{k}" for k in _LETTERS))
 def _shape(directory: Path, config) -> None:
   """A decoder's directory without its weights, which nothing here reads."""
   directory.mkdir(parents=True)
-  entries = families.config_entries(configs.model_of(config))
+  entries = config_json.config_entries(configs.model_of(config))
   (directory / "config.json").write_text(json.dumps(entries))
 
 

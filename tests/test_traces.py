@@ -1,6 +1,7 @@
 """Where traces stand: masks, layouts, sampling, and the command's picture."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 from tolerances import jit
 
-from cacheaug.augment import drawing, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment import drawing, point_sampling, traces
+from cacheaug.augment.point_sampling import Draw, near_end, sample_points
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import attention
 from cacheaug.model.cache import KVCache
+from cacheaug.weights import coprocessor_files, pretrained
 
 # Two packed sequences, the second padded at its end; S = 16.
 DOCUMENTS = np.array(
@@ -35,7 +38,7 @@ def drawn_in_docstring():
 
 
 def test_drawing_in_the_docstring():
-  spec = TraceSpec(latents=1, ahead=2, scheme="insert", start="as_is")
+  spec = Layout(latents=1, ahead=2, positions="insert", start="as_is")
   labels = "a b c d e f b' c d' e".split()
   picture = drawn_in_docstring()
   assert picture.count("#") == 21 + 3 + 4 + 5 + 6
@@ -165,11 +168,11 @@ def test_command_refuses_with_one_line(flags, said, capsys):
 # --- the mask ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", traces.SCHEMES)
+@pytest.mark.parametrize("scheme", traces.POSITIONS)
 @pytest.mark.parametrize("together", [False, True])
 def test_fast_masks_are_the_dense_mask(scheme, together):
   """What passes 1 and 3 see, row by row, is what the picture says."""
-  spec = TraceSpec(3, 4, scheme, mask_documents=not together)
+  spec = Layout(3, 4, scheme, mask_documents=not together)
   points = np.array([[2, 4, 8, 12], [2, 5, 7, 11]], np.int32)
 
   @jit
@@ -213,7 +216,7 @@ def test_fast_masks_are_the_dense_mask(scheme, together):
 )
 def test_layout_of_one_trace(scheme, latents, ahead, limit):
   """N = 2, A = 3, after token 8 of sequence 0, worked by hand."""
-  spec = TraceSpec(2, 3, scheme)
+  spec = Layout(2, 3, scheme)
   laid = traces.lay_out(TOKENS, DOCUMENTS, np.array([[8], [7]]), spec)
   assert laid.latent_rows.positions[0, 0].tolist() == latents
   assert laid.rows.positions[0, 0].tolist() == latents + ahead
@@ -231,7 +234,7 @@ def test_layout_of_one_trace(scheme, latents, ahead, limit):
 
 
 def test_weights_end_with_the_document_the_sequence_and_the_points():
-  spec = TraceSpec(1, 4)
+  spec = Layout(1, 4)
   points = np.array([[-1, 5, 13], [0, 11, 12]], np.int32)
   weights = traces.lay_out(TOKENS, DOCUMENTS, points, spec).weights
   assert weights.tolist() == [
@@ -243,11 +246,11 @@ def test_weights_end_with_the_document_the_sequence_and_the_points():
 # --- sampling ---------------------------------------------------------------
 
 
-def by_hand(documents, spec):
+def by_hand(documents, spec, min_ahead):
   """Valid points of one sequence, from the definition."""
   found = set()
   for p in range(len(documents)):
-    first, last = p - spec.context_needed + 1, p + spec.min_ahead
+    first, last = p - spec.context_needed + 1, p + min_ahead
     whole = first >= 0 and last < len(documents) and documents[p] >= 0
     if whole and len(set(documents[first : last + 1].tolist())) == 1:
       found.add(p)
@@ -265,29 +268,32 @@ def by_hand(documents, spec):
   ],
 )
 def test_valid_points(scheme, start, needed, min_ahead):
-  spec = TraceSpec(3, 4, scheme, start, min_ahead=min_ahead)
+  spec = Layout(3, 4, scheme, start)
   assert spec.context_needed == needed
-  valid = np.asarray(traces.valid_points(DOCUMENTS, spec))
+  valid = np.asarray(
+    point_sampling.valid_points(DOCUMENTS, spec, min_ahead=min_ahead)
+  )
   for b in range(2):
-    assert set(np.flatnonzero(valid[b]).tolist()) == by_hand(DOCUMENTS[b], spec)
+    expected = by_hand(DOCUMENTS[b], spec, min_ahead)
+    assert set(np.flatnonzero(valid[b]).tolist()) == expected
 
 
 DRAWS = 4000
 
 
-def many(spec, documents=DOCUMENTS, draws=DRAWS):
+def many(spec, draw, documents=DOCUMENTS, draws=DRAWS):
   keys = jax.random.split(jax.random.key(3), draws)
-  sample = jit(jax.vmap(lambda key: traces.sample_points(key, documents, spec)))
+  sample = jit(jax.vmap(lambda key: sample_points(key, documents, spec, draw)))
   return np.asarray(sample(keys))
 
 
 def test_uniform_points_are_distinct_ascending_and_uniform():
-  spec = TraceSpec(2, 3, count=4, min_ahead=2)
-  points = many(spec)
+  spec = Layout(2, 3)
+  points = many(spec, Draw(4, min_ahead=2))
   assert points.shape == (DRAWS, 2, 4)
   assert (np.diff(points, axis=-1) > 0).all()
   for b in range(2):
-    valid = by_hand(DOCUMENTS[b], spec)
+    valid = by_hand(DOCUMENTS[b], spec, 2)
     counts = np.bincount(points[:, b].ravel(), minlength=16)
     assert set(np.flatnonzero(counts).tolist()) == valid
     expected = DRAWS * 4 / len(valid)
@@ -301,8 +307,8 @@ def test_uniform_points_are_distinct_ascending_and_uniform():
 
 def test_points_are_minus_one_where_too_few_are_valid():
   documents = np.array([[0] * 5 + [-1] * 3, [-1] * 8], np.int32)
-  spec = TraceSpec(2, 2, count=4, min_ahead=2)
-  points = many(spec, documents, 10)
+  spec = Layout(2, 2)
+  points = many(spec, Draw(4, min_ahead=2), documents, 10)
   assert (points[:, 0] == [-1, -1, 1, 2]).all() and (points[:, 1] == -1).all()
   laid = traces.lay_out(np.zeros((2, 8), int), documents, points[0], spec)
   assert laid.weights.sum(-1).tolist() == [[0, 0, 2, 2], [0, 0, 0, 0]]
@@ -311,27 +317,27 @@ def test_points_are_minus_one_where_too_few_are_valid():
 def test_points_near_a_documents_end_come_first():
   # Documents end at 4, at 9 and (cut off by the sequence, so not there) at 15.
   documents = jnp.asarray([[0] * 5 + [1] * 5 + [2] * 6])
-  near = traces.near_end(documents, 2)
+  near = near_end(documents, 2)
   assert np.flatnonzero(near[0]).tolist() == [3, 4, 8, 9]
   # An end itself has no token after it, so two points are near and valid.
   for seed in range(20):
     key = jax.random.key(seed)
-    spec = TraceSpec(latents=1, ahead=2, count=3, tail=2)
-    points = traces.sample_points(key, documents, spec)[0].tolist()
+    spec, draw = Layout(latents=1, ahead=2), Draw(count=3, tail=2)
+    points = sample_points(key, documents, spec, draw)[0].tolist()
     assert {3, 8} < set(points)
-  without = dataclasses.replace(spec, tail=0)
+  draw = Draw(count=3)
   drawn = [
-    set(traces.sample_points(jax.random.key(s), documents, without)[0].tolist())
+    set(sample_points(jax.random.key(s), documents, spec, draw)[0].tolist())
     for s in range(20)
   ]
   assert not all({3, 8} < points for points in drawn)
 
 
 def test_stratified_points_fall_one_in_each_bucket():
-  spec = TraceSpec(2, 3, count=4, law="stratified", min_ahead=2)
-  points = many(spec)
+  spec = Layout(2, 3)
+  points = many(spec, Draw(4, "stratified", min_ahead=2))
   for b in range(2):
-    valid = by_hand(DOCUMENTS[b], spec)
+    valid = by_hand(DOCUMENTS[b], spec, 2)
     for m in range(4):
       drawn = set(np.unique(points[:, b, m]).tolist())
       bucket = valid & set(range(4 * m, 4 * m + 4))
@@ -352,14 +358,70 @@ def test_starts_are_where_segments_begin():
   [
     (dict(latents=0), "traces.latents=0"),
     (dict(ahead=0), "traces.ahead=0"),
-    (dict(count=0), "traces.count=0"),
-    (dict(min_ahead=5), "traces.min_ahead=5"),
-    (dict(scheme="beside"), "traces.scheme='beside'"),
-    (dict(law="even"), "traces.law='even'"),
-    (dict(start="harmful"), "traces.start='harmful'"),
+    (dict(positions="beside"), "coprocessor.positions='beside'"),
+    (dict(start="harmful"), "coprocessor.start='harmful'"),
+    (dict(kind="brake"), "coprocessor.kind='brake'"),
   ],
   ids=str,
 )
 def test_impossible_layouts_are_refused(changes, said):
   with pytest.raises(UserError, match=said):
-    TraceSpec(**(dict(latents=2, ahead=4) | changes))
+    Layout(**(dict(latents=2, ahead=4) | changes))
+
+
+@pytest.mark.parametrize(
+  "changes, said",
+  [
+    (dict(count=0), "traces.count=0"),
+    (dict(min_ahead=5), "traces.min_ahead=5"),
+    (dict(law="even"), "traces.law='even'"),
+    (dict(tail=-1), "traces.tail=-1"),
+  ],
+  ids=str,
+)
+def test_impossible_draws_are_refused(changes, said):
+  with pytest.raises(UserError, match=said):
+    Draw(**changes).check(Layout(latents=2, ahead=4))
+
+
+# --- on disk ----------------------------------------------------------------
+
+# As version 1 wrote a store entry's owner, byte for byte.
+STORED = (
+  '{"ahead": 4, "count": 1, "kind": "coprocessor", "late_max": 2, '
+  '"latents": 3, "law": "stratified", "mask_documents": true, "min_ahead": 2, '
+  '"rounds": 1, "scheme": "replace", "start": "harmless", "stride": 0, '
+  '"tail": 2}'
+)
+
+
+def test_layout_and_draw_are_one_flat_dictionary_on_disk():
+  layout = Layout(3, 4, "replace")
+  draw = Draw(law="stratified", min_ahead=2, tail=2, late_max=2)
+  entries = point_sampling.to_entries(layout, draw)
+  assert json.dumps(entries, sort_keys=True) == STORED
+  assert type(entries["kind"]) is str
+  again = point_sampling.from_entries(json.loads(STORED))
+  assert again == (layout, draw)
+  # The oldest have no kind, rounds or lateness.
+  for key in ("late_max", "kind", "rounds", "stride"):
+    del entries[key]
+  older, drawn = point_sampling.from_entries(entries)
+  assert (older, drawn) == (layout, dataclasses.replace(draw, late_max=0))
+  del entries["tail"]
+  with pytest.raises(KeyError, match="tail"):
+    point_sampling.from_entries(entries)
+
+
+def test_the_shipped_coprocessor_is_read_and_written_alike():
+  path = pretrained.resolve("shipped:tiny_coprocessor")
+  _, layout, _, meta = coprocessor_files.load_coprocessor(path)
+  assert layout == Layout(4, 8, "replace")
+  assert meta["draw"] == Draw(24, tail=4)
+  entries = json.loads((path / "config.json").read_text())
+  entries["scheme"] = entries["positions"]
+  written = point_sampling.to_entries(layout, meta["draw"])
+  assert written.items() & entries.items() == {
+    (k, v) for k, v in written.items() if k in entries
+  }
+  assert set(written) - set(entries) == {"late_max", "kind", "rounds", "stride"}

@@ -85,7 +85,7 @@ def make_coprocessor(model: Transformer, spec, seed: int = 1):
   return shaken(init(jax.random.key(0)), seed)
 
 
-def save_coprocessor(directory, model: Transformer, spec):
+def save_coprocessor(directory, model: Transformer, spec, **options):
   """Exports `make_coprocessor`'s parameters; returns them."""
 
   params = make_coprocessor(model, spec)
@@ -96,6 +96,7 @@ def save_coprocessor(directory, model: Transformer, spec):
     params=params,
     decoder_fingerprint="0123456789ab",
     source="",
+    **options,
   )
   return params
 

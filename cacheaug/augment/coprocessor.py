@@ -16,28 +16,15 @@ said once more, and with positions 'replace' as exactly the frozen decoder.
 Latents that come late (traces.py) say again the tokens up to where they are
 inserted; those up to where the cache was read are the input.
 
-What it is compared with (`TraceSpec.kind`; the above is 'coprocessor'):
+The other kinds (kinds.py) change this:
 
-  activations  the same, but the cache that its rows read is its own: it reads
-               the decoder's last hidden states [B, S, D] as input embeddings.
-               Gradients go through that pass too.
-  pause        no network. {soft_tokens}; z = soft token (+ copied).
-  handover     z is not used: for the decoder, the keys and values of the
-               coprocessor's rows in all layers stand in the latents' slots.
-               {transformer: {blocks}, soft_tokens}; of the last layer only
-               what makes keys and values is trained.
-  prefix       no network. {prefix_keys, prefix_values [L, N, K, E]} stand
-               there. Keys are kept as before RoPE and rotated to where they
-               stand: a score then depends on how far away a row is, and not
-               on where in the text. Harmless: added to the context's own
-               entries of p-N+1 .. p.
+  activations  `source_cache` is a cache of the network's own.
+  pause        {soft_tokens} alone; z = soft token (+ copied).
+  handover     {transformer: {blocks}, soft_tokens}; see kv_latents.py.
+  prefix       {prefix_keys, prefix_values}; see kv_latents.py.
 
 The harmless start of pause, prefix and handover needs no projection: soft
-tokens or prefix begin at zero (and get gradients all the same). With 'replace'
-each begins as exactly the frozen decoder; handover if it is a copy of it, as
-its rows then read what the hidden entries have read, the context up to p-N,
-and the tokens after it from their inputs. How y_1 is predicted where keys and
-values are handed over is in traces.py.
+tokens or prefix begin at zero (and get gradients all the same).
 """
 
 import dataclasses
@@ -46,29 +33,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cacheaug.augment.traces import Traces, TraceSpec
+from cacheaug.augment.kinds import Kind
+from cacheaug.augment.traces import Layout, Traces
 from cacheaug.errors import UserError
 from cacheaug.model import placement, transformer
 from cacheaug.model.attention import Rows
 from cacheaug.model.cache import KVCache
-from cacheaug.model.rope import rope_of_layers, rotate
 from cacheaug.model.transformer import Given, Params, Transformer
 
 INITS = ("decoder", "scratch")
-# The parts of a transformer that a kind trains.
-NETWORK = {
-  "coprocessor": ("blocks", "final_norm"),
-  "activations": ("blocks", "final_norm"),
-  "handover": ("blocks",),
-  "pause": (),
-}
 SOFT_TOKEN_STDDEV = 0.02  # not stated in the paper; small beside embeddings
 
 
-def init_boxed(model: Transformer, spec: TraceSpec, key: jax.Array) -> Params:
+def init_boxed(model: Transformer, layout: Layout, key: jax.Array) -> Params:
   """Random parameters, boxed with their logical axes (for shardings)."""
   body, soft = jax.random.split(key)
-  c, harmless = model.config, spec.start == "harmless"
+  c, harmless = model.config, layout.start == "harmless"
   normal = nn.initializers.normal(SOFT_TOKEN_STDDEV)
   zeros = nn.initializers.zeros
 
@@ -78,18 +58,18 @@ def init_boxed(model: Transformer, spec: TraceSpec, key: jax.Array) -> Params:
     boxed = nn.with_logical_partitioning(init, letters)
     return boxed(key, shape, model.param_dtype)
 
-  if spec.kind == "prefix":
-    axes = ("L", c.layers), ("N", spec.latents), ("K", c.kv_heads)
+  if layout.kind is Kind.PREFIX:
+    axes = ("L", c.layers), ("N", layout.latents), ("K", c.kv_heads)
     axes = *axes, ("E", c.head_dim)
     init = zeros if harmless else normal
     keys = zip(("prefix_keys", "prefix_values"), (body, soft), strict=True)
     return {name: param(key, init, *axes) for name, key in keys}
-  tree, parts = {}, NETWORK[spec.kind]
+  tree, parts = {}, layout.kind.network
   if parts:
     whole = transformer.init(model, body)
     tree["transformer"] = {k: whole[k] for k in parts}
-  at_zero = harmless and spec.kind in ("pause", "handover")
-  axes = (None, spec.latents), ("D", c.width)
+  at_zero = harmless and "final_norm" not in parts  # no projection
+  axes = (None, layout.latents), ("D", c.width)
   tree["soft_tokens"] = param(soft, zeros if at_zero else normal, *axes)
   if harmless and "final_norm" in parts:
     axes = (None, c.width), ("D", c.width)
@@ -99,7 +79,7 @@ def init_boxed(model: Transformer, spec: TraceSpec, key: jax.Array) -> Params:
 
 def init(
   model: Transformer,
-  spec: TraceSpec,
+  layout: Layout,
   key: jax.Array,
   decoder: Params,
   source: str = "decoder",
@@ -113,7 +93,7 @@ def init(
     raise UserError(
       f"coprocessor.init={source!r} is not one of {', '.join(INITS)}"
     )
-  params = nn.unbox(init_boxed(model, spec, key))
+  params = nn.unbox(init_boxed(model, layout, key))
   if source == "decoder" and "transformer" in params:
     copy = {k: decoder[k] for k in params["transformer"]}
     params["transformer"] = jax.tree.map(
@@ -123,8 +103,8 @@ def init(
 
 
 def fewer(
-  params: Params, spec: TraceSpec, latents: int
-) -> tuple[Params, TraceSpec]:
+  params: Params, layout: Layout, latents: int
+) -> tuple[Params, Layout]:
   """The same coprocessor with fewer latents than it was trained for.
 
   The last soft tokens (of a prefix, entries) are kept: counted from the point,
@@ -133,30 +113,30 @@ def fewer(
   Raises:
     UserError: less than one, or more than it was trained for.
   """
-  if not 1 <= latents <= spec.latents:
+  if not 1 <= latents <= layout.latents:
     raise UserError(
-      f"{latents} latents: this coprocessor was trained for {spec.latents} and "
-      f"can be used with 1 to {spec.latents}"
+      f"{latents} latents: this coprocessor was trained for {layout.latents} "
+      f"and can be used with 1 to {layout.latents}"
     )
-  first, axis = spec.latents - latents, {"soft_tokens": 0}
+  first, axis = layout.latents - latents, {"soft_tokens": 0}
   axis |= {"prefix_keys": 1, "prefix_values": 1}
   kept = {
     name: jax.lax.slice_in_dim(params[name], first, None, axis=axis[name])
     for name in axis
     if name in params
   }
-  return params | kept, dataclasses.replace(spec, latents=latents)
+  return params | kept, dataclasses.replace(layout, latents=latents)
 
 
-def reading(
+def source_cache(
   model: Transformer,
   params: Params,
   cache: KVCache,
   states: jax.Array | None,  # [B, S, D], the decoder's of the cache's slots
-  spec: TraceSpec,
+  layout: Layout,
 ) -> KVCache:
-  """What the coprocessor's rows read: the decoder's cache, or its own."""
-  if not spec.reads_states:
+  """The cache that the coprocessor's rows read: the decoder's, or its own."""
+  if not layout.kind.reads_states:
     return cache
   assert states is not None, "the decoder's hidden states were not kept"
   rows = Rows.plain(cache.positions, cache.segments)
@@ -175,7 +155,7 @@ def reading(
 def latents(
   model: Transformer,
   params: Params,
-  cache: KVCache,  # of `reading`
+  cache: KVCache,  # of `source_cache`
   traces: Traces,
   copied: jax.Array,  # [B, M, N, D], the decoder's embeddings of traces.copied
   repeated: jax.Array | None = None,  # [B, M, N, D], of traces.repeated
@@ -196,11 +176,11 @@ def outputs(
   given: Given | None = None,
 ) -> jax.Array:  # [B, M, N, D]
   """What is trained contributes to z; `combine` makes z of it."""
-  x = _inputs(params, traces, copied)
-  if traces.kind == "pause":
+  x = input_rows(params, traces, copied)
+  if not traces.kind.network:
     return x
   rows = traces.latent_rows
-  if traces.kind == "activations":
+  if traces.kind.reads_states:
     rows = rows.replace(starts=None)  # gradients of what is read are wanted
   hidden = transformer.run_blocks(
     model,
@@ -217,10 +197,14 @@ def outputs(
   return hidden @ placement.for_use(projection, (None, "D"))
 
 
-def _inputs(params, traces, copied):
-  """The coprocessor's input rows [B, M, N, D]; the soft tokens of a pause."""
+def input_rows(
+  params: Params,
+  traces: Traces,
+  copied: jax.Array,  # [B, M, N, D], as of `latents`
+) -> jax.Array:  # [B, M, N, D]
+  """The network's input; where there is none, what is added to `copied`."""
   soft = params["soft_tokens"].astype(copied.dtype)[None, None]
-  if traces.start == "harmless" and traces.kind != "pause":
+  if traces.start == "harmless" and traces.kind.network:
     return soft + copied
   return jnp.broadcast_to(soft, copied.shape)
 
@@ -232,53 +216,3 @@ def combine(
 ) -> jax.Array:  # z [..., D]
   """z; where latents come late, `copied` is of a later point than `out`."""
   return copied + out if harmless else out
-
-
-def given(
-  model: Transformer,
-  params: Params,
-  cache: KVCache,
-  traces: Traces,
-  copied: jax.Array,  # [B, M, N, D], the decoder's embeddings of traces.copied
-) -> Given:
-  """Pass 2 of the kinds that hand over keys and values in place of z."""
-  if traces.kind == "handover":
-    own = transformer.run(
-      model,
-      params["transformer"],
-      _inputs(params, traces, copied),
-      traces.latent_rows,
-      cache,
-      trained=True,
-      kv_only=True,
-    )
-    return own.keys, own.values
-  keys, values = (
-    params[name].astype(model.dtype)[:, None, None]  # [L, 1, 1, N, K, E]
-    for name in ("prefix_keys", "prefix_values")
-  )
-  at = traces.latent_rows.positions  # [B, M, N]
-  keys = rotate(keys, rope_of_layers(model.config, at))
-  if traces.start == "harmless":
-    there, here, positions = _entries(cache, traces)
-    # To where the latents stand; by 'insert' these come later.
-    moved = rope_of_layers(model.config, at - positions)
-    keys, values = keys + rotate(there, moved), values + here
-  return keys, jnp.broadcast_to(values, keys.shape)
-
-
-def _entries(cache, traces):
-  """Keys and values [L, B, M, N, K, E] of p-N+1 .. p, positions [B, M, N].
-
-  In slots by the number of their tokens, as long as nothing stands between.
-  """
-  n = traces.copied.shape[-1]
-  slots = traces.points[..., None] + jnp.arange(1 - n, 1)[None, None]
-  slots = jnp.maximum(slots, 0)
-
-  def take(array, axis):
-    return jax.vmap(lambda x, i: jnp.take(x, i, axis), (axis, 0), axis)(
-      array, slots
-    )
-
-  return take(cache.keys, 1), take(cache.values, 1), take(cache.positions, 0)

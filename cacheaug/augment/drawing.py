@@ -13,8 +13,8 @@ import sys
 
 import numpy as np
 
-from cacheaug.augment import traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment import point_sampling, traces
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 
 NOTHING = "-"  # a row that predicts nothing, or a token of another document
@@ -83,7 +83,7 @@ def check_points(
   words: list[str],
   documents: np.ndarray,
   points: np.ndarray,
-  spec: TraceSpec,
+  layout: Layout,
   late: int = 0,
 ) -> None:
   """Looks whether a trace, `late` words late, fits at each point.
@@ -93,20 +93,22 @@ def check_points(
   """
   if late < 0:
     raise UserError(f"--late={late}: must be 0 or more words")
-  valid = np.asarray(traces.valid_points(documents[None], spec))[0]
+  valid = np.asarray(point_sampling.valid_points(documents[None], layout))[0]
   for p in points[~valid[points]]:
     raise UserError(
       f"--points: no trace fits after word {p} ({words[p]}): its document "
-      f"must hold {spec.context_needed} or more words up to there and "
-      f"{spec.min_ahead} or more after it"
+      f"must hold {layout.context_needed} or more words up to there and 1 "
+      "or more after it"
     )
-  room = np.asarray(traces.late_room(documents[None], points[None], spec))[0]
+  room = np.asarray(
+    point_sampling.late_room(documents[None], points[None], layout)
+  )[0]
   for p, most in zip(points, room, strict=True):
     if most < late:
       raise UserError(
         f"--late={late}: latents after word {p} ({words[p]}) can come at most "
         f"{most} words late: the coprocessor must have read "
-        f"{spec.context_needed} of the document's"
+        f"{layout.context_needed} of the document's"
       )
 
 
@@ -121,31 +123,33 @@ def draw_latents(
   words: list[str],
   documents: np.ndarray,
   points: np.ndarray,
-  spec: TraceSpec,
+  layout: Layout,
   late: int,
 ) -> str:
   """Whom the coprocessor's rows see, and where they stand."""
   delay, tokens = np.full_like(points, late), np.arange(len(words))
   one = (x[None] for x in (tokens, documents, points))
-  laid = traces.lay_out(*one, spec, delay[None])
+  laid = traces.lay_out(*one, layout, delay[None])
   positions = np.asarray(laid.latent_rows.positions).ravel()
-  mask = traces.dense_latent_mask(documents, points, spec, delay)
-  labels = sum((latent_labels(words[p], spec.latents) for p in points), [])
+  mask = traces.dense_latent_mask(documents, points, layout, delay)
+  labels = sum((latent_labels(words[p], layout.latents) for p in points), [])
   rows = [["", "position", *words, *labels]]
   for label, position, row in zip(labels, positions, mask, strict=True):
     rows.append([label, str(position), *("#" if seen else "" for seen in row)])
-  starts = range(len(words), len(words) + len(labels), spec.latents)
+  starts = range(len(words), len(words) + len(labels), layout.latents)
   return grid(rows, {1 + start for start in starts})
 
 
-def describe(text: str, points: str, spec: TraceSpec, late: int = 0) -> str:
+def describe(text: str, points: str, layout: Layout, late: int = 0) -> str:
   """All that the command prints; the numbers are `traces.lay_out`'s."""
   words, documents = parse_text(text)
   where = parse_points(points, len(words))
-  check_points(words, documents, where, spec, late)
-  s, n = len(words), spec.latents
+  check_points(words, documents, where, layout, late)
+  s, n = len(words), layout.latents
   # A word's token is its index, so tokens name words even if one is repeated.
-  laid = traces.lay_out(np.arange(s)[None], documents[None], where[None], spec)
+  laid = traces.lay_out(
+    np.arange(s)[None], documents[None], where[None], layout
+  )
   positions = np.asarray(laid.rows.positions)[0]  # [M, R]
   ahead, targets = np.asarray(laid.ahead)[0], np.asarray(laid.targets)[0]
   counts = np.asarray(laid.weights)[0] > 0
@@ -156,8 +160,8 @@ def describe(text: str, points: str, spec: TraceSpec, late: int = 0) -> str:
     wanted = [NOTHING] * (n - 1)
     for t, counted in zip(targets[m], counts[m], strict=True):
       wanted.append(words[t] if counted else NOTHING)
-    rows = range(s + m * spec.rows, s + (m + 1) * spec.rows)
-    document = [documents[p]] * spec.rows
+    rows = range(s + m * layout.rows, s + (m + 1) * layout.rows)
+    document = [documents[p]] * layout.rows
     columns = rows, positions[m], inputs, wanted, document
     blocks.append(list(zip(*columns, strict=True)))
   context = [
@@ -168,18 +172,18 @@ def describe(text: str, points: str, spec: TraceSpec, late: int = 0) -> str:
   number, position, inputs, wanted, document = (
     [str(cell) for cell in column] for column in zip(*everything, strict=True)
   )
-  starts = {s + m * spec.rows for m in range(len(where))}
+  starts = {s + m * layout.rows for m in range(len(where))}
   lines = [["input", *inputs], ["position", *position], ["target", *wanted]]
   if documents[-1]:
     lines.append(["document", *document])
-  mask = traces.dense_mask(documents, where, spec)
+  mask = traces.dense_mask(documents, where, layout)
   out = [grid(lines, starts), draw(inputs, mask, starts)]
   for m, (p, block) in enumerate(zip(where, blocks, strict=True)):
     table = [[str(cell) for cell in row[:4]] for row in block]
     head = ["row", "position", "input", "target"]
     out.append(f"trace {m}, after {words[p]}\n" + grid([head, *table], set()))
   if late:
-    picture = draw_latents(words, documents, where, spec, late)
+    picture = draw_latents(words, documents, where, layout, late)
     out.append(f"the coprocessor, {late} late\n{picture}")
   return "\n\n".join(out)
 
@@ -200,12 +204,12 @@ def main(argv: list[str] | None = None) -> int:
   add("--points", default="1,3", help="indices of the words before latents")
   add("--latents", type=int, default=1, help="N, latents a trace")
   add("--ahead", type=int, default=2, help="A, tokens predicted a trace")
-  add("--scheme", default="insert", help=" | ".join(traces.SCHEMES))
+  add("--scheme", default="insert", help=" | ".join(traces.POSITIONS))
   add("--late", type=int, default=0, help="words by which the latents are late")
   try:
     args = parser.parse_args(argv)
-    spec = TraceSpec(args.latents, args.ahead, args.scheme, start="as_is")
-    print(describe(args.text, args.points, spec, args.late))
+    layout = Layout(args.latents, args.ahead, args.scheme, start="as_is")
+    print(describe(args.text, args.points, layout, args.late))
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return 1

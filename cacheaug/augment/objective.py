@@ -4,9 +4,8 @@
 2. Coprocessor: reads the cache with soft tokens, gives latents z [B, M, N, D].
 3. Decoder: reads [z | ahead tokens] over the cache, predicts A tokens a trace.
 
-What a coprocessor of another kind does in place of pass 2 is coprocessor.py's;
-where it hands over keys and values, pass 3 is `given_pass`.
-Traces of several rounds (rounds.py) do 2 and 3 again over what they left.
+Where latents are keys and values, passes 2 and 3 are kv_latents.py's. Traces of
+several rounds (rounds.py) do 2 and 3 again over what they left.
 
 The context rows never change, so their keys and values are constants of passes
 2 and 3: differentiating with respect to the coprocessor alone forms no gradient
@@ -16,12 +15,12 @@ of them, and none of the decoder's weights.
 import jax
 import jax.numpy as jnp
 
-from cacheaug.augment import coprocessor, rounds, traces
-from cacheaug.augment.traces import Traces, TraceSpec
+from cacheaug.augment import coprocessor, kv_latents, rounds, traces
+from cacheaug.augment.traces import Layout, Traces
 from cacheaug.kernels.cross_entropy import token_nll
 from cacheaug.model import transformer
 from cacheaug.model.cache import KVCache
-from cacheaug.model.transformer import Given, Params, Transformer
+from cacheaug.model.transformer import Params, Transformer
 
 # Nll by position and the number of tokens that it is over, [A] each.
 Sums = tuple[jax.Array, jax.Array]
@@ -32,28 +31,12 @@ def context_pass(
   decoder: Params,
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S]
-  spec: TraceSpec,
+  layout: Layout,
 ) -> tuple[jax.Array, KVCache]:  # hidden [B, S, D], cache
   """Pass 1."""
-  segments = traces.segments_of(documents, spec.mask_documents)
+  segments = traces.segments_of(documents, layout.mask_documents)
   starts = traces.starts_of(segments)
   return transformer.read(model, decoder, tokens, segments, starts)
-
-
-def given_pass(
-  model: Transformer,
-  decoder: Params,
-  cache: KVCache,
-  given: Given,  # keys, values [L, B, M, N, K, E]
-  laid: Traces,
-) -> jax.Array:  # [B, M, A] nats
-  """Pass 3 where the latents are keys and values; every row predicts."""
-  tokens = jnp.concatenate([laid.copied[..., -1:], laid.ahead], -1)
-  x = transformer.embed(model, decoder, tokens)
-  hidden = transformer.run_blocks(
-    model, decoder, x, laid.rows, cache, given=given
-  )
-  return rows_nll(model, decoder, hidden, laid.targets)
 
 
 def decoder_pass(
@@ -109,19 +92,20 @@ def traces_nll(
     coproc: the coprocessor's.
     cache: the decoder's, of `context_pass`.
     laid: the traces, which say of which kind the coprocessor is.
-    reading: of coprocessor.reading, made once where there are many calls; the
-      decoder's cache by default, which kind 'activations' does not read.
+    reading: of coprocessor.source_cache, made once where there are many calls;
+      the decoder's cache by default, which kind 'activations' does not read.
   """
   if reading is None:
-    assert laid.kind != "activations", "give coprocessor.reading's"
+    assert not laid.kind.reads_states, "give coprocessor.source_cache's"
     reading = cache
   if laid.rounds:
     hidden = rounds.predicting(model, decoder, coproc, cache, laid)
     return rows_nll(model, decoder, hidden, laid.targets)
   copied, repeated = embedded(model, decoder, laid)
-  if laid.given:
-    given = coprocessor.given(model, coproc, reading, laid, copied)
-    return given_pass(model, decoder, cache, given, laid)
+  if laid.kind.latents_are_kv:
+    kv = kv_latents.latent_kv(model, coproc, reading, laid, copied)
+    hidden = kv_latents.predict(model, decoder, cache, kv, laid)
+    return rows_nll(model, decoder, hidden, laid.targets)
   z = coprocessor.latents(model, coproc, reading, laid, copied, repeated)
   return decoder_pass(model, decoder, cache, z, laid)
 
@@ -141,19 +125,19 @@ def coprocessor_loss(
   decoder: Params,
   coproc: Params,
   batch: dict[str, jax.Array],  # tokens, documents [B, S], maybe late [B, M]
-  points: jax.Array,  # [B, M], of traces.sample_points
-  spec: TraceSpec,
+  points: jax.Array,  # [B, M], of point_sampling.sample_points
+  layout: Layout,
 ) -> Sums:
   """Sums over this batch: nll [A] by position, and the tokens it is over.
 
   The loss is nll.sum() / tokens.sum(): the mean over all ahead tokens of all
   traces. Sums, so that accumulated micro-batches equal one big batch. `late`
-  is of traces.sample_late; without it no trace is.
+  is of point_sampling.sample_late; without it no trace is.
   """
   tokens, documents = batch["tokens"], batch["documents"]
-  laid = rounds.lay_out(tokens, documents, points, spec, batch.get("late"))
-  hidden, cache = context_pass(model, decoder, tokens, documents, spec)
-  reading = coprocessor.reading(model, coproc, cache, hidden, spec)
+  laid = rounds.lay_out(tokens, documents, points, layout, batch.get("late"))
+  hidden, cache = context_pass(model, decoder, tokens, documents, layout)
+  reading = coprocessor.source_cache(model, coproc, cache, hidden, layout)
   nll = traces_nll(model, decoder, coproc, cache, laid, reading)
   return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
 
@@ -164,17 +148,17 @@ def points_nll(
   coproc: Params | None,  # None: the frozen decoder's
   tokens: jax.Array,  # [B, S], each row one document
   points: jax.Array,  # [B, M]
-  spec: TraceSpec,
+  layout: Layout,
 ) -> jax.Array:  # [B, M, reach] nats
   """Nll of the tokens after each point, with latents there or without."""
   documents = jnp.zeros_like(tokens)
-  hidden, cache = context_pass(model, decoder, tokens, documents, spec)
+  hidden, cache = context_pass(model, decoder, tokens, documents, layout)
   if coproc is not None:
-    laid = rounds.lay_out(tokens, documents, points, spec)
-    reading = coprocessor.reading(model, coproc, cache, hidden, spec)
+    laid = rounds.lay_out(tokens, documents, points, layout)
+    reading = coprocessor.source_cache(model, coproc, cache, hidden, layout)
     return traces_nll(model, decoder, coproc, cache, laid, reading)
   nll = next_token_nll(model, decoder, hidden, tokens)
-  index = points[..., None] + jnp.arange(spec.reach)[None, None]
+  index = points[..., None] + jnp.arange(layout.reach)[None, None]
   return jax.vmap(lambda row, i: row[i])(nll, index)
 
 
@@ -183,13 +167,13 @@ def frozen_loss(
   decoder: Params,
   batch: dict[str, jax.Array],
   points: jax.Array,  # [B, M]
-  spec: TraceSpec,
+  layout: Layout,
 ) -> Sums:
   """The frozen decoder's sums over the very tokens of `coprocessor_loss`."""
   tokens, documents = batch["tokens"], batch["documents"]
-  hidden, _ = context_pass(model, decoder, tokens, documents, spec)
+  hidden, _ = context_pass(model, decoder, tokens, documents, layout)
   nll = next_token_nll(model, decoder, hidden, tokens)
-  return _over_traces(nll, batch, points, spec)
+  return _over_traces(nll, batch, points, layout)
 
 
 def plain_traces_loss(
@@ -197,28 +181,30 @@ def plain_traces_loss(
   params: Params,
   batch: dict[str, jax.Array],
   points: jax.Array,  # [B, M]
-  spec: TraceSpec,
+  layout: Layout,
   *,
   frozen_head: bool = False,
 ) -> Sums:
   """`frozen_loss` of a decoder that is trained on those tokens itself."""
   tokens = batch["tokens"]
-  segments = traces.segments_of(batch["documents"], spec.mask_documents)
+  segments = traces.segments_of(batch["documents"], layout.mask_documents)
   hidden = transformer.train_pass(model, params, tokens, segments)
   nll = next_token_nll(model, params, hidden, tokens, frozen=frozen_head)
-  return _over_traces(nll, batch, points, spec)
+  return _over_traces(nll, batch, points, layout)
 
 
 def _over_traces(
   nll: jax.Array,  # [B, S - 1] of next_token_nll
   batch: dict[str, jax.Array],
   points: jax.Array,  # [B, M]
-  spec: TraceSpec,
+  layout: Layout,
 ) -> Sums:
   """Sums over the tokens that traces predict, each as often as they do."""
   tokens, documents = batch["tokens"], batch["documents"]
-  laid = rounds.lay_out(tokens, documents, points, spec)
-  index = jnp.maximum(points, 0)[..., None] + jnp.arange(spec.reach)[None, None]
+  laid = rounds.lay_out(tokens, documents, points, layout)
+  index = (
+    jnp.maximum(points, 0)[..., None] + jnp.arange(layout.reach)[None, None]
+  )
   index = jnp.minimum(index, tokens.shape[-1] - 2)
   nll = jax.vmap(lambda row, i: row[i])(nll, index)
   return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))

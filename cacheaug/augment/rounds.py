@@ -48,7 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacheaug.augment import coprocessor, traces
-from cacheaug.augment.traces import Traces, TraceSpec
+from cacheaug.augment.traces import Layout, Traces
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
@@ -71,37 +71,36 @@ def lay_out(
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
   points: jax.Array,  # [B, M], -1 = no trace
-  spec: TraceSpec,
+  layout: Layout,
   late: jax.Array | None = None,  # [B, M] tokens; of one round only
 ) -> Traces:
-  """`traces.lay_out`, of as many rounds as the spec says.
+  """`traces.lay_out`, of as many rounds as the layout says.
 
-  Of several, targets and weights are over all `spec.reach` tokens, `rounds`
+  Of several, targets and weights are over all `layout.reach` tokens, `rounds`
   says where rows stand, and the rows of the Traces itself are not used.
 
   Raises:
     UserError: several rounds that come late.
   """
-  if spec.rounds == 1:
-    return traces.lay_out(tokens, documents, points, spec, late)
+  if layout.rounds == 1:
+    return traces.lay_out(tokens, documents, points, layout, late)
   if late is not None:
     raise UserError(
-      f"traces.rounds={spec.rounds}: latents of several rounds cannot come late"
+      f"traces.rounds={layout.rounds}: latents of several rounds cannot come "
+      "late"
     )
-  whole = dataclasses.replace(
-    spec, rounds=1, stride=0, ahead=spec.reach, min_ahead=1
-  )
+  whole = dataclasses.replace(layout, rounds=1, stride=0, ahead=layout.reach)
   laid = traces.lay_out(tokens, documents, points, whole)
-  rounds = tuple(_round(tokens, laid, spec, i) for i in range(spec.rounds))
+  rounds = tuple(_round(tokens, laid, layout, i) for i in range(layout.rounds))
   return laid.replace(rounds=rounds)
 
 
-def _round(tokens, laid, spec, i):
-  n, k, hides = spec.latents, spec.stride, spec.scheme == "replace"
+def _round(tokens, laid, layout, i):
+  n, k, hides = layout.latents, layout.stride, layout.positions == "replace"
   p = jnp.maximum(laid.points, 0)[..., None]  # [B, M, 1]
-  reading, decoding = masks(spec, i)
-  at = offsets(spec, i)
-  before = len(at) - n - fed_in(spec, i)
+  reading, decoding = masks(layout, i)
+  at = offsets(layout, i)
+  before = len(at) - n - fed_in(layout, i)
 
   def rows(offsets, order, limits):
     positions = p + jnp.asarray(offsets)[None, None]
@@ -120,46 +119,46 @@ def _round(tokens, laid, spec, i):
     latent_rows=rows(at[: before + n], reading, p - n if hides and i else p),
     rows=rows(at, decoding, p - n if hides else p),
     copied=jax.vmap(lambda row, index: row[index])(tokens, copied),
-    fed=laid.targets[..., k * i : k * i + fed_in(spec, i)],
-    predicts=k if i < spec.rounds - 1 else spec.ahead,
+    fed=laid.targets[..., k * i : k * i + fed_in(layout, i)],
+    predicts=k if i < layout.rounds - 1 else layout.ahead,
   )
 
 
-def fed_in(spec: TraceSpec, i: int) -> int:
+def fed_in(layout: Layout, i: int) -> int:
   """Q, tokens that the decoder reads in round i (from 0), after its latents.
 
   Of every round but the last all k, as the next one reads them.
   """
-  return spec.stride if i < spec.rounds - 1 else spec.ahead - 1
+  return layout.stride if i < layout.rounds - 1 else layout.ahead - 1
 
 
-def offsets(spec: TraceSpec, i: int) -> np.ndarray:
+def offsets(layout: Layout, i: int) -> np.ndarray:
   """Positions, from p, of all rows up to those of round i (from 0)."""
-  n, found = spec.latents, []
+  n, found = layout.latents, []
   for j in range(i + 1):
     # By 'insert' latents are further tokens, which push back what follows.
-    pushed = n * (j + 1) if spec.scheme == "insert" else 0
-    first = spec.stride * j + pushed
+    pushed = n * (j + 1) if layout.positions == "insert" else 0
+    first = layout.stride * j + pushed
     found.append(np.arange(first - n + 1, first + 1))
-    found.append(first + 1 + np.arange(fed_in(spec, j)))
+    found.append(first + 1 + np.arange(fed_in(layout, j)))
   return np.concatenate(found).astype(np.int32)
 
 
-def masks(spec: TraceSpec, i: int) -> tuple[np.ndarray, np.ndarray]:
+def masks(layout: Layout, i: int) -> tuple[np.ndarray, np.ndarray]:
   """Who sees whom of a chain's own rows in round i (from 0).
 
   [G + N, G + N] bool for the coprocessor's pass and [G + N + Q] squared for the
   decoder's; of the G given rows, which ask nothing, nothing is said. Windows
   are not in it: they compare positions and are the model's business.
   """
-  n, at = spec.latents, offsets(spec, i)
-  sizes = [n + fed_in(spec, j) for j in range(i + 1)]
+  n, at = layout.latents, offsets(layout, i)
+  sizes = [n + fed_in(layout, j) for j in range(i + 1)]
   of_round = np.repeat(np.arange(i + 1), sizes)
   given = len(at) - sizes[-1]
   # Whether the latents of the round after an entry's own leave it.
   left = np.ones(len(at), bool)
-  if spec.scheme == "replace":
-    left = at <= spec.stride * (of_round + 1) - n
+  if layout.positions == "replace":
+    left = at <= layout.stride * (of_round + 1) - n
   causal = np.tri(len(at), dtype=bool)
   reading = causal & (left | (of_round >= i - 1))[None]
   decoding = causal & (left | (of_round == i))[None]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap, latent_stats, perplexity
 from cacheaug.evals.bootstrap import DocumentSums
@@ -79,7 +79,7 @@ def diagnose(
   decoder: Params,
   coproc: Params,
   text: Callable[[], Iterable[Batch]],
-  spec: TraceSpec,
+  spec: Layout,
   *,
   positions: tuple[int, ...] = perplexity.POSITIONS,
   context: int = 0,
@@ -103,7 +103,6 @@ def diagnose(
   """
   # Of the first round's latents, as far as a trace of all rounds reaches.
   spec = dataclasses.replace(spec, ahead=spec.reach, rounds=1, stride=0)
-  spec = perplexity.table_spec(spec)
   check_kind(spec)
   harmless = spec.start == "harmless"
   layout = dict(spec=spec, context=context)
@@ -174,17 +173,13 @@ def diagnose(
   )
 
 
-def check_kind(spec: TraceSpec) -> None:
+def check_kind(spec: Layout) -> None:
   """Refuses a coprocessor whose latents are keys and values.
 
   Raises:
     UserError: names the kind.
   """
-  if spec.given:
-    raise UserError(
-      f"coprocessor.kind={spec.kind!r}: diagnostics are of latents that are "
-      "embeddings, this kind hands over keys and values; give --nodiagnostics"
-    )
+  spec.kind.check("diagnostics")
 
 
 def _latents(model, decoder, coproc, batch, layout):

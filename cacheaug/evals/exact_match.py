@@ -10,12 +10,12 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data import problems
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap, report
-from cacheaug.inference import context
+from cacheaug.inference import context, padding
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import files
 
@@ -134,7 +134,7 @@ def _greedy(
   stop_id: int,
   length: int,
   coproc: Params | None = None,
-  spec: TraceSpec | None = None,
+  spec: Layout | None = None,
   late: int = 0,
 ) -> np.ndarray:  # [B, new]
   delay = None
@@ -142,7 +142,7 @@ def _greedy(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     # Of questions too short for latents the answer is not used.
     delay = np.clip(lengths - spec.context_needed, 0, late)
-  tokens, documents = context.pad_left(prompts, pad_id, length)
+  tokens, documents = padding.pad_left(prompts, pad_id, length)
   out = context.greedy(
     model,
     decoder,
@@ -162,7 +162,7 @@ def exact_match(
   decoder: Params,
   coproc: Params | None,
   tokenizer: Tokenizer,
-  spec: TraceSpec | None,
+  spec: Layout | None,
   questions: Sequence[Question],
   *,
   late: int = 0,

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacheaug.augment import coprocessor, objective, traces
-from cacheaug.augment.traces import Traces, TraceSpec
+from cacheaug.augment.traces import Layout, Traces
 from cacheaug.evals import perplexity
 from cacheaug.model import attention, transformer
 from cacheaug.model.cache import KVCache
@@ -55,7 +55,7 @@ def contributions(
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S]
   *,
-  spec: TraceSpec,
+  spec: Layout,
   context: int = 0,
 ) -> tuple[jax.Array, jax.Array]:  # [B, S, N, D] each
   """Copied embeddings and what the coprocessor contributes, after each token.
@@ -65,7 +65,7 @@ def contributions(
   hidden, cache = objective.context_pass(
     model, decoder, tokens, documents, spec
   )
-  reading = coprocessor.reading(model, coproc, cache, hidden, spec)
+  reading = coprocessor.source_cache(model, coproc, cache, hidden, spec)
 
   def some(points):  # [B, m]
     laid = traces.lay_out(tokens, documents, points, spec)
@@ -84,7 +84,7 @@ def latents_nll(
   documents: jax.Array,  # [B, S]
   z: jax.Array,  # [B, S, N, D], row p for the trace after token p
   *,
-  spec: TraceSpec,
+  spec: Layout,
   context: int = 0,
 ) -> jax.Array:  # [B, S, A] nats
   """The decoder's nll after each token with these latents inserted there."""
@@ -283,16 +283,17 @@ def attention_mass(
   kv = cache.keys.astype(model.dtype), cache.values.astype(model.dtype)
 
   def layer(x, this):
-    weights, sliding, kv = this
+    weights, other, kv = this
     context = cache.positions, cache.segments
-    args = x, (sliding, kv), rows, context, ropes
+    args = x, (other, kv), rows, context, ropes
     (x, own), kept = block.apply({"params": weights}, *args, **asked)
     query = kept["intermediates"]["attention"][name]["__call__"][0]
+    query = query.reshape(*query.shape[:3], c.heads, c.head_dim)
     window, rope = None, ropes[0]
     if SLIDING in c.layer_kinds:
-      window = jnp.where(sliding, c.window, attention.NO_LIMIT)
+      window = jnp.where(other, c.window, attention.NO_LIMIT)
     if len(ropes) > 1:
-      rope = jax.tree.map(lambda g, s: jnp.where(sliding, s, g), *ropes)
+      rope = jax.tree.map(lambda g, s: jnp.where(other, s, g), *ropes)
     query = rotate(query, rope) * jnp.asarray(c.attention_scale, model.dtype)
     seen = jnp.concatenate(
       [
@@ -304,8 +305,7 @@ def attention_mass(
     weights = _softmax(query[:, :, n:], kv[0], own[0], seen[:, :, n:], c)
     return x, weights
 
-  sliding = jnp.array([kind == SLIDING for kind in c.layer_kinds])
-  layers = decoder["blocks"], sliding, kv
+  layers = decoder["blocks"], jnp.array(c.other_layers), kv
   _, weights = jax.lax.scan(layer, x.astype(model.dtype), layers)
   s = cache.positions.shape[1]
   context, latents, ahead = jnp.split(weights, [s, s + n], axis=-1)
@@ -345,7 +345,7 @@ def mass_sums(
   z: jax.Array,  # [B, S, N, D]
   valid: jax.Array,  # [B, S] bool, the traces to sum over
   *,
-  spec: TraceSpec,
+  spec: Layout,
 ) -> tuple[jax.Array, jax.Array]:  # [L, A - 1, N + 2], [A - 1]
   """`attention_mass` summed over a batch's traces, and rows it is of."""
   _, cache = objective.context_pass(model, decoder, tokens, documents, spec)

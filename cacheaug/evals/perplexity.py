@@ -11,7 +11,6 @@ other models' predictions of the same tokens (`plain_nll`) go into the same
 table.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheaug.augment import coprocessor, objective, rounds, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment import coprocessor, objective, point_sampling, rounds
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap
 from cacheaug.evals.bootstrap import DocumentSums
@@ -37,14 +36,9 @@ Batch = Mapping[str, np.ndarray]  # tokens, documents [B, S]
 Measured = tuple[Mapping[str, jax.Array], jax.Array]
 
 
-def table_spec(spec: TraceSpec) -> TraceSpec:
-  """The layout of the table: full documents, whatever training skipped."""
-  return dataclasses.replace(spec, min_ahead=1, law="uniform", tail=0)
-
-
 def point_weights(
   documents: jax.Array,  # [B, S]
-  spec: TraceSpec,
+  spec: Layout,
   context: int = 0,
 ) -> jax.Array:  # [B, S, A] float32
   """1 where the A tokens after each point count, 0 where they do not.
@@ -53,7 +47,7 @@ def point_weights(
   default) precede and include it in its document and one follows.
   """
   s = documents.shape[-1]
-  valid = traces.valid_points(documents, spec, context)
+  valid = point_sampling.valid_points(documents, spec, context)
   target = jnp.arange(s)[:, None] + jnp.arange(1, spec.reach + 1)[None]
   there = jnp.take(documents, jnp.minimum(target, s - 1), axis=-1)
   same = (there == documents[..., None]) & (target < s)[None]
@@ -69,16 +63,16 @@ def of_answers(weights: jax.Array, batch: Batch) -> jax.Array:  # [B, S, A]
   """
   if "answers" not in batch:
     return weights
-  return weights * traces.before_beginnings(batch["answers"])[..., None]
+  return weights * point_sampling.before_beginnings(batch["answers"])[..., None]
 
 
 def points_of(
   documents: jax.Array,  # [B, S]
-  spec: TraceSpec,
+  spec: Layout,
   context: int = 0,
 ) -> jax.Array:  # [B, S]
   """Every point that bears a trace, -1 elsewhere; as of `point_weights`."""
-  valid = traces.valid_points(documents, spec, context)
+  valid = point_sampling.valid_points(documents, spec, context)
   return jnp.where(valid, jnp.arange(documents.shape[-1])[None], -1)
 
 
@@ -99,7 +93,7 @@ def plain_nll(
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S]
   *,
-  spec: TraceSpec,
+  spec: Layout,
 ) -> jax.Array:  # [B, S, A] nats
   """A language model's nll of the A tokens after each point, no latents."""
   hidden, _ = objective.context_pass(model, params, tokens, documents, spec)
@@ -115,7 +109,7 @@ def both_nll(
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S]
   *,
-  spec: TraceSpec,
+  spec: Layout,
   context: int = 0,
   late: jax.Array | None = None,  # [], tokens; None: not
   late_room: jax.Array | None = None,  # [], with `late`
@@ -131,12 +125,12 @@ def both_nll(
   hidden, cache = objective.context_pass(
     model, decoder, tokens, documents, spec
   )
-  reading = coprocessor.reading(model, coproc, cache, hidden, spec)
+  reading = coprocessor.source_cache(model, coproc, cache, hidden, spec)
   plain = objective.next_token_nll(model, decoder, hidden, tokens)
   frozen = after_points(plain, spec.reach)
   points = points_of(documents, spec, context)
   if late is not None:
-    room = traces.late_room(documents, points, spec)
+    room = point_sampling.late_room(documents, points, spec)
     points = jnp.where(room >= late_room, points, -1)
 
   def some(points):  # [B, m]
@@ -197,7 +191,7 @@ def coprocessor_sums(
   decoder: Params,
   coproc: Params,
   batches: Iterable[Batch],
-  spec: TraceSpec,
+  spec: Layout,
   *,
   positions: tuple[int, ...] = POSITIONS,
   context: int = 0,
@@ -228,7 +222,6 @@ def coprocessor_sums(
   if late or late_room:
     room = np.int32(max(late, late_room))
     delay = {"late": np.int32(late), "late_room": room}
-  spec = table_spec(spec)
 
   def measure(batch):
     text = batch["tokens"], batch["documents"]
@@ -245,7 +238,7 @@ def coprocessor_sums(
 def plain_sums(
   models: Mapping[str, tuple[Transformer, Params]],
   batches: Iterable[Batch],
-  spec: TraceSpec,
+  spec: Layout,
   *,
   positions: tuple[int, ...] = POSITIONS,
   context: int = 0,
@@ -263,7 +256,6 @@ def plain_sums(
   Raises:
     UserError: no text at all.
   """
-  spec = table_spec(spec)
 
   def measure(batch):
     text = batch["tokens"], batch["documents"]
@@ -282,7 +274,7 @@ def by_position(
   decoder: Params,
   coproc: Params,
   batches: Iterable[Batch],
-  spec: TraceSpec,
+  spec: Layout,
   *,
   seed: int = 0,
   **options: Any,

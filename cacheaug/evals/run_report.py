@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from cacheaug import config as configs
 from cacheaug.augment import objective
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data import pipeline, problem_rows
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
@@ -69,7 +69,7 @@ def sums_by_source(
   decoder: Params,
   coproc: Params,
   tokenizer: Tokenizer,
-  spec: TraceSpec,
+  spec: Layout,
 ) -> dict[str, DocumentSums]:
   """What one perplexity table a source is made of."""
   spec = spec.reaching(config.eval.ahead)
@@ -120,7 +120,7 @@ def answers(
   decoder: Params,
   coproc: Params | None,
   tokenizer: Tokenizer,
-  spec: TraceSpec | None,
+  spec: Layout | None,
 ) -> dict[str, tuple[int, int]]:
   """Exact match over `questions`; {} where none are asked for."""
   asked = questions(config, tokenizer)
@@ -148,7 +148,7 @@ def coprocessor_report(
   decoder: Params,
   coproc: Params,
   tokenizer: Tokenizer,
-  spec: TraceSpec,
+  spec: Layout,
   meta: dict[str, Any],
 ) -> str:
   """Writes report/; returns what the terminal shows."""
@@ -283,7 +283,7 @@ def language_model_report(
   text = "\n".join(f"{k}: {v}" for k, v in figures.items())
   if decoder is None:
     return figures, text
-  spec = configs.spec_of(config)
+  spec = configs.layout_of(config)
   spec = spec.reaching(config.eval.ahead)
   models = {
     bootstrap.FROZEN: (model, decoder),

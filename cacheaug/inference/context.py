@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from cacheaug.augment import coprocessor, objective, traces
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment import objective
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import engine
 from cacheaug.inference.engine import Context
@@ -28,32 +27,9 @@ def apart(params: Params) -> Params:
   return _split(params) if jax.default_backend() == "cpu" else params
 
 
-def pad_left(
-  prompts: list[list[int]], pad_id: int, length: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-  """Ragged prompts -> tokens [B, S] and documents [B, S] (-1 = padding).
-
-  Raises:
-    UserError: an empty prompt, or one longer than `length`.
-  """
-  for i, prompt in enumerate(prompts):
-    if not prompt:
-      raise UserError(f"prompt {i} is empty: give at least one token")
-  longest = max(map(len, prompts))
-  length = longest if length is None else length
-  if longest > length:
-    raise UserError(f"a prompt has {longest} tokens, room for {length}")
-  tokens = np.full((len(prompts), length), pad_id, np.int32)
-  documents = np.full((len(prompts), length), -1, np.int32)
-  for row, prompt in enumerate(prompts):
-    tokens[row, length - len(prompt) :] = prompt
-    documents[row, length - len(prompt) :] = 0
-  return tokens, documents
-
-
 def check_prompts(
   prompts: list[list[int]],
-  spec: TraceSpec,
+  spec: Layout,
   *,
   on: Sequence[bool] | None = None,
   said: int = 0,
@@ -79,8 +55,9 @@ def check_prompts(
     if (on is None or on[i]) and len(prompt) + said < spec.context_needed:
       raise UserError(
         f"prompt {i} has {len(prompt)} tokens: with latents={spec.latents} "
-        f"(positions={spec.scheme!r}, start={spec.start!r}) it needs at least "
-        f"{spec.context_needed - said}; lengthen it, or decode without latents"
+        f"(positions={spec.positions!r}, start={spec.start!r}) it needs at "
+        f"least {spec.context_needed - said}; lengthen it, or decode without "
+        "latents"
       )
 
 
@@ -91,11 +68,11 @@ def augment(
   cache: KVCache,
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
-  spec: TraceSpec,
+  spec: Layout,
   *,
   position: jax.Array | None = None,  # [B], of the next token; S by default
   late: jax.Array | None = None,  # [B]
-  states: jax.Array | None = None,  # [B, S, D], of coprocessor.reading
+  states: jax.Array | None = None,  # [B, S, D], of coprocessor.source_cache
 ) -> tuple[jax.Array, KVCache, jax.Array]:
   """Inserts N latents at the end of the context.
 
@@ -107,56 +84,31 @@ def augment(
   b, s = tokens.shape
   if position is None:
     position = jnp.full((b,), s, jnp.int32)
-  args = model, decoder, coproc, cache, tokens, documents
-  point = dict(position=position, spec=spec)
   if late is not None:
-    spec.check_late()
-    z, positions = _late_latents(*args, **point, late=late, states=states)
-  elif spec.given:
-    rows, x = engine.hand_over(*args, **point, last=s - 1)
-    positions = rows.positions
-  else:
-    z, positions = engine.deliberate(*args, **point, last=s - 1, states=states)
-  if spec.scheme == "replace":
-    cache = cache.hide_after(positions[:, 0] - 1)
-  if spec.given:
-    cache = cache.concat(rows)
-    hidden = engine.ask(model, decoder, cache, x, positions[:, -1])
-    return hidden, cache, positions[:, -1] + 1
-  hidden, rows = transformer.extend(model, decoder, cache, z, positions)
-  return hidden[:, -1], cache.concat(rows), positions[:, -1] + 1
-
-
-def _late_latents(
-  model,
-  decoder,
-  coproc,
-  cache,
-  tokens,
-  documents,
-  *,
-  position,
-  spec,
-  late,
-  states,
-):
-  """As engine.deliberate, of a cache as it was `late` tokens ago.
-
-  No latents may have been inserted since.
-  """
-  b, s = tokens.shape
-  points = jnp.full((b, 1), s - 1, jnp.int32)
-  laid = traces.lay_out(tokens, documents, points, spec, late[:, None])
-  pushed = (position - s)[:, None, None]
-  rows = laid.latent_rows
-  rows = rows.replace(
-    positions=rows.positions + pushed, limits=rows.limits + pushed, starts=None
+    spec.kind.check("late")
+  latents = engine.compute_latents(
+    model,
+    decoder,
+    coproc,
+    cache,
+    tokens,
+    documents,
+    last=s - 1,
+    position=position,
+    spec=spec,
+    states=states,
+    late=late,
   )
-  laid = laid.replace(latent_rows=rows)
-  copied, repeated = objective.embedded(model, decoder, laid)
-  cache = coprocessor.reading(model, coproc, cache, states, spec)
-  z = coprocessor.latents(model, coproc, cache, laid, copied, repeated)
-  return z[:, 0], (laid.rows.positions + pushed)[:, 0, : spec.latents]
+  positions = latents.positions
+  if spec.positions == "replace":
+    cache = cache.hide_after(positions[:, 0] - 1)
+  if latents.kv is not None:
+    cache = cache.concat(latents.kv)
+    hidden = engine.rerun_last_token(model, decoder, cache, latents)
+  else:
+    rows, new = transformer.extend(model, decoder, cache, latents.z, positions)
+    cache, hidden = cache.concat(new), rows[:, -1]
+  return hidden, cache, positions[:, -1] + 1
 
 
 def read(
@@ -171,7 +123,7 @@ def read(
   With `keep_states` its hidden states stay for a coprocessor to read.
   """
   b, s = tokens.shape
-  plain = TraceSpec(latents=1, ahead=1)
+  plain = Layout(latents=1, ahead=1)
   hidden, cache = objective.context_pass(
     model, decoder, tokens, documents, plain
   )
@@ -185,7 +137,7 @@ def augment_context(
   decoder: Params,
   coproc: Params,
   context: Context,
-  spec: TraceSpec,
+  spec: Layout,
   late: jax.Array | None = None,  # [B]
 ) -> Context:
   """`augment`, of all that `decode` needs; in as many rounds as trained.
@@ -252,7 +204,7 @@ def greedy(
   tokens: jax.Array,  # [B, S] from pad_left
   documents: jax.Array,  # [B, S]
   *,
-  spec: TraceSpec | None,
+  spec: Layout | None,
   max_new_tokens: int,
   stop_id: int = -1,
   late: jax.Array | None = None,  # [B]
@@ -261,7 +213,7 @@ def greedy(
 
   With `late` the coprocessor has not read the prompts' last so many tokens.
   """
-  reads = coproc is not None and spec.reads_states
+  reads = coproc is not None and spec.kind.reads_states
   context = read(model, decoder, tokens, documents, reads)
   if coproc is not None:
     context = augment_context(model, decoder, coproc, context, spec, late)

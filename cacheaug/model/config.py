@@ -6,8 +6,11 @@ from typing import Any
 
 from cacheaug.errors import UserError
 
+# A layer's attention: within a window, over everything, or over everything
+# with queries and keys that RoPE does not rotate.
 SLIDING = "sliding"
 GLOBAL = "global"
+UNROTATED = "unrotated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +18,7 @@ class ModelConfig:
   """Shapes and switches of a decoder (axis letters: V D L H K E F).
 
   The defaults are Gemma-2's switches; `FAMILIES` holds the other families'.
-  `layer_kinds` names each layer's attention, 'sliding' or 'global'.
+  `layer_kinds` names each layer's attention, of SLIDING, GLOBAL and UNROTATED.
   """
 
   family: str = "gemma2"
@@ -37,11 +40,14 @@ class ModelConfig:
   final_softcap: float = 30.0  # 0 means none
   norm_eps: float = 1e-6
   norm_offset: float = 1.0  # RMSNorm multiplies by offset + scale
+  pre_norms: bool = True  # a norm before each sublayer
   post_norms: bool = True  # a norm after each sublayer too
   qk_norm: bool = False  # RMSNorm of queries and keys over E
+  qk_norm_joint: bool = False  # of all heads together, over H E and K E
   scale_embeddings: bool = True  # multiply token embeddings by sqrt(D)
   tied_head: bool = True
-  attention_bias: bool = False
+  attention_bias: bool = False  # of queries, keys, values and output
+  qkv_bias: bool = False  # of queries, keys and values alone
   mlp_bias: bool = False
   activation: str = "gelu_tanh"  # or "silu"
 
@@ -66,6 +72,37 @@ class ModelConfig:
         f"layer_kinds names {len(self.layer_kinds)} layers, "
         f"layers={self.layers}"
       )
+    if {SLIDING, UNROTATED} <= set(self.layer_kinds):
+      raise UserError(
+        "layer_kinds has sliding layers and layers without RoPE: one decoder "
+        "may have one of the two"
+      )
+
+  @property
+  def other_layers(self) -> tuple[bool, ...]:
+    """Which layers are not GLOBAL: they have a RoPE of their own, or none."""
+    return tuple(kind != GLOBAL for kind in self.layer_kinds)
+
+  @property
+  def decoding_window(self) -> int | None:
+    """The window of sliding layers; None where no layer slides."""
+    return self.window if SLIDING in self.layer_kinds else None
+
+  @property
+  def longest_context(self) -> int:
+    """The positions that RoPE's scaling makes of `max_positions`.
+
+    'yarn' and 'dynamic' stretch a decoder's positions while it generates;
+    training keeps to `max_positions`.
+    """
+    scaling = dict(self.rope_scaling)
+    kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
+    if kind == "dynamic":
+      return int(self.max_positions * factor)
+    if kind == "yarn":
+      stretched = scaling["original_max_position_embeddings"] * factor
+      return max(self.max_positions, int(stretched))
+    return self.max_positions
 
   @property
   def attention_scale(self) -> float:
@@ -80,10 +117,15 @@ class ModelConfig:
 
 # Which layers slide, repeated over the depth (transformers' layer_types).
 LAYER_PATTERNS = {
+  "gemma": (GLOBAL,),
   "gemma2": (SLIDING, GLOBAL),
   "gemma3": (SLIDING,) * 5 + (GLOBAL,),
   "llama": (GLOBAL,),
+  "mistral": (GLOBAL,),
+  "olmo2": (GLOBAL,),
+  "qwen2": (GLOBAL,),
   "qwen3": (GLOBAL,),
+  "smollm3": (GLOBAL,) * 3 + (UNROTATED,),
 }
 
 _LLAMA_LIKE = dict(
@@ -98,6 +140,9 @@ _LLAMA_LIKE = dict(
 
 # The switches in which each family differs from Gemma-2.
 FAMILIES: dict[str, dict[str, Any]] = {
+  "gemma": dict(
+    attention_softcap=0.0, final_softcap=0.0, post_norms=False, window=0
+  ),
   "gemma2": {},
   "gemma3": dict(
     attention_softcap=0.0,
@@ -107,7 +152,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     window=512,
   ),
   "llama": dict(_LLAMA_LIKE, norm_eps=1e-5, rope_base=500_000.0),
+  "mistral": dict(_LLAMA_LIKE, norm_eps=1e-5),
+  "olmo2": dict(
+    _LLAMA_LIKE,
+    pre_norms=False,
+    post_norms=True,
+    qk_norm=True,
+    qk_norm_joint=True,
+    rope_base=500_000.0,
+  ),
+  "qwen2": dict(_LLAMA_LIKE, qkv_bias=True, rope_base=1_000_000.0),
   "qwen3": dict(_LLAMA_LIKE, qk_norm=True, rope_base=1_000_000.0),
+  "smollm3": dict(_LLAMA_LIKE, rope_base=2_000_000.0),
 }
 
 

@@ -2,7 +2,6 @@
 
 import jax
 
-from cacheaug.model.config import SLIDING
 from cacheaug.model.layers import Block, RMSNorm
 from cacheaug.model.rope import rope_table
 from cacheaug.model.static_cache import SlotCache
@@ -43,12 +42,12 @@ def write_rows(
   the rows themselves none later.
   """
   c = model.config
-  cache, rows = cache.join(positions, segments, slot, c.window)
+  cache, rows = cache.join(positions, segments, slot, c.decoding_window)
   block = Block(c, model.dtype, model.param_dtype, model.attention)
   ropes = rope_table(c, positions[:, None])
   x, keys, values = x[:, None].astype(model.dtype), [], []
   for i, weights in enumerate(split_layers(params)["blocks"]):
-    layer = c.layer_kinds[i] == SLIDING, (cache.keys[i], cache.values[i])
+    layer = c.other_layers[i], (cache.keys[i], cache.values[i])
     x, own = block.apply({"params": weights}, x, layer, None, rows, ropes)
     keys.append(own[0])
     values.append(own[1])

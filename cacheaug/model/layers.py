@@ -126,18 +126,15 @@ class Attention(nn.Module):
     """
     c = self.config
     d, h, k, e = c.width, c.heads, c.kv_heads, c.head_dim
-    kw = dict(
-      dtype=self.dtype, param_dtype=self.param_dtype, use_bias=c.attention_bias
-    )
+    kw = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    qkv = kw | dict(use_bias=c.attention_bias or c.qkv_bias)
     asking = x[:, :, wanted:]
-    query = Linear({"D": d}, {"H": h, "E": e}, name="q", **kw)(asking)
-    key = Linear({"D": d}, {"K": k, "E": e}, name="k", **kw)(x)
-    value = Linear({"D": d}, {"K": k, "E": e}, name="v", **kw)(x)
+    query = Linear({"D": d}, {"H": h, "E": e}, name="q", **qkv)(asking)
+    key = Linear({"D": d}, {"K": k, "E": e}, name="k", **qkv)(x)
+    value = Linear({"D": d}, {"K": k, "E": e}, name="v", **qkv)(x)
     if c.qk_norm:
-      norm = dict(eps=c.norm_eps, offset=c.norm_offset)
-      norm["param_dtype"] = self.param_dtype
-      query = RMSNorm(name="q_norm", **norm)(query)
-      key = RMSNorm(name="k_norm", **norm)(key)
+      query = self._norm("q_norm", query)
+      key = self._norm("k_norm", key)
     query = rotate(query, [t[:, :, wanted:] for t in rope])
     query *= jnp.asarray(c.attention_scale, self.dtype)
     key = rotate(key, rope)
@@ -164,10 +161,19 @@ class Attention(nn.Module):
       {"H": h, "E": e},
       {"D": d},
       init_scale=0.5 / c.layers,  # residual branches add up over 2 L of them
+      use_bias=c.attention_bias,
       name="o",
       **kw,
     )(out)
     return out, own
+
+  def _norm(self, name, x):
+    """RMSNorm of queries or keys [..., heads, E], over E or both axes."""
+    c = self.config
+    norm = RMSNorm(c.norm_eps, c.norm_offset, self.param_dtype, name=name)
+    if not c.qk_norm_joint:
+      return norm(x)
+    return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
 
 class MLP(nn.Module):
@@ -213,9 +219,9 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, KV]:  # [B, M, R - wanted, D], [B, M, R, K, E]
     """Rows from `wanted` on, and the keys and values of all.
 
-    `layer` says whether it is a sliding one, and has the context's keys and
-    values, `context` the context's positions and segments [B, S]; `ropes` are
-    of global layers and, where theirs differ, of sliding ones.
+    `layer` says whether it is another than a global one, and has the context's
+    keys and values, `context` the context's positions and segments [B, S];
+    `ropes` are of global layers and, where theirs differ, of the others.
     """
     c = self.config
     kw = dict(config=c, dtype=self.dtype, param_dtype=self.param_dtype)
@@ -225,24 +231,30 @@ class Block(nn.Module):
         c.norm_eps, c.norm_offset, self.param_dtype, name=f"{name}_norm"
       )(y)
 
-    sliding, kv = layer
+    other, kv = layer
     window = None
     if SLIDING in c.layer_kinds and not isinstance(context, SlotRows):
-      window = jnp.where(sliding, c.window, attention.NO_LIMIT)
+      window = jnp.where(other, c.window, attention.NO_LIMIT)
     rope = ropes[0]
     if len(ropes) > 1:
-      rope = jax.tree.map(lambda g, s: jnp.where(sliding, s, g), *ropes)
+      rope = jax.tree.map(lambda g, s: jnp.where(other, s, g), *ropes)
     cache = None
     if isinstance(context, SlotRows):
-      cache = SlotLayer(*kv, context, sliding)
+      cache = SlotLayer(*kv, context, other)
     elif context is not None:
       cache = KVCache(kv[0], kv[1], *context)
     y, own = Attention(name="attention", kernel=self.kernel, **kw)(
-      norm("attention", x), rows, cache, window, rope, wanted, given
+      norm("attention", x) if c.pre_norms else x,
+      rows,
+      cache,
+      window,
+      rope,
+      wanted,
+      given,
     )
     x = x[:, :, wanted:]
     x += norm("attention_post", y) if c.post_norms else y
-    y = MLP(name="mlp", **kw)(norm("mlp", x))
+    y = MLP(name="mlp", **kw)(norm("mlp", x) if c.pre_norms else x)
     x += norm("mlp_post", y) if c.post_norms else y
     return placement.rows(x), own
 

@@ -11,25 +11,93 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacheaug.errors import UserError
-from cacheaug.model.config import SLIDING, ModelConfig
+from cacheaug.model.config import SLIDING, UNROTATED, ModelConfig
 
 Rope = tuple[jax.Array, jax.Array]  # cos, sin [..., E/2]
 
 
+def frequencies(config: ModelConfig) -> np.ndarray:
+  """Radians a position of global layers, [E/2] float32."""
+  return _frequencies(config, config.rope_base, dict(config.rope_scaling))
+
+
 def _frequencies(config: ModelConfig, base: float, scaling: dict) -> np.ndarray:
-  """Radians a position, [E/2] float32."""
+  """Radians a position, [E/2] float32; of 'dynamic', within max_positions."""
   e = config.head_dim
   freq = 1.0 / base ** (np.arange(0, e, 2, dtype=np.float32) / e)
   kind = scaling["rope_type"] if scaling else "default"
-  if kind == "default":
+  if kind in ("default", "dynamic"):
     return freq.astype(np.float32)
   if kind == "linear":
     return (freq / scaling["factor"]).astype(np.float32)
   if kind == "llama3":
     return _llama3(freq, scaling)
+  if kind == "yarn":
+    return _yarn(freq, base, scaling)
   raise UserError(
-    f"rope_scaling type {kind!r} is not supported (default, linear, llama3)"
+    f"rope_scaling type {kind!r} is not supported (default, linear, llama3, "
+    "yarn, dynamic)"
   )
+
+
+def _yarn(freq: np.ndarray, base: float, scaling: dict) -> np.ndarray:
+  """Slow frequencies divided by `factor`, fast kept, a ramp in between.
+
+  Source: arXiv 2309.00071, as transformers has it.
+  """
+  half = len(freq)
+
+  def dimension(turns: float) -> float:
+    """The dimension that turns so often within the original length."""
+    length = scaling["original_max_position_embeddings"]
+    return half * math.log(length / (turns * 2 * math.pi)) / math.log(base)
+
+  low = dimension(scaling.get("beta_fast", 32))
+  high = dimension(scaling.get("beta_slow", 1))
+  if scaling.get("truncate", True):
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, 2 * half - 1)
+  width = high - low or 0.001
+  ramp = (np.arange(half, dtype=np.float32) - np.float32(low)) / width
+  slowed = np.clip(ramp, 0.0, 1.0).astype(np.float32)
+  out = freq / scaling["factor"] * slowed + freq * (1 - slowed)
+  return out.astype(np.float32)
+
+
+def _attention_factor(scaling: dict) -> float:
+  """What cosines and sines are multiplied by; 1 but for 'yarn'."""
+  if scaling.get("rope_type") != "yarn":
+    return 1.0
+  if "attention_factor" in scaling:
+    return scaling["attention_factor"]
+
+  def mscale(weight: float) -> float:
+    factor = scaling["factor"]
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+  weights = scaling.get("mscale"), scaling.get("mscale_all_dim")
+  if all(weights):
+    return mscale(weights[0]) / mscale(weights[1])
+  return mscale(1.0)
+
+
+def _dynamic(
+  config: ModelConfig, base: float, factor: float, positions: jax.Array
+) -> jax.Array:  # [..., E/2], of positions' rank, B first
+  """Frequencies of a sequence that may be longer than max_positions.
+
+  The base grows with the sequence's last position among `positions`: keys
+  that a cache holds from before keep the base of their time, as they do in
+  transformers.
+  """
+  e = config.head_dim
+  axes = tuple(range(1, positions.ndim))
+  length = positions.max(axes, keepdims=True).astype(jnp.float32) + 1
+  longer = jnp.maximum(length / config.max_positions, 1.0)
+  scale = (factor * longer - (factor - 1)) ** (e / (e - 2))
+  powers = jnp.arange(0, e, 2, dtype=jnp.float32) / e
+  powers = powers.reshape((1,) * positions.ndim + (-1,))
+  return 1.0 / (base * scale[..., None]) ** powers
 
 
 def _llama3(freq: np.ndarray, scaling: dict) -> np.ndarray:
@@ -41,37 +109,56 @@ def _llama3(freq: np.ndarray, scaling: dict) -> np.ndarray:
   return ((1 - smooth) * slowed + smooth * freq).astype(np.float32)
 
 
-def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[Rope, ...]:
-  """Of positions [...]: for global layers and, where it differs, sliding.
+def rope_table(
+  config: ModelConfig,
+  positions: jax.Array,  # [B, ...]
+  scaled: bool = True,
+) -> tuple[Rope, ...]:
+  """For global layers and, where theirs differs, for the other layers.
+
+  Args:
+    config: of the decoder.
+    positions: of the rows to rotate.
+    scaled: whether cosines and sines have yarn's factor; without, they turn
+      keys on that have it already.
 
   Raises:
     UserError: a scaling that is not supported.
   """
 
   def table(base, scaling):
-    freq = jnp.asarray(_frequencies(config, base, scaling))
-    freq = freq.reshape((1,) * positions.ndim + (-1,))
+    if scaling and scaling["rope_type"] == "dynamic":
+      freq = _dynamic(config, base, scaling["factor"], positions)
+    else:
+      freq = jnp.asarray(_frequencies(config, base, scaling))
+      freq = freq.reshape((1,) * positions.ndim + (-1,))
     angle = positions[..., None].astype(jnp.float32) * freq
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    factor = _attention_factor(scaling) if scaled else 1.0
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
   scaling = dict(config.rope_scaling)
   tables = [table(config.rope_base, scaling)]
   same = config.rope_base == config.rope_base_sliding and not scaling
   if SLIDING in config.layer_kinds and not same:
     tables.append(table(config.rope_base_sliding, {}))
+  if UNROTATED in config.layer_kinds:
+    cos, sin = tables[0]
+    tables.append((jnp.ones_like(cos), jnp.zeros_like(sin)))
   return tuple(tables)
 
 
 def rope_of_layers(
   config: ModelConfig,
-  positions: jax.Array,  # [...]
-) -> Rope:  # [L or 1, ..., E/2]
+  positions: jax.Array,  # [B, ...]
+  scaled: bool = True,
+) -> Rope:  # [L or 1, B, ..., E/2]
   """`rope_table` by layer, for what is stacked over L."""
-  tables = rope_table(config, positions)
+  tables = rope_table(config, positions, scaled)
   if len(tables) == 1:
     return tuple(table[None] for table in tables[0])
   return tuple(
-    jnp.stack([tables[kind == SLIDING][i] for kind in config.layer_kinds])
+    jnp.stack([tables[other][i] for other in config.other_layers])
     for i in (0, 1)
   )
 

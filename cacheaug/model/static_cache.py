@@ -89,7 +89,7 @@ class SlotCache:
     positions: jax.Array,  # [B, R]
     segments: jax.Array,  # [B, R]
     slot: jax.Array,  # []
-    window: int,
+    window: int | None,  # of sliding layers
   ) -> tuple["SlotCache", "SlotRows"]:
     """Enters rows that start at `slot`; their keys and values follow."""
 

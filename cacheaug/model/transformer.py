@@ -20,7 +20,7 @@ from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import placement
 from cacheaug.model.attention import Rows
 from cacheaug.model.cache import KVCache
-from cacheaug.model.config import SLIDING, ModelConfig
+from cacheaug.model.config import ModelConfig
 from cacheaug.model.layers import Block, Embedder, Linear, RMSNorm
 from cacheaug.model.rope import rope_table
 
@@ -76,9 +76,9 @@ class Transformer(nn.Module):
     segments = jnp.ones_like(tokens)
     rows = Rows.plain(jnp.cumsum(segments, -1) - 1, segments)
     ropes = rope_table(self.config, rows.positions)
-    sliding = jnp.array([kind == SLIDING for kind in self.config.layer_kinds])
+    other = jnp.array(self.config.other_layers)
     x = self.embed(tokens)[:, None]
-    x, _ = self.blocks(x, (sliding, None), rows, None, ropes)
+    x, _ = self.blocks(x, (other, None), rows, None, ropes)
     return self.logits(self.final_norm(x))
 
   def embed(self, tokens: jax.Array) -> jax.Array:
@@ -191,8 +191,7 @@ def run(
   if cache is not None:
     context = cache.positions, cache.segments
     kv = cache.keys.astype(model.dtype), cache.values.astype(model.dtype)
-  sliding = jnp.array([kind == SLIDING for kind in c.layer_kinds])
-  layers = params["blocks"], (sliding, kv)
+  layers = params["blocks"], (jnp.array(c.other_layers), kv)
 
   def layer(x, this, given, wanted):
     weights, of_layer = this

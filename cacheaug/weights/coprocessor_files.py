@@ -8,7 +8,6 @@ applied as hidden @ latent_projection. Of another `kind` than 'coprocessor' it
 holds what that kind has: see augment/coprocessor.py.
 """
 
-import dataclasses
 import pathlib
 from functools import partial
 from typing import Any
@@ -16,23 +15,27 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from cacheaug.augment import coprocessor
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment import coprocessor, point_sampling
+from cacheaug.augment.point_sampling import Draw
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.weights import families, huggingface, leaves
+from cacheaug.run.files import fetched, staged
+from cacheaug.weights import (
+  config_json,
+  huggingface,
+  leaves,
+  transformers_files,
+)
 from cacheaug.weights import safetensors_io as files
 from cacheaug.weights.leaves import Leaf
 
 FORMAT = "cacheaug-coprocessor-1"
 WEIGHTS = "coprocessor.safetensors"
 # What latents are for the decoder: input embeddings, or keys and values.
-VARIANTS = {False: "embeddings", True: "cache"}  # by TraceSpec.given
-# TraceSpec's field -> key of config.json, where the two differ.
-_SPEC_KEYS = {"scheme": "positions"}
-# Fields that exports made before there was such a thing do not have.
-_LATER = ("late_max", "kind", "rounds", "stride")
+VARIANTS = {False: "embeddings", True: "cache"}  # by Kind.latents_are_kv
+_NO_DRAW = Draw()
 _META = ("family", "variant", "decoder_fingerprint", "source")
 
 
@@ -40,45 +43,51 @@ def save_coprocessor(
   directory: str | pathlib.Path,
   *,
   model_config: ModelConfig,
-  spec: TraceSpec,
+  spec: Layout,
   params: Params,
   decoder_fingerprint: str,
   source: str,
+  draw: Draw = _NO_DRAW,
   lora_rank: int = 0,
+  report: str = "",
 ) -> None:
-  """Writes config.json and coprocessor.safetensors.
+  """Writes config.json, coprocessor.safetensors, and transformers_files.py's.
 
   Args:
-    directory: made if absent; files of the same names are replaced.
+    directory: made if absent, local or gs://; files of the same names are
+      replaced.
     model_config: of the decoder, which the coprocessor shares.
-    spec: how it was trained; N, positions and start bind its user.
+    spec: its layout; N, positions and start bind its user.
     params: of coprocessor.init_boxed, in the dtype to write.
     decoder_fingerprint: `pretrained.fingerprint` of the decoder.
     source: where the decoder came from, for a person.
+    draw: how training drew its traces, for the record.
     lora_rank: of the LoRA that `params` have been merged with; 0 for none.
+    report: Markdown of the run's report, for the model card.
 
   Raises:
     UserError: a directory that cannot be written.
   """
-  directory = pathlib.Path(directory)
   entries = {
     "format": FORMAT,
     "family": model_config.family,
-    "variant": VARIANTS[spec.given],
+    "variant": VARIANTS[spec.kind.latents_are_kv],
     "decoder_fingerprint": decoder_fingerprint,
     "source": source,
-    "model": families.config_entries(model_config),
+    "model": config_json.config_entries(model_config),
   }
   if lora_rank:
     entries["lora_rank"] = lora_rank
-  for field in dataclasses.fields(TraceSpec):
-    key = _SPEC_KEYS.get(field.name, field.name)
-    entries[key] = getattr(spec, field.name)
+  traces = point_sampling.to_entries(spec, draw)
+  traces["positions"] = traces.pop("scheme")  # its name in exports
+  entries |= traces
   tree = {k: v for k, v in params.items() if k != "transformer"}
   parts = _leaves(model_config, spec)
   body = params.get("transformer", {})
-  huggingface.write_leaves(directory / WEIGHTS, parts, body | tree, None)
-  files.write_json(directory / "config.json", entries)
+  with staged(directory) as local:
+    huggingface.write_leaves(local / WEIGHTS, parts, body | tree, None)
+    transformers_files.write(local, model_config, entries, report)
+    files.write_json(local / "config.json", entries)
 
 
 def load_coprocessor(
@@ -86,23 +95,29 @@ def load_coprocessor(
   *,
   dtype: Any = "float32",
   shardings: Params | None = None,
-) -> tuple[ModelConfig, TraceSpec, Params, dict[str, Any]]:
+) -> tuple[ModelConfig, Layout, Params, dict[str, Any]]:
   """What `save_coprocessor` wrote.
 
   Args:
-    directory: an exported coprocessor.
+    directory: an exported coprocessor, local or gs://.
     dtype: of every leaf.
     shardings: tree of shardings, as the parameters; the default device by
       default.
 
   Returns:
-    (model config, spec, parameters, {family, variant, decoder_fingerprint,
-    source}).
+    (model config, layout, parameters, {family, variant, decoder_fingerprint,
+    source, draw}).
 
   Raises:
     UserError: no export there, or a damaged one; names file and key.
   """
-  directory = pathlib.Path(directory)
+  with fetched(directory) as local:
+    return _load(local, dtype, shardings)
+
+
+def _load(
+  directory: pathlib.Path, dtype: Any, shardings: Params | None
+) -> tuple[ModelConfig, Layout, Params, dict[str, Any]]:
   path = directory / "config.json"
   if not path.exists():
     raise UserError(f"{path}: missing; give an exported coprocessor")
@@ -112,25 +127,24 @@ def load_coprocessor(
       f"{path}: format {entries.get('format')!r} is not {FORMAT!r}; give an "
       "exported coprocessor, not a decoder"
     )
-  fields = dataclasses.fields(TraceSpec)
-  keys = {f.name: _SPEC_KEYS.get(f.name, f.name) for f in fields}
-  for name in _LATER:
-    entries.setdefault(keys[name], getattr(TraceSpec, name))
-  for key in ("model", *keys.values(), *_META):
+  for key in ("model", "positions", *point_sampling.REQUIRED, *_META):
     if key not in entries:
       raise UserError(f"{path}: has no {key!r}; export the coprocessor again")
-  config = families.config_from_entries(entries["model"], path)
-  spec = TraceSpec(**{name: entries[key] for name, key in keys.items()})
-  if entries["variant"] != VARIANTS[spec.given]:
+  config = config_json.config_from_entries(entries["model"], path)
+  traces = entries | {"scheme": entries["positions"]}
+  spec, draw = point_sampling.from_entries(traces)
+  variant = VARIANTS[spec.kind.latents_are_kv]
+  if entries["variant"] != variant:
     raise UserError(
       f"{path}: variant {entries['variant']!r} is not supported: of kind "
-      f"{spec.kind!r} it is {VARIANTS[spec.given]!r}"
+      f"{spec.kind!r} it is {variant!r}"
     )
   params = _read(directory / WEIGHTS, _leaves(config, spec), dtype, shardings)
-  return config, spec, params, {key: entries[key] for key in _META}
+  meta = {key: entries[key] for key in _META}
+  return config, spec, params, meta | {"draw": draw}
 
 
-def _leaves(config: ModelConfig, spec: TraceSpec) -> list[Leaf]:
+def _leaves(config: ModelConfig, spec: Layout) -> list[Leaf]:
   """Of the transformer, then what else a coprocessor of that kind has."""
   make = partial(coprocessor.init_boxed, Transformer(config), spec)
   tree = nn.unbox(jax.eval_shape(make, jax.random.key(0)))

@@ -7,7 +7,7 @@ time and go straight to their sharding and dtype.
 """
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ import numpy as np
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params
-from cacheaug.weights import families, leaves
+from cacheaug.run.files import staged
+from cacheaug.weights import config_json, families, leaves
 from cacheaug.weights import safetensors_io as files
 from cacheaug.weights.families import Family
 from cacheaug.weights.leaves import Leaf
@@ -44,7 +45,7 @@ def read_config(directory: str | pathlib.Path) -> ModelConfig:
   path = pathlib.Path(directory) / "config.json"
   if not path.exists():
     raise UserError(f"{path}: missing; give a Hugging Face model directory")
-  return families.config_from_entries(files.read_json(path), path)
+  return config_json.config_from_entries(files.read_json(path), path)
 
 
 # --- reading ----------------------------------------------------------------
@@ -184,6 +185,7 @@ def save(
   params: Params,
   *,
   tokenizer: Any = None,
+  stops: Sequence[int] = (),
   dtype: Any = "float32",
 ) -> None:
   """Writes a decoder that `load` and transformers read.
@@ -192,23 +194,45 @@ def save(
   alone. Leaves must be addressable by this process.
 
   Args:
-    directory: made if absent; files of the same names are replaced.
+    directory: made if absent, local or gs://; files of the same names are
+      replaced.
     config: of `params`.
     params: as `load` returns.
     tokenizer: its `save(directory)` writes its files, and its special ids go
       into config.json.
+    stops: ids of the tokens that end generation; by default those of the
+      generation_config.json beside the tokenizer.
     dtype: of the written tensors.
 
   Raises:
     UserError: a config that its family cannot express, or a directory that
       cannot be written.
   """
-  directory = pathlib.Path(directory)
-  dtype = jnp.dtype(dtype)
-  entries = families.config_entries(config) | {"torch_dtype": dtype.name}
+  with staged(directory) as local:
+    _save(local, config, params, tokenizer, jnp.dtype(dtype), stops)
+
+
+def _save(
+  directory: pathlib.Path,
+  config: ModelConfig,
+  params: Params,
+  tokenizer: Any,
+  dtype: np.dtype,
+  stops: Sequence[int],
+) -> None:
+  entries = config_json.config_entries(config) | {"torch_dtype": dtype.name}
+  # An absent id would be the family's default, which may lie beyond the table.
+  ids = {
+    f"{k}_token_id": getattr(tokenizer, f"{k}_id", None) for k in _SPECIALS
+  }
+  entries |= ids
   if tokenizer is not None:
-    ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_id") for k in _SPECIALS}
-    entries |= ids
+    source = getattr(tokenizer, "source", None)
+    if not stops and source is not None:
+      stops = stop_ids(pathlib.Path(source).parent)
+    if stops:
+      known = {*stops} | ({tokenizer.eos_id} - {None})
+      ids["eos_token_id"] = sorted(known) if len(known) > 1 else known.pop()
     files.write_json(directory / "generation_config.json", ids)
     tokenizer.save(directory)
   write_leaves(
@@ -241,10 +265,17 @@ def write_leaves(
 
 
 def stop_ids(directory: str | pathlib.Path) -> tuple[int, ...]:
-  """Ids that end generation: generation_config.json's, else config.json's."""
+  """Ids that end generation: generation_config.json's, else config.json's.
+
+  Raises:
+    UserError: an eos_token_id that is neither a number nor a list of them.
+  """
   for name in ("generation_config.json", "config.json"):
     path = pathlib.Path(directory) / name
     ids = files.read_json(path).get("eos_token_id") if path.exists() else None
     if ids is not None:
-      return tuple(ids) if isinstance(ids, list) else (ids,)
+      ids = ids if isinstance(ids, list) else [ids]
+      if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise UserError(f"{path}: eos_token_id {ids!r} holds other than ids")
+      return tuple(i for i in ids if i >= 0)
   return ()

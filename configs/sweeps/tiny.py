@@ -6,7 +6,8 @@ configs/tiny_coprocessor.py on its problems alone (4 to 6 steps, the decoder was
 trained on 1 to 4), all rows for the same number of steps, fewer than its own,
 so that the whole takes about 100 minutes of a laptop's core. Rows of several
 seeds are the main ones. `base_flop` is the decoder trained on for the FLOP that
-N8's training takes; `base_steps` for as many steps. Figures: RESULTS.md.
+N8's training takes; `base_steps` for as many steps. Figures:
+docs/results/baselines.md.
 """
 
 from ml_collections import ConfigDict

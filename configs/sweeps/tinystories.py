@@ -5,7 +5,7 @@
 
 configs/tinystories656k.py (which says where weights and text are) with twice
 its ahead tokens, all rows trained for the same number of steps, fewer than its
-own. Rows as in configs/sweeps/tiny.py. Figures: RESULTS.md.
+own. Rows as in configs/sweeps/tiny.py. Figures: docs/results/baselines.md.
 """
 
 from ml_collections import ConfigDict

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheaug.augment import coprocessor
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment import coprocessor, objective
+from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import engine
 from cacheaug.inference.engine import Context, State
@@ -37,10 +37,11 @@ from cacheaug.projects.background.worker import Job, Snapshot, Worker
 
 @functools.partial(jax.jit, static_argnames=("model", "spec"))
 def snapshot(
-  model: Transformer, decoder: Params, state: State, spec: TraceSpec
+  model: Transformer, decoder: Params, state: State, spec: Layout
 ) -> Snapshot:
   """The state as it is, for latents at the end of each sequence."""
-  traces, copied = _point(model, decoder, state, spec)
+  traces = _point(state, spec)
+  copied, _ = objective.embedded(model, decoder, traces)
   # What jit returns is memory of its own, while the state's is written over.
   return Snapshot(state.cache.stacked(), traces, copied)
 
@@ -55,30 +56,23 @@ def land(
   outputs: jax.Array,  # [B, N, D], the coprocessor's for an earlier step
   count: jax.Array,  # []
   on: jax.Array,  # [B]
-  spec: TraceSpec,
+  spec: Layout,
 ) -> State:
   """`engine.insert` where the coprocessor has run already."""
-  traces, copied = _point(model, decoder, state, spec)
+  traces = _point(state, spec)
+  copied, _ = objective.embedded(model, decoder, traces)
   z = coprocessor.combine(copied[:, 0], outputs, spec.start == "harmless")
+  latents = engine.Latents(traces.latent_rows.positions[:, 0], z=z)
   return engine.write_latents(
-    model,
-    decoder,
-    state,
-    z,
-    traces.latent_rows.positions[:, 0],
-    count=count,
-    on=on,
-    spec=spec,
+    model, decoder, state, latents, count=count, on=on, spec=spec
   )
 
 
 _copy = jax.jit(jnp.copy)
 
 
-def _point(model, decoder, state, spec):
+def _point(state, spec):
   return engine.lay_point(
-    model,
-    decoder,
     state.tokens,
     state.documents,
     last=state.prompt + state.step - 1,
@@ -134,7 +128,6 @@ class BackgroundSession(Session):
       model,
       decoder,
       context,
-      coproc=None if worker is None else {},  # the worker's affair
       spec=None if worker is None else worker.spec,
       **options,
     )

@@ -18,8 +18,8 @@ import numpy as np
 from absl import logging
 
 from cacheaug.augment import coprocessor
-from cacheaug.augment.traces import Traces, TraceSpec
-from cacheaug.errors import UserError
+from cacheaug.augment.traces import Layout, Traces
+from cacheaug.errors import UserError, one_line
 from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Params, Transformer
 
@@ -162,7 +162,7 @@ class Worker:
     self,
     model: Transformer,
     coproc: Params,  # as of `engine.insert`
-    spec: TraceSpec,
+    spec: Layout,
     *,
     limits: Limits | None = None,
     device: jax.Device | None = None,
@@ -181,11 +181,7 @@ class Worker:
       UserError: a kind that does not turn a cache into embeddings, or several
         rounds at one point.
     """
-    if spec.kind != "coprocessor":
-      raise UserError(
-        f"coprocessor.kind={spec.kind!r}: the background runs kind "
-        "'coprocessor' alone; insert latents at once (Session)"
-      )
+    spec.kind.check("background")
     if spec.at_once > 1:
       raise UserError(
         f"traces.rounds={spec.rounds} at one point: the background computes "
@@ -377,4 +373,4 @@ class Worker:
 
 
 def _line(error: BaseException) -> str:
-  return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+  return one_line(f"{type(error).__name__}: {error}", 200)

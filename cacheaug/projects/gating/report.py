@@ -18,7 +18,6 @@ inference/gates.py). At the end come the flags with which
 
 import dataclasses
 import functools
-import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -30,14 +29,16 @@ from ml_collections import ConfigDict, config_flags
 from cacheaug import build
 from cacheaug import config as configs
 from cacheaug.augment import objective
-from cacheaug.augment.traces import TraceSpec
+from cacheaug.augment.traces import Layout
 from cacheaug.data import pipeline
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
 from cacheaug.evals import perplexity, run_report
+from cacheaug.evals.bootstrap import resample
 from cacheaug.inference import gates
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import command
+from cacheaug.run.files import refuse_remote
 from cacheaug.weights import trained
 
 SHARES = tuple(range(0, 101, 10))  # percent
@@ -74,14 +75,13 @@ def measure(
   decoder: Params,
   coproc: Params,
   batches: Batches,
-  spec: TraceSpec,
+  spec: Layout,
 ) -> Contexts:
   """What latents gain after every token, and what gates look at.
 
   Raises:
     UserError: no token has room for a trace.
   """
-  spec = dataclasses.replace(spec, min_ahead=1, law="uniform", tail=0)
   found = []
   for batch in batches:
     args = model, decoder, coproc, batch["tokens"], batch["documents"]
@@ -145,9 +145,11 @@ def interval(
   _, owner = np.unique(contexts.documents, return_inverse=True)
   whole = np.bincount(owner, contexts.gain)
   part = np.bincount(owner, contexts.gain * chosen)
-  drawn = _resampled(len(whole), seed, resamples)
-  shares = 100.0 * (drawn @ part) / np.abs(drawn @ whole)
-  low, high = np.percentile(shares, [2.5, 97.5])
+  shares = [
+    100.0 * (drawn @ part) / np.abs(drawn @ whole)
+    for drawn in resample(len(whole), seed=seed, resamples=resamples)
+  ]
+  low, high = np.percentile(np.concatenate(shares), [2.5, 97.5])
   return float(low), float(high)
 
 
@@ -157,15 +159,12 @@ def gain_interval(
   """95 % interval of the mean gain in nats a context, over documents."""
   _, owner = np.unique(contexts.documents, return_inverse=True)
   gain, counts = np.bincount(owner, contexts.gain), np.bincount(owner)
-  drawn = _resampled(len(gain), seed, resamples)
-  low, high = np.percentile(drawn @ gain / (drawn @ counts), [2.5, 97.5])
+  means = [
+    drawn @ gain / (drawn @ counts)
+    for drawn in resample(len(gain), seed=seed, resamples=resamples)
+  ]
+  low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
   return float(low), float(high)
-
-
-def _resampled(n: int, seed: int, resamples: int) -> np.ndarray:
-  """How often each of n documents is drawn, [resamples, n]."""
-  rng = np.random.default_rng(seed)
-  return rng.multinomial(n, np.full(n, 1.0 / n), size=resamples)
 
 
 def scores(
@@ -296,9 +295,10 @@ def main() -> None:
     raise UserError("decoder.path is empty: a random decoder gains nothing")
   if not 0 < values.share < 100:
     raise UserError(f"--share={values.share:g} must be between 0 and 100")
-  out = values.out or (workdir and str(pathlib.Path(workdir) / "gate"))
+  out = values.out or (workdir and f"{workdir.rstrip('/')}/gate")
   if not out:
     raise UserError("--out is missing: a directory for the gate's head")
+  refuse_remote(out, "--out")
   found = build.load(config.decoder.path).with_coprocessor(path)
   config.eval.sequences = values.sequences
   spec, coproc = found.coprocessor.spec, found.coprocessor.params

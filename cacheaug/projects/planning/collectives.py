@@ -33,8 +33,16 @@ _CALLEES = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
-_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+# mesh['a'=2,'b'=128] {'a'}, and since libtpu 0.0.42 with the devices' order
+# between the two: mesh['a'=16,'b'=16], device_ids=([16,16]T(1,0)) {'a'}.
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}")
+# An axis, or a part of one: 'a':(2)4 are 4 of it.
+_AXIS = re.compile(r"'([^']+)'(?::\(\d+\)(\d+))?")
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
+class Unreadable(Exception):
+  """A collective whose devices this module cannot count, in a few words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +69,12 @@ def of_program(text: str, slices: int = 1) -> list[Traffic]:
   Args:
     text: `compiled.as_text()`.
     slices: that it was compiled for.
+
+  Raises:
+    Unreadable: text of another compiler, whose bytes would be wrong.
   """
+  if not text:
+    raise Unreadable("jaxlib does not know all of its instructions")
   reader = _Reader(slices)
   reader.read(text)
   totals = defaultdict(lambda: [0, 0.0])
@@ -187,10 +200,13 @@ def _group_size(rest: str) -> int:
   iota = _IOTA.search(rest)
   if iota:
     return int(iota[1])
-  named = _NAMED.search(rest)  # mesh['a'=2,'b'=128] {'b'}
+  named = _NAMED.search(rest)
   if named:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
-    chosen = re.findall(r"'([^']+)'", named[2])
-    return math.prod(int(sizes[name]) for name in chosen)
+    axes = _AXIS.findall(named[3])
+    return math.prod(int(part or sizes[name]) for name, part in axes)
   listed = _LISTED.search(rest)
-  return listed[1].count(",") + 1 if listed else 1
+  if listed:
+    return listed[1].count(",") + 1
+  groups = re.search(r"replica_groups=\S{0,60}", rest)
+  raise Unreadable(groups[0] if groups else "no replica_groups")

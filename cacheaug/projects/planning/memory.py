@@ -155,7 +155,7 @@ def _working(
   )
   wanted = config.data.sequence
   if config.objective == "coprocessor":
-    wanted = config.traces.count * configs.spec_of(config).reach
+    wanted = config.traces.count * configs.layout_of(config).reach
   rows = min(rows, micro_batch(config, mesh) * wanted)
   logits = 3 * 4 * rows * c.vocab_size / tensor
   return again + gathered + logits
@@ -212,7 +212,7 @@ class _Hashable:
 def _residuals(key: _Hashable, model_config: ModelConfig) -> float:
   config = key.config
   model = build.shapes_only(config, model_config)
-  spec = configs.spec_of(config)
+  spec = configs.layout_of(config)
   mask = config.traces.mask_documents
   random = jax.random.key(0)
   decoder = jax.eval_shape(partial(transformer.init, model), random)
@@ -249,7 +249,7 @@ def _residuals(key: _Hashable, model_config: ModelConfig) -> float:
       nn.unbox(frozen),
       decoder,
       batch,
-      rows(spec.count),
+      rows(config.traces.count),
     )
     leaves = jax.tree.leaves(found)
     return float(sum(x.size * x.dtype.itemsize for x in leaves))

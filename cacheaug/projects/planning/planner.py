@@ -71,12 +71,15 @@ def plan(
     except topologies.NoCompiler as e:
       reason = str(e)
   expected = times.expected_traffic(config, model_config, topology)
-  traffic = expected
-  if isinstance(said, Compiled) and said.text is not None:
-    traffic = collectives.of_program(said.text, topology.slices)
+  traffic, unread = expected, None
+  if isinstance(said, Compiled):
+    try:
+      traffic = collectives.of_program(said.text or "", topology.slices)
+    except collectives.Unreadable as e:
+      unread = str(e)
   return {
     **_subject(config, model_config, topology),
-    "compiled": _describe(said, reason, topology.chip.kind),
+    "compiled": _describe(said, reason, unread, topology),
     **_memory(config, model_config, topology, shapes=shapes, said=said),
     "collectives": [dataclasses.asdict(t) for t in traffic],
     "collectives_expected": [dataclasses.asdict(t) for t in expected],
@@ -109,13 +112,19 @@ def _subject(
 
 
 def _describe(
-  said: Compiled | Refused | None, reason: str, kind: str
+  said: Compiled | Refused | None,
+  reason: str | None,
+  unread: str | None,
+  topology: Topology,
 ) -> dict[str, Any]:
   if said is None:
     return {"done": False, "reason": reason}
   found = dataclasses.asdict(said)
-  found["collectives_read"] = found.pop("text", None) is not None
-  found["by"] = compiling.versions(kind)
+  found.pop("text", None)
+  if isinstance(said, Compiled):
+    found["collectives_read"] = unread is None
+    found["collectives_unread"] = unread
+  found["by"] = compiling.versions(topology.chip.kind)
   return {"done": True, "fits": isinstance(said, Compiled)} | found
 
 

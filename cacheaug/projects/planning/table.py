@@ -89,7 +89,9 @@ def _traffic_lines(p: dict[str, Any]) -> list[str]:
     ]
   how = "by arithmetic"
   if p["compiled"]["done"] and p["compiled"]["fits"]:
-    how += ": jaxlib cannot read the compiled program"
+    how += (
+      f": the program cannot be read, {p['compiled']['collectives_unread']}"
+    )
   return [f"{head}({how})", *map(one, p["collectives"])]
 
 

@@ -17,7 +17,7 @@ import optax
 
 from cacheaug.augment import coprocessor, objective, traces
 from cacheaug.augment.objective import Sums
-from cacheaug.augment.traces import Traces, TraceSpec
+from cacheaug.augment.traces import Layout, Traces
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
@@ -30,7 +30,7 @@ def naive_loss(
   coproc: Params,
   batch: dict[str, jax.Array],  # as of the objective
   points: jax.Array,  # [B, M]
-  spec: TraceSpec,
+  spec: Layout,
 ) -> Sums:
   """`objective.coprocessor_loss`, the context's rows in every pass."""
   laid, cache, x = _traces_rows(model, decoder, coproc, batch, points, spec)
@@ -48,7 +48,7 @@ def cached_dense_loss(
   coproc: Params,
   batch: dict[str, jax.Array],  # as of the objective
   points: jax.Array,  # [B, M]
-  spec: TraceSpec,
+  spec: Layout,
 ) -> Sums:
   """`objective.coprocessor_loss`, the traces' rows as one dense block."""
   laid, cache, x = _traces_rows(model, decoder, coproc, batch, points, spec)
@@ -60,11 +60,7 @@ def cached_dense_loss(
 
 def _traces_rows(model, decoder, coproc, batch, points, spec):
   """Passes 1 and 2, and what pass 3 reads [B, 1, M R, D]."""
-  if spec.kind != "coprocessor":
-    raise UserError(
-      f"coprocessor.kind={spec.kind!r}: there is no dense way to compute it; "
-      "compare kind 'coprocessor'"
-    )
+  spec.kind.check("dense")
   if spec.rounds > 1:
     raise UserError(
       f"traces.rounds={spec.rounds}: there is no dense way to compute it; "

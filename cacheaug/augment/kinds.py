@@ -1,0 +1,124 @@
+"""The kinds of coprocessor: one table.
+
+  coprocessor  the paper's: a network reads the decoder's cache with N soft
+               tokens, and its last hidden states are the latents.
+
+The other kinds are what it is compared with:
+
+  activations  the same network, but the cache that its rows read is its own:
+               it reads the decoder's last hidden states [B, S, D] as input
+               embeddings. Gradients go through that pass too.
+  pause        no network: the soft tokens are the latents.
+  handover     keys and values of the network's rows, of all layers, stand in
+               the latents' slots of the decoder's cache. Of the network's last
+               layer only what makes keys and values is trained.
+  prefix       no network: trained keys and values [L, N, K, E] stand there.
+
+A new kind needs a row here, its parameters in `coprocessor.init_boxed`, and its
+latents in `coprocessor.outputs` (embeddings) or `kv_latents.latent_kv` (keys
+and values); its cost goes into flops.py. What it does not do is in its row,
+and `Kind.check` refuses it.
+"""
+
+import enum
+from typing import Any
+
+from cacheaug.errors import UserError
+
+_WHOLE = ("blocks", "final_norm")
+
+# What only some kinds do, and the line that refuses it for the others.
+_REFUSALS = {
+  "late": (
+    "coprocessor.kind={kind!r} knows no late latents (only {able} do): set "
+    "traces.late_max=0, ask for none"
+  ),
+  "rounds": (
+    "traces.rounds={rounds}: coprocessor.kind={kind!r} knows one round only; "
+    "set it to {able}, or the rounds to 1"
+  ),
+  "background": (
+    "coprocessor.kind={kind!r}: the background runs kind {able} alone; insert "
+    "latents at once (Session)"
+  ),
+  "store": (
+    "coprocessor.kind={kind!r}: a store keeps neither hidden states nor what "
+    "is hidden from the decoder; decode without one"
+  ),
+  "diagnostics": (
+    "coprocessor.kind={kind!r}: diagnostics are of latents that are "
+    "embeddings, this kind hands over keys and values; give --nodiagnostics"
+  ),
+  "dense": (
+    "coprocessor.kind={kind!r}: there is no dense way to compute it; compare "
+    "kind {able}"
+  ),
+}
+
+
+class Kind(enum.StrEnum):
+  """A kind by its name, the value of `coprocessor.kind`.
+
+  network: the parts of a transformer that it trains; () for none.
+  latents_are_kv: latents are keys and values for the decoder, not embeddings.
+  reads_states: it reads the decoder's hidden states and not its cache.
+  does: of _REFUSALS.
+  """
+
+  network: tuple[str, ...]
+  latents_are_kv: bool
+  reads_states: bool
+  does: frozenset[str]
+
+  # fmt: off
+  #             name           network      kv     states does
+  COPROCESSOR = "coprocessor", _WHOLE,      False, False, " ".join(_REFUSALS)
+  PAUSE       = "pause",       (),          False, False, "store diagnostics"
+  PREFIX      = "prefix",      (),          True,  False, ""
+  HANDOVER    = "handover",    ("blocks",), True,  False, "store"
+  ACTIVATIONS = "activations", _WHOLE,      False, True,  "late diagnostics"
+  # fmt: on
+
+  def __new__(cls, name, network, latents_are_kv, reads_states, does):
+    """A row of the table."""
+    kind = str.__new__(cls, name)
+    kind._value_ = name
+    kind.network, kind.does = network, frozenset(does.split())
+    kind.latents_are_kv, kind.reads_states = latents_are_kv, reads_states
+    return kind
+
+  def __repr__(self) -> str:
+    return repr(self.value)  # messages show what a config says
+
+  @classmethod
+  def of(cls, name: str) -> "Kind":
+    """The kind of that name.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name not in NAMES:
+      raise UserError(
+        f"coprocessor.kind={str(name)!r} is not one of {', '.join(NAMES)}"
+      )
+    return cls(name)
+
+  def check(self, feature: str, **numbers: Any) -> None:
+    """Refuses a feature that this kind does not have.
+
+    Args:
+      feature: of the `does` column.
+      numbers: what the refusal names.
+
+    Raises:
+      UserError: names the kind and the remedy.
+    """
+    if feature in self.does:
+      return
+    names = [kind.value for kind in Kind if feature in kind.does]
+    able = " and ".join(names) if len(names) > 1 else repr(names[0])
+    text = _REFUSALS[feature]
+    raise UserError(text.format(kind=self.value, able=able, **numbers))
+
+
+NAMES = tuple(kind.value for kind in Kind)

@@ -1,0 +1,89 @@
+"""Latents as keys and values: what prefix and handover put in place of z.
+
+Their N latents are entries of the decoder's cache and not rows that it runs:
+
+  handover  the keys and values of the coprocessor's rows, in all layers.
+  prefix    trained ones. Keys are kept as before RoPE and rotated to where they
+            stand: a score then depends on how far away a row is, and not on
+            where in the text. Harmless: added to the context's own entries of
+            p-N+1 .. p.
+
+There is no last latent to predict y_1 from, so the decoder runs x[p] again:
+traces.py draws the block. With positions 'replace' and the harmless start both
+begin as exactly the frozen decoder; handover if it is a copy of it, as its rows
+then read what the hidden entries have read, the context up to p-N, and the
+tokens after it from their inputs (`Layout.stands_in`).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cacheaug.augment import coprocessor
+from cacheaug.augment.traces import Traces
+from cacheaug.model import transformer
+from cacheaug.model.cache import KVCache
+from cacheaug.model.rope import rope_of_layers, rotate
+from cacheaug.model.transformer import Given, Params, Transformer
+
+
+def latent_kv(
+  model: Transformer,
+  params: Params,
+  cache: KVCache,
+  traces: Traces,
+  copied: jax.Array,  # [B, M, N, D], the decoder's embeddings of traces.copied
+) -> Given:  # keys, values [L, B, M, N, K, E]
+  """Pass 2 of these kinds: the latents as keys and values, in place of z."""
+  if traces.kind.network:
+    own = transformer.run(
+      model,
+      params["transformer"],
+      coprocessor.input_rows(params, traces, copied),
+      traces.latent_rows,
+      cache,
+      trained=True,
+      kv_only=True,
+    )
+    return own.keys, own.values
+  keys, values = (
+    params[name].astype(model.dtype)[:, None, None]  # [L, 1, 1, N, K, E]
+    for name in ("prefix_keys", "prefix_values")
+  )
+  at = traces.latent_rows.positions  # [B, M, N]
+  keys = rotate(keys, rope_of_layers(model.config, at))
+  if traces.start == "harmless":
+    there, here, positions = _entries(cache, traces)
+    # To where the latents stand; by 'insert' these come later.
+    moved = rope_of_layers(model.config, at - positions, scaled=False)
+    keys, values = keys + rotate(there, moved), values + here
+  return keys, jnp.broadcast_to(values, keys.shape)
+
+
+def _entries(cache, traces):
+  """Keys and values [L, B, M, N, K, E] of p-N+1 .. p, positions [B, M, N].
+
+  In slots by the number of their tokens, as long as nothing stands between.
+  """
+  n = traces.copied.shape[-1]
+  slots = traces.points[..., None] + jnp.arange(1 - n, 1)[None, None]
+  slots = jnp.maximum(slots, 0)
+
+  def take(array, axis):
+    return jax.vmap(lambda x, i: jnp.take(x, i, axis), (axis, 0), axis)(
+      array, slots
+    )
+
+  return take(cache.keys, 1), take(cache.values, 1), take(cache.positions, 0)
+
+
+def predict(
+  model: Transformer,
+  decoder: Params,
+  cache: KVCache,
+  kv: Given,  # of `latent_kv`
+  traces: Traces,
+) -> jax.Array:  # [B, M, A, D]
+  """Pass 3 of these kinds: hidden states of x[p], run again, and y_1 .. ."""
+  tokens = jnp.concatenate([traces.copied[..., -1:], traces.ahead], -1)
+  x = transformer.embed(model, decoder, tokens)
+  return transformer.run_blocks(model, decoder, x, traces.rows, cache, given=kv)
