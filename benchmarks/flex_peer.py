@@ -126,7 +126,7 @@ def compare() -> dict[str, Any]:
     decoder = transformers.AutoModelForCausalLM.from_pretrained(
       directory, attn_implementation=_implementation(), dtype=torch.float32
     ).to(_device())
-  peer = FlexPeer(decoder, params, configs.spec_of(config), 1e-3)
+  peer = FlexPeer(decoder, params, configs.layout_of(config), 1e-3)
   laid = _move(torch_peer.laid_out(config, batch))
   tokens = _move(torch_peer.to_torch(batch["tokens"]))
   losses = [peer.step(tokens, laid, extended=False) for _ in range(3)]
@@ -146,12 +146,12 @@ def measure(config: Any) -> dict[str, Any]:
       attn_implementation=_implementation(),
       dtype=dtype,
     )
-  spec, width = configs.spec_of(config), model_config.width
+  layout, width = configs.layout_of(config), model_config.width
   params = {
-    "soft_tokens": np.zeros((spec.latents, width), np.float32),
+    "soft_tokens": np.zeros((layout.latents, width), np.float32),
     "latent_projection": np.zeros((width, width), np.float32),
   }
-  peer = FlexPeer(decoder, params, spec, 1e-6)
+  peer = FlexPeer(decoder, params, layout, 1e-6)
   shape = config.data.batch, config.data.sequence
   draw = np.random.default_rng(config.seed)
   batch = {

@@ -1,13 +1,13 @@
-"""What a compiled program sends between devices in one run of it.
+"""Collectives of a compiled program, read from its optimised HLO text.
 
-Read from the optimised HLO text. An operation counts once for every time it
-runs: XLA unrolls nothing of an accumulation's scan, so a loop's operations
-count as often as its condition compares with. Bytes are those that leave one
-device in the usual ring: (g - 1) / g of the whole array for a gather or a
-reduce-scatter over g devices, twice that for an all-reduce.
+An operation counts once for every time it runs: XLA does not unroll the scan of
+an accumulation, so the operations of a loop count as often as the bound in its
+condition. Bytes are those that leave one device in the usual ring: (g - 1) / g
+of the whole array for a gather or a reduce-scatter over g devices, twice that
+for an all-reduce.
 
-What goes between TPU slices is in the text as a `send` to the host, with the
-collective that it is a part of.
+Traffic between TPU slices stands in the text as a `send` to the host that names
+its collective.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Unreadable(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
+class CollectiveBytes:
   """One kind's operations in one run of the program, on one device."""
 
   kind: str
@@ -63,7 +63,7 @@ class _Computation:
   bound: int | None = None  # of a loop's condition
 
 
-def of_program(text: str, slices: int = 1) -> list[Traffic]:
+def of_program(text: str, slices: int = 1) -> list[CollectiveBytes]:
   """Collectives of a compiled program, by kind and by what they span.
 
   Args:
@@ -84,7 +84,7 @@ def of_program(text: str, slices: int = 1) -> list[Traffic]:
       totals[kind, between][1] += runs * size
   order = {kind: i for i, kind in enumerate(KINDS)}
   return [
-    Traffic(kind, between, count, size)
+    CollectiveBytes(kind, between, count, size)
     for (kind, between), (count, size) in sorted(
       totals.items(), key=lambda item: (item[0][1], order[item[0][0]])
     )

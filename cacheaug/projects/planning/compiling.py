@@ -1,4 +1,4 @@
-"""The trainer's own step, compiled for machines that are not here."""
+"""Compiles the trainer's own step for machines that need not be attached."""
 
 import contextlib
 import dataclasses
@@ -18,10 +18,10 @@ from cacheaug.step import make_step
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What the compiler says about one step on one device.
+  """The compiler's figures of one step on one device.
 
-  Its figures are of one version of it: others place weights, choose layouts
-  and overlap traffic otherwise.
+  They are those of one version: another one chooses other layouts and overlaps
+  other transfers with compute.
   """
 
   arguments: float  # bytes
@@ -32,8 +32,8 @@ class Compiled:
 
 
 @dataclasses.dataclass(frozen=True)
-class Refused:
-  """The compiler's word that a step does not fit."""
+class OutOfMemory:
+  """The compiler's refusal of a step that does not fit."""
 
   needed: float | None  # bytes, where it says them
   limit: float | None
@@ -43,7 +43,7 @@ class Refused:
 
 def compile_step(
   config: ConfigDict, model_config: ModelConfig, devices: Sequence[jax.Device]
-) -> Compiled | Refused:
+) -> Compiled | OutOfMemory:
   """One training step compiled, or refused where it does not fit.
 
   Args:
@@ -82,7 +82,7 @@ def compile_step(
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
-    return _refused(str(e), time.monotonic() - began)
+    return _out_of_memory(str(e), time.monotonic() - began)
   stats = compiled.memory_analysis()
   return Compiled(
     arguments=stats.argument_size_in_bytes,
@@ -130,13 +130,13 @@ def _no_cache() -> Iterator[None]:
     jax.config.update("jax_enable_compilation_cache", before)
 
 
-def _refused(message: str, seconds: float) -> Refused:
+def _out_of_memory(message: str, seconds: float) -> OutOfMemory:
   numbers = [
     float(number) * 1024 ** " KMGT".index(unit)
     for number, unit in re.findall(r"([\d.]+)([KMGT])\b", message)
   ]
   line = " ".join(message.split()).partition(" HLO module")[0]
-  return Refused(
+  return OutOfMemory(
     needed=numbers[0] if numbers else None,
     limit=numbers[1] if len(numbers) > 1 else None,
     message=line.partition(": ")[2][:240],

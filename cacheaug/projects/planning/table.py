@@ -1,4 +1,4 @@
-"""A plan as a person reads it."""
+"""A plan as a table of text."""
 
 from typing import Any
 
@@ -60,9 +60,9 @@ def _memory_lines(p: dict[str, Any]) -> list[str]:
     )
   else:
     lines.append(f"compiled by {c['by']} in {c['seconds']:.0f} s")
-  if p["remedies"]:
+  if p["suggestions"]:
     lines += ["", "keys that would help, GiB (by shapes; ask again with them):"]
-  for r in p["remedies"]:
+  for r in p["suggestions"]:
     fits = "fits" if r["fits"] else "not enough"
     other = "" if r["same_result"] else ", another experiment"
     lines.append(

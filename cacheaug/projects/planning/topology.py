@@ -1,4 +1,4 @@
-"""Machines by name, and their devices for the compiler where it is there."""
+"""Machines by name, and their devices for a compiler where one is installed."""
 
 import dataclasses
 import importlib.util
@@ -58,12 +58,12 @@ device_description_str: "%s"
 
 
 class NoCompiler(Exception):
-  """Why nothing can be compiled for a topology here, in one line."""
+  """The reason why nothing can be compiled for a topology, in one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """So many slices of so many chips, e.g. two of v5e:16x16."""
+  """A number of slices of a chip, e.g. two of v5e:16x16."""
 
   chip: Chip
   shape: tuple[int, ...]  # of one slice
@@ -104,7 +104,7 @@ def parse(name: str, slices: int = 1) -> Topology:
 
 
 def compiler_devices(topology: Topology) -> list[jax.Device]:
-  """Devices that programs can be compiled for, though none is here.
+  """Devices to compile for, which need not be attached.
 
   Raises:
     NoCompiler: no libtpu, no CUDA plugin, or a GPU that is not described here.
