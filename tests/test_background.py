@@ -26,6 +26,8 @@ from cacheaug.projects.background import worker
 from cacheaug.projects.background.session import BackgroundSession
 from cacheaug.projects.background.worker import Limits, Worker
 
+pytestmark = pytest.mark.usefixtures("as_users_compile")
+
 quick = test_generate_engine.quick  # a fixture of this module too
 SPEC = spec_of("replace")
 

@@ -26,6 +26,8 @@ from cacheaug.projects.context_store.lm import (
 )
 from cacheaug.projects.context_store.store import Store
 
+pytestmark = pytest.mark.usefixtures("as_users_compile")
+
 _ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["the first of two documents, and its end", "the second"]
 NEW = 6

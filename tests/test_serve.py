@@ -20,6 +20,8 @@ from cacheaug.projects.background import serve
 from cacheaug.projects.background.serve import Server
 from cacheaug.projects.background.worker import Worker
 
+pytestmark = pytest.mark.usefixtures("as_users_compile")
+
 quick, quick_too = test_background.quick, test_background.quick_too
 warnings = test_background.warnings
 B = 3
