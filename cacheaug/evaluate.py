@@ -60,6 +60,7 @@ from cacheaug.evals.diagnose import Diagnosis
 from cacheaug.evals.perplexity import Batch
 from cacheaug.lm import LM
 from cacheaug.run import command, provenance
+from cacheaug.run.files import refuse_remote
 from cacheaug.run.metrics import Progress
 from cacheaug.weights import trained
 
@@ -142,6 +143,7 @@ def use_text(config: ConfigDict, path: str, field: str) -> str:
       f"--text={path} is neither .txt nor .jsonl (nor .gz of them): give a "
       "text file, one document, or JSON lines, a document each"
     )
+  refuse_remote(path, "--text")
   if not Path(path).expanduser().is_file():
     raise UserError(f"--text={path}: no such file")
   source = sources.source_defaults()
@@ -415,7 +417,7 @@ def main() -> None:
   written = run(
     config,
     path,
-    page.check_out(out or str(Path(path) / "report" / "evaluation")),
+    page.check_out(out or f"{path.rstrip('/')}/report/evaluation"),
     latents=values.latents,
     text=values.text,
     field=values.field,

@@ -1,6 +1,7 @@
 """The one trainer, top to bottom, for a coprocessor or a decoder itself."""
 
 import json
+import os
 from functools import partial
 
 import jax
@@ -25,10 +26,11 @@ from cacheaug.evals import run_report
 from cacheaug.kernels import dispatch
 from cacheaug.model import lora
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.run import files, machine, profiling
+from cacheaug.run import agreement, files, machine, profiling
 from cacheaug.run import workdir as workdirs
 from cacheaug.run.checkpoint import Checkpoints
 from cacheaug.run.heartbeat import Heartbeat
+from cacheaug.run.lock import Lock
 from cacheaug.run.metrics import MetricWriter, Progress
 from cacheaug.run.preemption import StopOnSignal
 from cacheaug.step import (
@@ -39,7 +41,7 @@ from cacheaug.step import (
   make_baseline,
   make_step,
 )
-from cacheaug.weights import coprocessor_files, huggingface
+from cacheaug.weights import coprocessor_files, huggingface, transformers_files
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -49,9 +51,17 @@ def train(config: ConfigDict, workdir: str) -> None:
     UserError: bad input, before anything is written; a loss that is not
       finite, with the checkpoints before it kept.
   """
+  workdir = os.fspath(files.expanded(workdir))
+  with Lock(workdir) as lock:
+    _train(config, workdir, lock)
+
+
+def _train(config: ConfigDict, workdir: str, lock: Lock) -> None:
   # --- mesh, workdir --------------------------------------------------------
+  agreement.check(lambda: agreement.of_config(config))
   validate.check_config(config, jax.device_count())
   mesh = sharding.make_mesh(config.mesh)
+  agreement.on_process_zero(lock.acquire)
   workdirs.check(config, workdir)
 
   # --- model, tokenizer -----------------------------------------------------
@@ -66,6 +76,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
+  agreement.check(lambda: batches.describe() | build.describe_decoder(config))
 
   # --- decoder, state -------------------------------------------------------
   decoder, fingerprint = build.load_decoder(config, model, mesh)
@@ -79,7 +90,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   shardings = jax.tree.map(lambda x: x.sharding, wanted)
 
   # --- restore: 1. newest whole checkpoint, 2. fresh --------------------------
-  workdirs.claim(config, workdir)
+  workdirs.claim(config, workdir, lock)
   checkpoints = Checkpoints(
     epath.Path(workdir) / "checkpoints",
     keep=config.checkpoint.keep,
@@ -229,5 +240,6 @@ def report(
       decoder_fingerprint=fingerprint,
       source=config.decoder.path,
       lora_rank=rank,
+      report=transformers_files.report_of(workdir),
     )
   print(text)

@@ -158,7 +158,7 @@ def pack(
         )
         _build(job, workers, address, label)
   except OSError as error:
-    reason = error.strerror or " ".join(str(error).split())[:200]
+    reason = error.strerror or errors.one_line(error, 200)
     raise errors.UserError(
       f"data.cache_dir: cannot write {directory} ({reason}); give a directory "
       "with space and permission"

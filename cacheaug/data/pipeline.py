@@ -115,6 +115,13 @@ class Batches:
     total = sum(len(part) for part in parts)
     self.num_examples = total if total < problem_rows.ENDLESS else None
 
+  def describe(self) -> dict[str, str]:
+    """Each source's rows, for comparing what different hosts see."""
+    return {
+      label: part.describe()
+      for label, part in zip(self._labels, self._parts, strict=True)
+    }
+
   def at(self, step: int) -> Batch:
     """Rows of global batch `step` that belong to this process.
 

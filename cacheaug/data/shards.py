@@ -11,6 +11,7 @@ to, counted over the whole source, and -1 on padding. `ANSWER` is added to it on
 tokens of an answer.
 """
 
+import hashlib
 import json
 import pathlib
 import sys
@@ -63,6 +64,8 @@ class PackedRows:
     """
     meta = json.loads((directory / "meta.json").read_text())
     shards = [shard[split] for shard in meta["shards"]]
+    text = json.dumps(shards, sort_keys=True).encode()
+    self._digest = hashlib.blake2b(text, digest_size=4).hexdigest()
     self._sequence = meta["sequence"]
     self._dtype = np.dtype(meta["dtype"])
     self._directory = directory
@@ -89,6 +92,13 @@ class PackedRows:
 
   def __len__(self) -> int:
     return self._length
+
+  def describe(self) -> str:
+    """What the rows are: two hosts that say the same have the same rows."""
+    return (
+      f"{self.num_source_documents} documents in {len(self)} rows "
+      f"({self._digest})"
+    )
 
   def _parse(self, records: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     raw = np.frombuffer(b"".join(records), np.uint8)

@@ -353,7 +353,7 @@ class _TfdsDocuments(Documents):
         builder = tfds.builder(self._path, file_format="array_record")
       self._data = builder.as_data_source(split=self._split)
     except Exception as error:  # tfds has some twenty classes for this.
-      reason = " ".join(str(error).split())[:200]
+      reason = errors.one_line(error, 200)
       raise errors.UserError(
         f"{self._label}: cannot open split {self._split!r} of tfds data set "
         f"{self._path!r} ({reason}); prepare it with `tfds build "

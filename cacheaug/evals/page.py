@@ -60,11 +60,12 @@ def check_out(out: str) -> epath.Path:
   Raises:
     UserError: there is something.
   """
-  path = epath.Path(out).expanduser()
-  if path.exists():
-    raise UserError(
-      f"--out={out} exists: give another directory, or move this one away"
-    )
+  path = storage.expanded(out)
+  with storage.reading(path):
+    if path.exists():
+      raise UserError(
+        f"--out={out} exists: give another directory, or move this one away"
+      )
   return path
 
 
