@@ -2,6 +2,7 @@
 
 import importlib
 import runpy
+import sys
 
 import pytest
 
@@ -26,10 +27,10 @@ def test_a_former_name_is_the_module_itself(name):
   assert found.__spec__.name == cacheaug._FORMER[name]
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("name", ("cacheaug.evals.gating", "cacheaug.matching"))
-def test_a_former_command_runs(name):
+def test_a_former_command_runs(name, monkeypatch):
   """As `python -m` finds its code; it is not run as the main module here."""
+  monkeypatch.delitem(sys.modules, name, raising=False)
   names = runpy.run_module(name, run_name="not_main")
   assert callable(names["main"])
   with pytest.raises(ImportError):
