@@ -5,7 +5,8 @@ compilation takes a fifth of the time. What jaxlib does not know it refuses.
 
 conftest.py sets FLAGS for this process and for those that tests start, so that
 all programs are compiled so. A module that claims something about rounding as
-users have it says `pytestmark = pytest.mark.usefixtures("as_users_compile")`.
+users have it says `pytestmark = pytest.mark.usefixtures("as_users_compile")`, a
+single test `as_users_compile_here`.
 """
 
 from importlib import metadata

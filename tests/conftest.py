@@ -1,6 +1,7 @@
 """Strict numerics on eight fake CPU devices, quick compilation, real files."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -30,12 +31,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def as_users_compile():
-  """A module's programs compiled as outside of the tests.
-
-  For what is claimed about rounding. Nothing that was compiled before is used.
-  """
+@contextlib.contextmanager
+def _compiled_as_users():
+  """Programs are compiled as outside of the tests, and none before is used."""
   options = compiler.get_compile_options
 
   def as_users(*args, env_options_overrides=None, **kwargs):
@@ -47,6 +45,20 @@ def as_users_compile():
     patch.setattr(compiler, "get_compile_options", as_users)
     yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def as_users_compile():
+  """For a module that claims something about rounding."""
+  with _compiled_as_users():
+    yield
+
+
+@pytest.fixture
+def as_users_compile_here():
+  """For a single test that does."""
+  with _compiled_as_users():
+    yield
 
 
 @pytest.fixture(scope="session")

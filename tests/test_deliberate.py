@@ -26,8 +26,6 @@ from cacheaug.projects.context_store.lm import (
 )
 from cacheaug.projects.context_store.store import Store
 
-pytestmark = pytest.mark.usefixtures("as_users_compile")
-
 _ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["the first of two documents, and its end", "the second"]
 NEW = 6
@@ -106,6 +104,7 @@ def test_a_batch_comes_back_bit_for_bit(lm, tmp_path):
     np.testing.assert_array_equal(lm.decode(back, NEW), lm.decode(context, NEW))
 
 
+@pytest.mark.usefixtures("as_users_compile_here")
 def test_decoding_from_the_store_is_decoding_right_after(
   either, tmp_path, infos
 ):

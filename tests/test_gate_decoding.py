@@ -9,8 +9,6 @@ from cacheaug.errors import UserError
 from cacheaug.inference import gates
 from cacheaug.inference.session import Plan
 
-pytestmark = pytest.mark.usefixtures("as_users_compile")
-
 PROMPTS = [
   "def main(argv):\n  for name in argv[1:]:\n    print(",
   "a=4;b=a+3;c=b-2;d=c+6;e=d+1;f=e-3;f=",
@@ -36,6 +34,7 @@ def same(one, other):
   return one.ids == other.ids and one.nll.tobytes() == other.nll.tobytes()
 
 
+@pytest.mark.usefixtures("as_users_compile_here")
 def test_thresholds_beyond_all_are_always_and_never(lm):
   always, frozen = complete(lm), complete(lm, latents=False)
   for a, b in zip(complete(lm, gate="entropy:-inf"), always, strict=True):
