@@ -46,12 +46,15 @@ _EXTRAS = {
   # The benchmarks; `math` brings what MATH compares formulas with. Its task
   # files are read by a module of its own that may move: hence the bound.
   "eval": ["lm_eval[math]>=0.4.13,<0.4.14"],
+  # Weights from llama.cpp's files.
+  "gguf": ["gguf>=0.17"],
   # Workdirs on gs://; etils finds it through fsspec.
   "gcs": ["gcsfs>=2025.3"],
   "docs": _DOCS,
   "test": [
     *_DOCS,
     "gcsfs>=2025.3",
+    "gguf>=0.17",
     # The notebook is executed as a test.
     "nbclient>=0.10",
     "ipykernel>=6.29",
@@ -84,6 +87,7 @@ setuptools.setup(
       "assets/**/*.safetensors",
       "assets/**/*.json",
       "assets/**/*.md",
+      "weights/transformers_side/*",
     ]
   },
   install_requires=_REQUIRED,

@@ -5,7 +5,6 @@ call these functions.
 """
 
 import math
-import pathlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,10 @@ from cacheaug.lm import DTYPES, LM
 from cacheaug.model import transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
+from cacheaug.run import agreement
+from cacheaug.run.workdir import read_config
 from cacheaug.step import abstract_state
 from cacheaug.weights import leaves, pretrained, trained
-from cacheaug.weights import safetensors_io as files
 
 _DECODER, _COPROCESSOR = "shipped:tiny", "shipped:tiny_coprocessor"
 
@@ -90,6 +90,14 @@ def make_model(
   return Transformer(
     model_config, dtype=dtype, remat=config.remat, attention=kernel
   )
+
+
+def describe_decoder(config: ConfigDict) -> dict[str, str]:
+  """A digest of the decoder's files, for comparing what hosts see."""
+  path = config.decoder.path
+  if not path:
+    return {}
+  return {"decoder.path": agreement.of_directory(pretrained.resolve(path))}
 
 
 def load_decoder(
@@ -240,7 +248,8 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
   """A frozen decoder and its tokenizer.
 
   Args:
-    path: a Hugging Face directory (config.json, safetensors, tokenizer), or
+    path: a Hugging Face directory (config.json, safetensors, tokenizer), a
+      GGUF file, or
       'shipped:NAME' for one in the package.
     dtype: of weights and activations: 'float32', 'bfloat16', or 'auto', which
       is bfloat16 on accelerators and float32 on the CPU.
@@ -258,7 +267,7 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
   tokenizer = None
   stop_ids = set(pretrained.stop_ids(directory))
   names = ("tokenizer.json", "tokenizer.model")
-  if any((directory / name).exists() for name in names):
+  if directory.is_file() or any((directory / name).exists() for name in names):
     tokenizer = tokenizers.load(str(directory))
     stop_ids |= {tokenizer.eos_id} - {None}
     if tokenizer.vocab_size > config.vocab_size:
@@ -276,8 +285,17 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
   )
 
 
-def open_lm(workdir: str, decoder: str, coprocessor: str, latents: bool) -> LM:
+def open_lm(
+  workdir: str, decoder: str, coprocessor: str, latents: bool | None = None
+) -> LM:
   """The decoder and, with latents, the coprocessor that the flags name.
+
+  Args:
+    workdir: a run, whose decoder and coprocessor are meant, or ''.
+    decoder: a directory, or ''.
+    coprocessor: an export or a run, or ''.
+    latents: False opens the decoder alone, True needs a coprocessor; None
+      takes the one that is named, if any.
 
   Raises:
     UserError: paths that do not fit together, or hold nothing of the kind.
@@ -295,19 +313,18 @@ def open_lm(workdir: str, decoder: str, coprocessor: str, latents: bool) -> LM:
       "--coprocessor is missing: give the decoder's, or --latents=off"
     )
   lm = load(decoder)
-  return lm.with_coprocessor(coprocessor) if latents else lm
+  if latents is False or not coprocessor:
+    return lm
+  return lm.with_coprocessor(coprocessor)
+
+
+def latents_of(flag: str | None) -> bool | None:
+  """--latents as `open_lm` takes it: 'on', 'off' or unset."""
+  return None if flag is None else flag == "on"
 
 
 def _decoder_of(workdir: str) -> str:
-  path = pathlib.Path(workdir).expanduser() / "config.json"
-  if not path.exists():
-    raise UserError(f"{path}: missing; give the --workdir of a run")
-  try:
-    decoder = files.read_json(path)["decoder"]["path"]
-  except (KeyError, TypeError) as e:
-    raise UserError(
-      f"{path}: not a run's config; give the --workdir of a run"
-    ) from e
+  decoder = read_config(workdir).decoder.path
   if not decoder:
     raise UserError(
       f"{workdir}: this run has no decoder.path (it is random, or the run "

@@ -5,8 +5,10 @@ never reads a key with a default, so a key that is not here is an error. What a
 config may not say is in validate.py.
 """
 
+import copy
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,6 +21,12 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
 from cacheaug.model.config import ModelConfig
+
+# Keys of configs that were written before they had another name: old -> new.
+RENAMED: dict[str, str] = {}
+# Keys that are gone -> the value that they stood for; a run of any other value
+# is another experiment.
+DROPPED: dict[str, Any] = {}
 
 
 def base() -> ConfigDict:
@@ -241,7 +249,7 @@ def resolve(config: ConfigDict, given: Iterable[str] = ()) -> ConfigDict:
   given = set(given)
   config = ConfigDict(config.copy_and_resolve_references())
   config.unlock()
-  for key, value in _leaves(config.local):
+  for key, value in leaves(config.local):
     if key not in given and not key.startswith("data.sources."):
       parent, _, name = key.rpartition(".")
       (at(config, parent) if parent else config)[name] = value
@@ -260,8 +268,8 @@ def check_keys(config: ConfigDict) -> None:
 
   # Below these the keys are the experiment's own; a source's are checked.
   free = ("data.sources.", "optimizer.multipliers.", "eval.beside.", "local.")
-  known = [k for k, _ in _leaves(base()) if not k.startswith(free)]
-  found = [k for k, _ in _leaves(config) if not k.startswith(free)]
+  known = [k for k, _ in leaves(base()) if not k.startswith(free)]
+  found = [k for k, _ in leaves(config) if not k.startswith(free)]
   if "sources" in config.get("data", {}):
     for name, source in config.data.sources.items():
       prefix = f"data.sources.{name}."
@@ -289,11 +297,58 @@ def nearest(key: str, known: list[str]) -> str:
   return f"; did you mean {', '.join(unique)}?" if unique else ""
 
 
-def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def completed(saved: dict[str, Any]) -> ConfigDict:
+  """A config as this version writes it, from one that an older one wrote.
+
+  Raises:
+    KeyError, TypeError, ValueError: it is no run's config at all.
+  """
+  from cacheaug.data.sources import source_defaults
+
+  saved = copy.deepcopy(saved)
+  if missing := {"decoder", "data", "coprocessor"} - set(saved):
+    raise KeyError(min(missing))
+  for old, new in RENAMED.items():
+    if holder := _holder(saved, old):
+      *parents, name = new.split(".")
+      target = functools.reduce(
+        lambda x, k: x.setdefault(k, {}), parents, saved
+      )
+      target[name] = holder.pop(old.rpartition(".")[2])
+  for key, value in DROPPED.items():
+    holder, name = _holder(saved, key), key.rpartition(".")[2]
+    if holder and holder[name] == value:
+      del holder[name]
+  config = ConfigDict(saved)
+  for source in config.data.sources.values():  # of the experiment's own names
+    _fill(source, source_defaults())
+  return _fill(config, base())
+
+
+def _holder(saved: dict[str, Any], key: str) -> dict[str, Any] | None:
+  """The dictionary that the key is in; None where there is no such key."""
+  *parents, name = key.split(".")
+  for part in parents:
+    saved = saved.get(part, {})
+  return saved if name in saved else None
+
+
+def _fill(config: ConfigDict, base: ConfigDict) -> ConfigDict:
+  # Below these, keys are the experiment's own: an absent one is none.
+  own = ("sources", "multipliers", "beside", "local")
+  for key, value in base.items():
+    if key not in config:
+      config[key] = value
+    elif isinstance(value, ConfigDict) and key not in own:
+      _fill(config[key], value)
+  return config
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
   """Every key that is not a dictionary, as (`a.b.c`, value)."""
   for key, value in config.items():
     if isinstance(value, ConfigDict):
-      yield from _leaves(value, f"{prefix}{key}.")
+      yield from leaves(value, f"{prefix}{key}.")
     else:
       yield f"{prefix}{key}", value
 

@@ -17,11 +17,11 @@ and the exit status is 1.
 
 from absl import flags, logging
 
-from cacheaug.build import open_lm
+from cacheaug.build import latents_of, open_lm
 from cacheaug.data import sources
 from cacheaug.data.sources import Documents
 from cacheaug.errors import UserError
-from cacheaug.lm import LENGTHS
+from cacheaug.inference import padding
 from cacheaug.projects.context_store.lm import StoredLM, with_store
 from cacheaug.projects.context_store.store import Store
 from cacheaug.run import command
@@ -39,7 +39,11 @@ flags.DEFINE_string(
   "coprocessor", "", "an exported coprocessor, a run, or shipped:NAME"
 )
 flags.DEFINE_enum(
-  "latents", "on", ["on", "off"], "off: contexts as the decoder leaves them"
+  "latents",
+  None,
+  ["on", "off"],
+  "off: contexts as the decoder leaves them; unset: latents where there is a "
+  "coprocessor",
 )
 flags.DEFINE_integer("batch", 8, "documents at a time")
 
@@ -84,7 +88,7 @@ def sort_out(
     if lm.has(tokens, latents):
       stored += 1
     else:
-      todo.append((len(tokens) + -len(tokens) % LENGTHS, i))
+      todo.append((padding.round_up(len(tokens), padding.PROMPT), i))
   return sorted(todo), stored, refused
 
 
@@ -103,16 +107,19 @@ def batches(todo: list[tuple[int, int]], size: int) -> list[list[int]]:
 def main() -> None:
   """Reads the flags above."""
   values = flags.FLAGS
-  latents = values.latents == "on"
   documents = open_documents(values.documents, values.field)
   if not values.store:
     raise UserError("--store is missing: give a directory")
   if values.batch < 1:
     raise UserError(f"--batch={values.batch} must be at least 1")
   store = Store(values.store, values.max_bytes)
-  lm = with_store(
-    open_lm(values.workdir, values.decoder, values.coprocessor, latents), store
+  lm = open_lm(
+    values.workdir,
+    values.decoder,
+    values.coprocessor,
+    latents_of(values.latents),
   )
+  lm, latents = with_store(lm, store), lm.coprocessor is not None
   todo, before, refused = sort_out(lm, documents, latents)
   total, done = before + len(todo), before
   with Progress(total, before, "documents") as progress:

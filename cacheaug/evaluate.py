@@ -18,6 +18,10 @@ and the augmented one answer the same documents, latents at each prompt's end.
 
   python -m cacheaug.evaluate --workdir=DIR --tasks=gsm8k,arc_easy \
       --data=BENCHMARKS --limit=100 --notables --out=runs/scores
+  python -m cacheaug.evaluate --decoder=DIR --tasks=gsm8k --data=BENCHMARKS \
+      --out=runs/frozen
+
+The second is a decoder without a coprocessor.
 
 Text is streamed, eval.batch sequences at a time: memory does not grow with it,
 lower eval.batch if a batch does not fit. Without --text it is the held-out text
@@ -43,15 +47,29 @@ from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import Layout
 from cacheaug.data import sources
 from cacheaug.errors import UserError
-from cacheaug.evals import diagnose, page, perplexity, report, run_report
-from cacheaug.evals.page import Evaluated
+from cacheaug.evals import (
+  diagnose,
+  diagnosis_section,
+  page,
+  perplexity,
+  report,
+  run_report,
+)
+from cacheaug.evals.bootstrap import DocumentSums
+from cacheaug.evals.diagnose import Diagnosis
 from cacheaug.evals.perplexity import Batch
 from cacheaug.lm import LM
 from cacheaug.run import command, provenance
+from cacheaug.run.files import refuse_remote
 from cacheaug.run.metrics import Progress
 from cacheaug.weights import trained
 
 TEXT = "text"  # the name of --text as a source
+_COMPARED = (
+  "documents.csv holds the sums that tables and intervals are made of: with "
+  "`cacheaug.evals.bootstrap.compare` two evaluations of the same tokens are "
+  "compared directly."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +85,32 @@ class Tasks:
 
 
 def open_config(
-  workdir: str, coproc: str, given: ConfigDict | None
+  workdir: str, coproc: str, given: ConfigDict | None, decoder: str = ""
 ) -> tuple[ConfigDict, str]:
-  """The config to evaluate by, and where the coprocessor is.
+  """The config to evaluate by, and where the coprocessor is, '' for none.
 
   Args:
     workdir: of a run, or ''.
     coproc: an export, or ''.
     given: of --config.
+    decoder: of --decoder, alone.
 
   Raises:
     UserError: flags that do not go together, or no run in the workdir.
   """
+  if decoder:
+    if workdir or coproc or given is not None:
+      raise UserError(
+        "--decoder is a decoder alone: leave out --workdir, --config and "
+        "--coprocessor, or give the decoder as --config.decoder.path"
+      )
+    config = configs.base()
+    config.decoder.path = decoder
+    return configs.resolve(config), ""
   if bool(workdir) == bool(coproc):
-    raise UserError("give either --workdir, or --config and --coprocessor")
+    raise UserError(
+      "give either --workdir, or --config and --coprocessor, or --decoder"
+    )
   if coproc:
     if given is None:
       raise UserError(
@@ -113,6 +143,7 @@ def use_text(config: ConfigDict, path: str, field: str) -> str:
       f"--text={path} is neither .txt nor .jsonl (nor .gz of them): give a "
       "text file, one document, or JSON lines, a document each"
     )
+  refuse_remote(path, "--text")
   if not Path(path).expanduser().is_file():
     raise UserError(f"--text={path}: no such file")
   source = sources.source_defaults()
@@ -171,8 +202,8 @@ def evaluate(
   context: int,
   diagnostics: bool,
   seed: int = 0,
-) -> Evaluated:
-  """Table 1 and, if asked for, diagnostics of one text.
+) -> tuple[dict[int, DocumentSums], Diagnosis | None]:
+  """Table 1, N -> sums, and, if asked for, diagnostics of one text.
 
   Args:
     found: decoder and coprocessor.
@@ -202,15 +233,23 @@ def evaluate(
     diagnosed = diagnose.diagnose(
       *args, coproc, text, spec, context=context, seed=seed
     )
-  return Evaluated(tables, diagnosed)
+  return tables, diagnosed
 
 
 def describe(config: ConfigDict, path: str, found: LM) -> dict[str, Any]:
   """What was run, for the page."""
+  decoder = f"{config.decoder.path} ({found.fingerprint})"
+  where = {
+    "activations": str(found.model.dtype),
+    "hardware": provenance.hardware(),
+    "commit": provenance.commit(),
+  }
+  if found.coprocessor is None:
+    return {"decoder": decoder, "coprocessor": "none", **where}
   spec = found.coprocessor.spec
   sizes = [x.size for x in jax.tree.leaves(found.coprocessor.params)]
   return {
-    "decoder": f"{config.decoder.path} ({found.fingerprint})",
+    "decoder": decoder,
     "coprocessor": f"{path}, {sum(sizes):,} parameters",
     "latents N, trained": spec.latents,
     "ahead tokens A, trained": spec.ahead,
@@ -221,9 +260,7 @@ def describe(config: ConfigDict, path: str, found: LM) -> dict[str, Any]:
     "sequences of each text, at most": config.eval.sequences,
     "context before a point": config.eval.context or spec.context_needed,
     "seed": config.seed,
-    "activations": str(found.model.dtype),
-    "hardware": provenance.hardware(),
-    "commit": provenance.commit(),
+    **where,
   }
 
 
@@ -251,7 +288,7 @@ def run(
 
   Args:
     config: of `open_config`; changed to what is evaluated.
-    path: the coprocessor's.
+    path: the coprocessor's; '' answers --tasks by the decoder alone.
     out: of page.check_out.
     latents: of --latents.
     text: of --text, '' for held-out text.
@@ -263,20 +300,24 @@ def run(
   Raises:
     UserError: bad input, before anything is computed or written.
   """
+  tables = tables and bool(path)
   if not tables and not tasks:
-    raise UserError("--notables leaves nothing to do: give --tasks")
+    why = "--notables" if path else "--decoder without a coprocessor"
+    raise UserError(f"{why} leaves nothing to do: give --tasks")
   if tasks and not tasks.data:
     raise UserError("--tasks needs --data: the directory of their files")
   if not config.decoder.path:
     raise UserError("decoder.path is empty: a random decoder gains nothing")
   split = use_text(config, text, field) if text else "validation"
   found = build.load(config.decoder.path, dtype=config.precision.compute)
-  found = found.with_coprocessor(path)
-  asked = asked_latents(latents, found.coprocessor.spec)
-  spec = adapt(config, found)
-  if diagnostics and tables:
-    diagnose.check_kind(spec)
-  context = config.eval.context or found.coprocessor.spec.context_needed
+  asked: list[int] = []
+  if path:
+    found = found.with_coprocessor(path)
+    asked = asked_latents(latents, found.coprocessor.spec)
+    spec = adapt(config, found)
+    if diagnostics and tables:
+      diagnose.check_kind(spec)
+    context = config.eval.context or found.coprocessor.spec.context_needed
 
   def read(name) -> Iterator[Batch]:
     tokenizer = found.tokenizer
@@ -292,7 +333,7 @@ def run(
   meta = describe(config, path, found)
   if tables:
     meta["text"] = text or f"held-out documents of {', '.join(names)}"
-  sections = []
+  scored = []
   if tasks:
     from cacheaug.projects.lm_eval import benchmarks
 
@@ -300,10 +341,11 @@ def run(
     scores = benchmarks.run_tasks(
       found, options.pop("names"), **options, say=print
     )
-    sections.append(benchmarks.section(scores))
+    scored.append(benchmarks.section(scores))
   done = 0
   total = (len(asked) + (2 if diagnostics else 0)) * batches
-  by_source = {}
+  sections, printed = [], []
+  show = functools.partial(show_token, found.tokenizer)
   with Progress(total, 0, "evaluate") as progress:
 
     def counted(name):
@@ -314,7 +356,7 @@ def run(
         progress.update(done)
 
     for name in names:
-      by_source[name] = evaluate(
+      sums, diagnosis = evaluate(
         found,
         functools.partial(counted, name),
         spec,
@@ -323,15 +365,21 @@ def run(
         diagnostics=diagnostics,
         seed=config.seed,
       )
-  show = functools.partial(show_token, found.tokenizer)
-  files = page.contents(
-    by_source, meta=meta, seed=config.seed, show=show, sections=sections
-  )
-  for name, some in by_source.items():
-    for n, sums in some.tables.items():
-      print(f"{name}: N={n}")
-      rows = report.make_rows(sums, seed=config.seed)
-      print(report.format_table(rows) + "\n")
+      sections.append(report.perplexity_section(name, sums, seed=config.seed))
+      if diagnosis:
+        sections.append(
+          diagnosis_section.section(
+            name, diagnosis, seed=config.seed, show=show
+          )
+        )
+      for n, some in sums.items():
+        rows = report.make_rows(some, seed=config.seed)
+        printed.append(f"{name}: N={n}\n{report.format_table(rows)}\n")
+  if sections:
+    sections.append(report.Section([_COMPARED]))
+  files = page.contents([*sections, *scored], meta)
+  for table in printed:
+    print(table)
   return page.write(out, files)
 
 
@@ -360,14 +408,16 @@ def main() -> None:
   """Reads the flags that are defined below."""
   values = flags.FLAGS
   given = values.config if "config" in values else None
-  config, path = open_config(values.workdir, values.coprocessor, given)
+  config, path = open_config(
+    values.workdir, values.coprocessor, given, values.decoder
+  )
   out = values.out
   if not out and not values.workdir:
     raise UserError("--out is missing: a new directory for the report")
   written = run(
     config,
     path,
-    page.check_out(out or str(Path(path) / "report" / "evaluation")),
+    page.check_out(out or f"{path.rstrip('/')}/report/evaluation"),
     latents=values.latents,
     text=values.text,
     field=values.field,
@@ -382,6 +432,9 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", "", "a run: its coprocessor, decoder and text")
   flags.DEFINE_string(
     "coprocessor", "", "with --config: an exported coprocessor, shipped:NAME"
+  )
+  flags.DEFINE_string(
+    "decoder", "", "with --tasks: a decoder without a coprocessor"
   )
   flags.DEFINE_list(
     "latents", [], "N of each column, 1,2,4; as trained if none"

@@ -16,7 +16,7 @@ import time
 
 from absl import flags
 
-from cacheaug.build import open_lm
+from cacheaug.build import latents_of, open_lm
 from cacheaug.errors import UserError
 from cacheaug.inference.completion import Completion
 from cacheaug.inference.sampling import Sampling
@@ -34,7 +34,12 @@ flags.DEFINE_string("decoder", "", "a Hugging Face directory, or shipped:NAME")
 flags.DEFINE_string(
   "coprocessor", "", "an exported coprocessor, a run, or shipped:NAME"
 )
-flags.DEFINE_enum("latents", "on", ["on", "off"], "augment the decoder's cache")
+flags.DEFINE_enum(
+  "latents",
+  None,
+  ["on", "off"],
+  "augment the decoder's cache; unset: where there is a coprocessor",
+)
 flags.DEFINE_integer("max_new_tokens", 64, "the most tokens of a continuation")
 flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token")
 flags.DEFINE_integer("top_k", 0, "draw from so many likeliest tokens; 0: all")
@@ -209,7 +214,7 @@ def _answer(lm: LM, prompts: list[str], options: dict) -> None:
       print("\n".join([f"prompt: {prompt}", *lines]))
       print("\n".join([*(traces if values.trace else []), ""]), flush=True)
     return
-  writer = lm.writer(prompts, **options, latents=values.latents == "on")
+  writer = lm.writer(prompts, **options)
   if len(prompts) == 1:
     print(prompts[0], end="", flush=True)
     for _, piece in writer.pieces(1):
@@ -246,16 +251,20 @@ def _converse(lm: LM, options: dict) -> None:
 def main() -> None:
   """Reads the flags above."""
   values = flags.FLAGS
-  latents = values.latents == "on"
-  if values.compare and not latents:
-    raise UserError("--compare shows both: leave out --latents=off")
-  if values.gate and not latents:
-    raise UserError("--gate decides on latents: leave out --latents=off")
+  for flag, use in (("compare", "shows both"), ("gate", "decides on latents")):
+    if getattr(values, flag) and values.latents == "off":
+      raise UserError(f"--{flag} {use}: leave out --latents=off")
   if values.gate and values.store:
     raise UserError("--gate and --store: latents of a store are there already")
   prompts = prompts_of(values.prompt, values.file)
   sampling = Sampling(values.temperature, values.top_k, values.top_p)
-  lm = open_lm(values.workdir, values.decoder, values.coprocessor, latents)
+  lm = open_lm(
+    values.workdir,
+    values.decoder,
+    values.coprocessor,
+    # Both need one.
+    True if values.compare or values.gate else latents_of(values.latents),
+  )
   if values.store:
     from cacheaug.projects.context_store.lm import with_store
     from cacheaug.projects.context_store.store import Store

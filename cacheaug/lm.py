@@ -1,6 +1,7 @@
 """A frozen decoder and its coprocessor as one Python object.
 
   lm = cacheaug.load("path/to/gemma-2-2b")          # decoder and tokenizer
+  lm.generate(["Natalia sold clips to"])            # the decoder's own text
   lm = lm.with_coprocessor("runs/gemma2b")          # a run, or an export
   lm.generate(["Natalia sold clips to"])            # augments once, at the end
   for _, piece in lm.stream(["Once upon"]): ...     # the same, as it comes
@@ -8,8 +9,9 @@
   context = lm.augment(lm.prefill(tokens))
   lm.decode(context, max_new_tokens=32)             # [B, 32] tokens
 
-Everything runs on the default device. `latents=False` asks for the frozen
-decoder alone, where a coprocessor is there or not.
+Everything runs on the default device. Latents are inserted where a coprocessor
+is attached; `latents=False` asks for the frozen decoder alone, `latents=True`
+refuses to go on without a coprocessor.
 """
 
 import dataclasses
@@ -27,9 +29,9 @@ from cacheaug.augment.traces import Layout
 from cacheaug.data import tokenizers
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
+from cacheaug.inference import arguments, gates, padding
 from cacheaug.inference import context as generate
-from cacheaug.inference import gates
-from cacheaug.inference.completion import Completion, Writer, check_asked
+from cacheaug.inference.completion import Completion, Writer
 from cacheaug.inference.context import Context
 from cacheaug.inference.gates import Gate
 from cacheaug.inference.sampling import GREEDY, Sampling
@@ -40,8 +42,6 @@ from cacheaug.weights import trained
 Tokens = jax.Array | np.ndarray | Sequence[Sequence[int]]
 
 DTYPES = ("auto", "float32", "bfloat16")
-# Prompts are padded to a multiple, so that few lengths are compiled for.
-LENGTHS = 32
 
 _read = jax.jit(generate.read, static_argnames=("model", "keep_states"))
 _augment = jax.jit(generate.augment_context, static_argnames=("model", "spec"))
@@ -114,8 +114,9 @@ class LM:
     """Its tokens as `transformers` gives them, special ones included.
 
     Raises:
-      UserError: no tokenizer.
+      UserError: no tokenizer, or what is not text.
     """
+    arguments.instance("text", text, str)
     if self.tokenizer is None:
       raise UserError(
         "this decoder came without tokenizer.json or tokenizer.model: put it "
@@ -135,7 +136,7 @@ class LM:
         tokens than the decoder has positions.
     """
     rows = self._checked(tokens)
-    return self._read(*generate.pad_left(rows, self._pad_id))
+    return self._read(*padding.pad_left(rows, self._pad_id))
 
   def augment(self, context: Context) -> Context:
     """N latents at the end of each context; of a fresh `prefill`, once.
@@ -145,6 +146,7 @@ class LM:
         one that has latents already.
     """
     coproc = self._coprocessor()
+    arguments.instance("context", context, Context)
     if context.augmented:
       raise UserError("context has latents already: augment a fresh prefill")
     lengths = (np.asarray(context.documents) >= 0).sum(1)
@@ -171,9 +173,11 @@ class LM:
     Raises:
       UserError: more tokens than the decoder has positions.
     """
-    if max_new_tokens < 1:
-      raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    stop_ids = self.stop_ids if stop_ids is None else tuple(stop_ids)
+    arguments.instance("context", context, Context)
+    max_new_tokens = arguments.whole_number("max_new_tokens", max_new_tokens, 1)
+    if stop_ids is None:
+      stop_ids = self.stop_ids
+    stop_ids = arguments.whole_numbers("stop_ids", stop_ids)
     longest = int((np.asarray(context.documents) >= 0).sum(1).max())
     pushed = int(np.asarray(context.position).max()) - context.tokens.shape[1]
     self._check_positions(longest + pushed, max_new_tokens)
@@ -191,11 +195,11 @@ class LM:
     prompts: Sequence[str],
     max_new_tokens: int = 128,
     *,
-    latents: bool | Sequence[bool] = True,
+    latents: bool | Sequence[bool] | None = None,
     plan: Plan | None = None,
     sampling: Sampling = GREEDY,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | None = (),
     gate: str | Gate = "",
   ) -> list[str]:
     """Continuations.
@@ -206,19 +210,20 @@ class LM:
     Args:
       prompts: texts, in one batch.
       max_new_tokens: at least 1.
-      latents: for all prompts, or for each; where False, what comes is the
-        frozen decoder's, whatever the others have.
+      latents: for all prompts, or for each; by default where a coprocessor is
+        attached. Where False, the text is the frozen decoder's, whatever the
+        others have.
       plan: when latents are inserted; at the prompt's end, and again if the
         coprocessor was trained for it (Plan.trained), by default.
       sampling: the law of a token; the most likely one by default.
       seed: of the draws. Prompt i's draws do not depend on the others.
-      stop: strings that end a text and are left out of it.
+      stop: strings that end a text and are left out of it; None for none.
       gate: whether they are, for each prompt and time: 'entropy:NATS',
         'head:DIR[:NATS]' (inference/gates.py) or a function; by default always.
 
     Raises:
-      UserError: no tokenizer, no coprocessor with latents=True, or prompts
-        that are too short or too long.
+      UserError: no tokenizer, no coprocessor with latents=True, prompts that
+        are too short or too long, or an argument of another type.
     """
     options = dict(latents=latents, plan=plan, sampling=sampling, seed=seed)
     options["gate"] = gate
@@ -253,11 +258,11 @@ class LM:
     prompts: Sequence[str],
     max_new_tokens: int,
     *,
-    latents: bool | Sequence[bool] = True,
+    latents: bool | Sequence[bool] | None = None,
     plan: Plan | None = None,
     sampling: Sampling = GREEDY,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | None = (),
     scored: bool = False,
     gate: str | Gate = "",
   ) -> Writer | None:
@@ -269,11 +274,17 @@ class LM:
     Raises:
       UserError: a list of another length than the prompts, besides.
     """
-    check_asked(prompts, max_new_tokens, stop)
-    on = [latents] * len(prompts) if isinstance(latents, bool) else [*latents]
-    if len(on) != len(prompts):
-      raise UserError(f"latents names {len(on)} prompts of {len(prompts)}")
-    coproc = None if latents is False else self._coprocessor()
+    prompts = arguments.texts("prompts", prompts)
+    max_new_tokens = arguments.whole_number("max_new_tokens", max_new_tokens, 1)
+    stop, seed = arguments.stop_strings(stop), arguments.seed(seed)
+    arguments.instance("sampling", sampling, Sampling)
+    arguments.instance("plan", Plan() if plan is None else plan, Plan)
+    if gate is not None and not isinstance(gate, str) and not callable(gate):
+      raise UserError(f"gate={gate!r} is neither 'NAME:NATS' nor a function")
+    latents = self.coprocessor is not None if latents is None else latents
+    on = arguments.switches("latents", latents, len(prompts))
+    frozen = isinstance(latents, bool | np.bool_) and not latents
+    coproc = None if frozen else self._coprocessor()
     if not prompts:
       return None
     rows = self._checked([self.encode(p) for p in prompts])
@@ -317,8 +328,8 @@ class LM:
     self, rows: list[list[int]], on: Sequence[bool], plan: Plan
   ) -> tuple[Context, Plan]:
     """What `writer` goes on from, and the insertions still to come."""
-    padded = -(-max(map(len, rows)) // LENGTHS) * LENGTHS
-    return self._read(*generate.pad_left(rows, self._pad_id, padded)), plan
+    padded = padding.round_up(max(map(len, rows)), padding.PROMPT)
+    return self._read(*padding.pad_left(rows, self._pad_id, padded)), plan
 
   def _read(self, tokens: np.ndarray, documents: np.ndarray) -> Context:
     coproc = self.coprocessor
@@ -333,7 +344,7 @@ class LM:
     points: Sequence[Sequence[int]],
     ahead: int = 16,
     *,
-    latents: bool = True,
+    latents: bool | None = None,
   ) -> np.ndarray:  # [B, M, A] nats
     """Negative log-likelihood of the tokens after each point.
 
@@ -342,7 +353,8 @@ class LM:
       points: [B, M], or [1, M] for all rows alike: index of the last token
         seen; latents stand after it.
       ahead: A, tokens scored after each.
-      latents: False gives the frozen decoder's.
+      latents: False gives the frozen decoder's; by default latents are there
+        where a coprocessor is attached.
 
     Raises:
       UserError: a point without room for the latents before it or the ahead
@@ -352,7 +364,10 @@ class LM:
     if len({len(row) for row in rows}) != 1:
       raise UserError("tokens: rows of one length are needed, [B, S]")
     tokens = np.array(rows, np.int32)
+    ahead = arguments.whole_number("ahead", ahead, 1)
     spec, coproc = Layout(1, 1), None
+    latents = self.coprocessor is not None if latents is None else latents
+    (latents,) = arguments.switches("latents", latents, 1)
     if latents:
       coproc, spec = self._coprocessor().params, self.coprocessor.spec
     points = self._points(points, tokens.shape, ahead, spec if latents else 0)
@@ -379,7 +394,10 @@ class LM:
 
   def _checked(self, tokens: Tokens) -> list[list[int]]:
     """As lists, none empty, of the vocabulary, within the positions."""
-    rows = [np.asarray(row).tolist() for row in tokens]
+    try:
+      rows = [np.asarray(row).tolist() for row in tokens]
+    except (TypeError, ValueError) as e:  # No rows at all, or rows in a row.
+      raise UserError("tokens: give [B, S] ids, or a list of ids a row") from e
     if not rows:
       raise UserError("tokens is empty: give at least one row")
     vocab = self.model.config.vocab_size
@@ -388,7 +406,7 @@ class LM:
         raise UserError("tokens: a row is a number: give [B, S], a row each")
       if not row:
         raise UserError(f"tokens: row {i} is empty: give at least one token")
-      wrong = [t for t in row if not (isinstance(t, int) and 0 <= t < vocab)]
+      wrong = [t for t in row if type(t) is not int or not 0 <= t < vocab]
       if wrong:
         raise UserError(
           f"tokens: {wrong[0]!r} in row {i} is not a token from 0 to "
@@ -415,9 +433,10 @@ class LM:
   ) -> np.ndarray:
     """[B, M], each with room before and after it."""
     b, s = shape
-    if ahead < 1:
-      raise UserError(f"ahead={ahead} must be at least 1")
-    points = np.asarray(points)
+    try:
+      points = np.asarray(points)
+    except ValueError:  # Rows of unequal lengths.
+      points = np.empty(0)
     if points.ndim != 2 or not points.size or points.dtype.kind not in "iu":
       raise UserError("points: give whole numbers, [[p, ...]] or a row each")
     if points.shape[0] not in (1, b):

@@ -1,6 +1,7 @@
 """The one trainer, top to bottom, for a coprocessor or a decoder itself."""
 
 import json
+import os
 from functools import partial
 
 import jax
@@ -25,10 +26,11 @@ from cacheaug.evals import run_report
 from cacheaug.kernels import dispatch
 from cacheaug.model import lora
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.run import files, machine, profiling
+from cacheaug.run import agreement, files, machine, profiling
 from cacheaug.run import workdir as workdirs
 from cacheaug.run.checkpoint import Checkpoints
 from cacheaug.run.heartbeat import Heartbeat
+from cacheaug.run.lock import Lock
 from cacheaug.run.metrics import MetricWriter, Progress
 from cacheaug.run.preemption import StopOnSignal
 from cacheaug.step import (
@@ -39,7 +41,7 @@ from cacheaug.step import (
   make_baseline,
   make_step,
 )
-from cacheaug.weights import coprocessor_files, huggingface
+from cacheaug.weights import coprocessor_files, huggingface, transformers_files
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -49,9 +51,17 @@ def train(config: ConfigDict, workdir: str) -> None:
     UserError: bad input, before anything is written; a loss that is not
       finite, with the checkpoints before it kept.
   """
+  workdir = os.fspath(files.expanded(workdir))
+  with Lock(workdir) as lock:
+    _train(config, workdir, lock)
+
+
+def _train(config: ConfigDict, workdir: str, lock: Lock) -> None:
   # --- mesh, workdir --------------------------------------------------------
+  agreement.check(lambda: agreement.of_config(config))
   validate.check_config(config, jax.device_count())
   mesh = sharding.make_mesh(config.mesh)
+  agreement.on_process_zero(lock.acquire)
   workdirs.check(config, workdir)
 
   # --- model, tokenizer -----------------------------------------------------
@@ -66,6 +76,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
+  agreement.check(lambda: batches.describe() | build.describe_decoder(config))
 
   # --- decoder, state -------------------------------------------------------
   decoder, fingerprint = build.load_decoder(config, model, mesh)
@@ -79,7 +90,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   shardings = jax.tree.map(lambda x: x.sharding, wanted)
 
   # --- restore: 1. newest whole checkpoint, 2. fresh --------------------------
-  workdirs.claim(config, workdir)
+  workdirs.claim(config, workdir, lock)
   checkpoints = Checkpoints(
     epath.Path(workdir) / "checkpoints",
     keep=config.checkpoint.keep,
@@ -137,7 +148,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         clock.reset(step)
         with clock.part("log"):
           baseline = baseline_fn(decoder, batch, key, np.int32(step - 1))
-          shown = log(step, metrics, baseline, batch["tokens"].shape, times)
+          shown = log(step, metrics, baseline, batch, times)
           progress.update(step, **shown)
       trace.after(step, state)
       stopping = stop.asked(step)
@@ -160,8 +171,10 @@ def train(config: ConfigDict, workdir: str) -> None:
   params = trainable.effective(
     config, params, state.frozen, decoder, lora.merge
   )
-  report(config, workdir, model, decoder, params, tokenizer, fingerprint)
+  text = report(config, workdir, model, decoder, params, tokenizer, fingerprint)
   heartbeat.say("finished")
+  if text:
+    print(text)  # last: whoever should read it may be gone
 
 
 def report(
@@ -172,7 +185,7 @@ def report(
   params: Params,
   tokenizer: tokenizers.Tokenizer,
   fingerprint: str,
-) -> None:
+) -> str:
   """The last words of a run: tables on disk and on the terminal, exports.
 
   `params` are a coprocessor or a decoder as adaptation.effective makes it,
@@ -183,7 +196,7 @@ def report(
       (params, decoder), tiled=True
     )
   if jax.process_index():
-    return
+    return ""
   # On this process's own device: the others are not here to join a mesh.
   model = model.clone(attention=dispatch.Kernel(model.attention.name))
   rank = configs.lora_rank(config)
@@ -200,11 +213,11 @@ def report(
       config, workdir, model, params, tokenizer, decoder, meta
     )
     path = epath.Path(workdir) / "report.json"
-    files.write_whole(path, json.dumps(figures, indent=2).encode())
+    with files.disk_errors(path, "write the report"):
+      files.write_whole(path, json.dumps(figures, indent=2).encode())
     if config.export:
       huggingface.save(config.export, model.config, params, tokenizer=tokenizer)
-    print(text)
-    return
+    return text
   spec = configs.layout_of(config)
   meta |= {
     "kind": spec.kind.value,
@@ -230,5 +243,6 @@ def report(
       source=config.decoder.path,
       draw=configs.draw_of(config),
       lora_rank=rank,
+      report=transformers_files.report_of(workdir),
     )
-  print(text)
+  return text

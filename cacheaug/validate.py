@@ -16,8 +16,8 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.kernels import dispatch
 from cacheaug.model import lora, transformer
-from cacheaug.model.config import ModelConfig
-from cacheaug.run import profiling
+from cacheaug.model.config import SLIDING, ModelConfig
+from cacheaug.run import files, profiling
 
 OBJECTIVES = ("coprocessor", "language_model")
 LOSSES = ("tokens", "traces")
@@ -70,6 +70,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
   for key in ("watchdog.seconds", "data.retries", "eval.context"):
     if configs.at(config, key) < 0:
       raise UserError(f"{key}={configs.at(config, key)} must be 0 or more")
+  _check_places(config)
   profiling.parse_steps(config.profile)
   optim.make_schedule(config.optimizer, config.optimizer.steps)
   if not config.data.sources:
@@ -155,6 +156,17 @@ def _check_traces(config: ConfigDict) -> None:
       f"traces.law='stratified' wants data.sequence={s} to be a multiple of "
       f"traces.count={draw.count}"
     )
+  if configs.terms_of(config).on and config.objective != "coprocessor":
+    raise UserError(
+      f"supervision.weight={config.supervision.weight}: objective="
+      f"{config.objective!r} trains no latents that could have labels; set it "
+      "to 0"
+    )
+  if spec.window >= s:
+    raise UserError(
+      f"traces.window={spec.window} hides nothing of sequences of "
+      f"data.sequence={s}: lower it, or 0 for no window"
+    )
   needed, more = spec.context_needed + spec.reach, ""
   if spec.stride:
     more = f", traces.rounds={spec.rounds} and traces.stride={spec.stride}"
@@ -212,6 +224,12 @@ def check_model(config: ConfigDict, model: ModelConfig) -> None:
   if rank := configs.lora_rank(config):
     name = f"{config.objective}.lora_rank"
     lora.check(model, rank, tuple(config.lora.kernels), label=name)
+  w = config.traces.window
+  if w and SLIDING in model.layer_kinds and w < model.window:
+    raise UserError(
+      f"traces.window={w} is less than the {model.window} tokens that the "
+      "decoder's sliding layers see (window): raise it, or 0 for no window"
+    )
   s, n = config.data.sequence, 0
   # 'insert' puts latents, and what follows them, behind the context.
   if config.objective == "coprocessor" and (
@@ -227,6 +245,22 @@ def check_model(config: ConfigDict, model: ModelConfig) -> None:
       f"data.sequence={s}{more} exceeds the decoder's {model.max_positions} "
       "positions (max_positions): lower it"
     )
+
+
+def _check_places(config: ConfigDict) -> None:
+  """Refuses object storage where it would only fail in the end.
+
+  Raises:
+    UserError: naming the key.
+  """
+  files.refuse_remote(config.decoder.path, "decoder.path")
+  files.refuse_remote(config.data.cache_dir, "data.cache_dir")
+  for name, source in config.data.sources.items():
+    if source.kind != "tfds":  # which reads it by itself
+      files.refuse_remote(source.path, f"data.sources.{name}.path")
+  if files.is_remote(config.export):
+    with files.reading(config.export, "export"):
+      files.expanded(config.export).exists()
 
 
 def _one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:

@@ -9,8 +9,9 @@ entries of `deliberate` with it, and the optimised HLO of the training step.
 `compare` names each file that differs, and then ends with status 1. Both
 directories must come from one machine, Python and jaxlib.
 
-The HLO is compared without metadata (source lines move). config.json of an
-export may gain keys. Times are not kept.
+The HLO is compared without metadata (source lines move), a safetensors header
+whatever its keys' order (the library's is random). config.json of an export may
+gain keys. Times are not kept.
 """
 
 import argparse
@@ -105,9 +106,18 @@ def differences(before: pathlib.Path, after: pathlib.Path) -> list[str]:
       found.append(f"{name}: only in {a.parent if a.exists() else b.parent}")
     elif name == "export/config.json":
       found += _entries(name, _json(a), _json(b))
+    elif a.suffix == ".safetensors" and _tensors(a) == _tensors(b):
+      continue
     elif a.read_bytes() != b.read_bytes():
       found.append(f"{name}: differs{_first_difference(a, b)}")
   return found
+
+
+def _tensors(path: pathlib.Path) -> tuple[dict, bytes]:
+  """Header and data of a safetensors file."""
+  data = path.read_bytes()
+  end = 8 + int.from_bytes(data[:8], "little")
+  return json.loads(data[8:end]), data[end:]
 
 
 def _json(path: pathlib.Path) -> dict:

@@ -10,7 +10,7 @@ from cacheaug import lm as lm_module
 from cacheaug.augment.traces import Layout
 from cacheaug.data.tokenizers import ByteTokenizer
 from cacheaug.errors import UserError
-from cacheaug.inference import engine
+from cacheaug.inference import engine, padding
 from cacheaug.inference.sampling import Sampling
 from cacheaug.lm import LM, Coprocessor
 from cacheaug.projects.lm_eval import answering
@@ -232,9 +232,9 @@ def test_refusals(tiny):
 
 
 def test_few_shapes():
-  lengths = {answering.bucket(n) for n in range(1, 2049)}
+  lengths = {padding.bucket(n) for n in range(1, 2049)}
   assert lengths == {
     32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048
   }  # fmt: skip
-  assert all(answering.bucket(n) >= n for n in range(1, 2049))
-  assert [answering.power(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
+  assert all(padding.bucket(n) >= n for n in range(1, 2049))
+  assert [padding.power(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]

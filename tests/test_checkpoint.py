@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from cacheaug import sharding
 from cacheaug.errors import UserError
 from cacheaug.run import checkpoint
+from cacheaug.run.checksum import checksums as checksum_of
 
 
 def _mesh(data, fsdp, tensor):
@@ -230,7 +231,7 @@ def test_checksum_sees_each_change_and_no_mesh(dtype):
   x = x.astype(dtype)
 
   def checksum(y):
-    return int(checkpoint._checksums([y])[0])
+    return int(checksum_of([y])[0])
 
   base = checksum(x)
   y = np.asarray(x).copy()

@@ -93,7 +93,7 @@ def test_every_key_is_read_by_the_package():
   # that ModelConfig has a field of that name.
   parts = {
     part
-    for key, _ in configs._leaves(configs.base())
+    for key, _ in configs.leaves(configs.base())
     if not key.startswith(("local.", "decoder.shape.", "optimizer.multipliers"))
     for part in key.split(".")
   } | {"shape", "multipliers"}

@@ -234,9 +234,4 @@ def test_not_utf8_names_file_and_byte(tmp_path, compressed):
 def test_damaged_gzip(tmp_path):
   path = tmp_path / "x.txt.gz"
   path.write_bytes(gzip.compress(b"text" * 100)[:-12])
-  message = str(
-    pytest.raises(
-      errors.UserError, sources.open_documents, _source("text", path)
-    ).value
-  )
-  assert "x.txt.gz" in message
+  _fails(_source("text", path), "x.txt.gz")

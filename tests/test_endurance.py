@@ -97,7 +97,7 @@ def test_steps_within_the_limit_do_not_end_the_run(tmp_path, monkeypatch):
 
 _HUNG = """
 import sys, time
-from cacheaug import heartbeat, storage
+from cacheaug.run import files, heartbeat
 heartbeat._GRACE = 1.0
 beating = heartbeat.Heartbeat(sys.argv[1], limit=0.5, every=0.1)
 beating.start(20)
@@ -105,7 +105,7 @@ with beating:
   beating.saving(30)
   beating.beat(41)
   if sys.argv[2] == "files":
-    storage.write_whole = lambda *_: time.sleep(600)
+    files.write_whole = lambda *_: time.sleep(600)
   time.sleep(600)
 """
 

@@ -10,7 +10,7 @@ from tolerances import jit, make_coprocessor, make_model, make_params, tokens_of
 from cacheaug.augment import traces
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
-from cacheaug.inference import context
+from cacheaug.inference import context, padding
 from cacheaug.model import transformer
 
 N, NEW, PAD = 3, 6, 36
@@ -37,7 +37,7 @@ def greedy(prompts, spec=None, stop_id=-1, length=None):
   coproc = None
   if spec is not None:
     coproc = make_coprocessor(model, Layout(N, 2, "insert", spec.start))
-  tokens, documents = context.pad_left(prompts, PAD, length)
+  tokens, documents = padding.pad_left(prompts, PAD, length)
   run = compiled(spec, stop_id)
   return np.asarray(run(decoder, coproc, tokens, documents)).tolist()
 
@@ -218,7 +218,7 @@ def test_stop_token_ends_a_sequence_and_not_the_others():
 
 
 def test_pad_left():
-  tokens, documents = context.pad_left([[5, 6, 7], [8]], 9, 4)
+  tokens, documents = padding.pad_left([[5, 6, 7], [8]], 9, 4)
   assert tokens.tolist() == [[9, 5, 6, 7], [9, 9, 9, 8]]
   assert documents.tolist() == [[-1, 0, 0, 0], [-1, -1, -1, 0]]
   assert tokens.dtype == documents.dtype == np.int32
@@ -226,9 +226,9 @@ def test_pad_left():
 
 def test_prompts_that_cannot_be_used_are_refused():
   with pytest.raises(UserError, match="prompt 1 is empty"):
-    context.pad_left([[1], []], PAD)
+    padding.pad_left([[1], []], PAD)
   with pytest.raises(UserError, match="3 tokens, room for 2"):
-    context.pad_left([[1, 2, 3]], PAD, 2)
+    padding.pad_left([[1, 2, 3]], PAD, 2)
 
 
 @pytest.mark.parametrize("scheme", traces.POSITIONS)
@@ -248,7 +248,7 @@ def test_last_latent_predicts_and_next_position_follows():
   for scheme, expected in (("insert", 9 + N), ("overlay", 9), ("replace", 9)):
     spec = spec_of(scheme)
     coproc = make_coprocessor(model, spec_of("insert"))
-    tokens, documents = context.pad_left(prompts(), PAD)
+    tokens, documents = padding.pad_left(prompts(), PAD)
 
     @jit
     def run(tokens, spec=spec, documents=documents, coproc=coproc):

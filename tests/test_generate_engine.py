@@ -21,7 +21,7 @@ from tolerances import HIDDEN, close, far, make_coprocessor
 
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
-from cacheaug.inference import engine
+from cacheaug.inference import engine, padding
 from cacheaug.inference.sampling import Sampling
 from cacheaug.inference.session import Plan, Session
 from cacheaug.model import decode_rows, transformer
@@ -51,7 +51,7 @@ def quick():
 @functools.cache
 def read():
   model, decoder = model_and_params()
-  tokens, documents = generate.pad_left(prompts(), PAD)
+  tokens, documents = padding.pad_left(prompts(), PAD)
   run = tolerances.jit(functools.partial(generate.read, model))
   return run(decode_rows.split_layers(decoder), tokens, documents)
 
@@ -86,7 +86,7 @@ def say(spec=None, **options):
 def test_decoding_equals_forward_at_every_split():
   """A padded batch: one row at a time, and many rows at once."""
   model, decoder = model_and_params()
-  tokens, documents = generate.pad_left(prompts(), PAD)
+  tokens, documents = padding.pad_left(prompts(), PAD)
   segments = (documents >= 0).astype(np.int32)
   positions = np.arange(tokens.shape[1], dtype=np.int32)[None].repeat(3, 0)
 

@@ -1,9 +1,11 @@
 """Tokens to text as they come: whole characters, stop strings."""
 
+import numpy as np
 import pytest
 
 from cacheaug.data import tokenizers
 from cacheaug.inference.text import TextStream
+from cacheaug.weights import huggingface
 
 BYTES = tokenizers.ByteTokenizer()
 TEXT = "naïve – 漢字 😀, and then END of it"
@@ -78,3 +80,47 @@ def test_a_words_leading_space_stays(shared_data):
     for at in range(0, len(ids), size):
       text += stream.push(ids[at : at + size])
     assert text + stream.push([], last=True) == " there was a girl. "
+
+
+class Counting:
+  """A tokenizer that counts the tokens it decodes."""
+
+  def __init__(self, tokenizer):
+    self.tokenizer, self.decoded = tokenizer, 0
+
+  def decode(self, ids):
+    self.decoded += len(ids)
+    return self.tokenizer.decode(ids)
+
+
+LONG = [TEXT, "漢字😀" * 40, "x" * 200, "\ufffd and\n\n  spaces  " * 9] * 3
+
+
+@pytest.mark.parametrize("name", ("byte", "shipped", "sentencepiece"))
+@pytest.mark.parametrize("size", (1, 3))
+def test_long_texts_are_whole_and_take_linear_time(name, size, request):
+  if name == "sentencepiece":
+    shared_data = request.getfixturevalue("shared_data")
+    path = shared_data("tokenizers", "sp_test_model_1000.model")
+    name = f"sentencepiece:{path}"
+  elif name == "shipped":
+    name = f"hf:{huggingface.resolve('shipped:nano') / 'tokenizer.json'}"
+  counting = Counting(tokenizers.load(name))
+  before, *ids = counting.tokenizer.encode("a " + "".join(LONG))
+  both = counting.tokenizer.decode([before, *ids])
+  expected = both[len(counting.tokenizer.decode([before])) :]
+  assert len(ids) > 800
+  stream, text = TextStream(counting, ("never",), [before]), ""
+  for at in range(0, len(ids), size):
+    text += stream.push(ids[at : at + size])
+  text += stream.push([], last=True)
+  assert text == stream.text == expected
+  # With all tokens decoded at each step: 400 times and more.
+  assert counting.decoded * size < 100 * len(ids)
+
+
+def test_bytes_that_are_no_text_come_as_at_once():
+  ids = np.random.default_rng(0).integers(4, 260, 700).tolist()
+  stream = TextStream(BYTES)
+  text = "".join(stream.push([token]) for token in ids)
+  assert text + stream.push([], last=True) == BYTES.decode(ids)

@@ -28,7 +28,7 @@ from cacheaug.augment import coprocessor, kinds, objective, traces
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
-from cacheaug.inference import engine
+from cacheaug.inference import engine, padding
 from cacheaug.inference.session import Plan, Session
 from cacheaug.model import decode_rows, transformer
 from cacheaug.projects.background.worker import Worker
@@ -76,9 +76,10 @@ def teacher_forced(kind, scheme, prompt, said):
 @functools.cache
 def context(kind):
   model, decoder, *_, spec = setup(kind)
-  tokens, documents = generate.pad_left(prompts(), PAD)
-  keep = spec.kind.reads_states
-  run = functools.partial(generate.read, model, keep_states=keep)
+  tokens, documents = padding.pad_left(prompts(), PAD)
+  run = functools.partial(
+    generate.read, model, keep_states=spec.kind.reads_states
+  )
   return tolerances.jit(run)(
     decode_rows.split_layers(decoder), tokens, documents
   )
@@ -129,7 +130,7 @@ def test_once_at_the_end_and_in_one_program(kind, monkeypatch):
   for name in ("start", "advance"):  # inside of one program, not their own
     function = getattr(engine, name).__wrapped__
     monkeypatch.setattr(engine, name, function)
-  tokens, documents = generate.pad_left(prompts(), PAD)
+  tokens, documents = padding.pad_left(prompts(), PAD)
   run = functools.partial(
     generate.greedy.__wrapped__, model, spec=spec, max_new_tokens=NEW
   )
@@ -269,7 +270,7 @@ def test_the_background_takes_the_papers_kind_alone():
 def test_late_activations_are_those_of_the_shorter_text():
   """What the coprocessor has not read changes nothing."""
   model, decoder, coproc, spec = setup("activations", "overlay")
-  tokens, documents = generate.pad_left(prompts()[:1], PAD)
+  tokens, documents = padding.pad_left(prompts()[:1], PAD)
   other = tokens.copy()
   other[0, -1] += 1
   late = np.array([1], np.int32)

@@ -15,6 +15,7 @@ from cacheaug.data import tokenizers
 from cacheaug.data.problems import Options
 from cacheaug.evals import exact_match, perplexity
 from cacheaug.inference import context as generate
+from cacheaug.inference import padding
 from cacheaug.model import transformer
 
 N = 4
@@ -98,7 +99,7 @@ def test_generation_inserts_late_latents_as_trained(start, scheme):
   model, spec, decoder, coproc, tokens = setup(N, start, scheme)
   tokens, d = tokens[:, :12], 3
   prompts = [row[:k].tolist() for row, k in zip(tokens, (12, 9), strict=True)]
-  padded, documents = generate.pad_left(prompts, 0)
+  padded, documents = padding.pad_left(prompts, 0)
   spec = dataclasses.replace(spec, ahead=1)
 
   @jit

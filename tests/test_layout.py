@@ -48,10 +48,14 @@ _ROOT_FILES = 20
 
 # What a part may import of the package, all else being refused. A part is a
 # file of the root, a folder, or a project.
+# Helpers without knowledge of the rest, for every part.
+_BOTTOM = ("run.files", "run.checksum")
 _MODEL = {"errors", "kernels", "model"}
 _METHOD = _MODEL | {"augment", "config", "trainable", "sharding", "optim"}
 _ONLY = {
   "errors": set(),
+  "run.files": {"errors"},
+  "run.checksum": set(),
   "kernels": set(),
   "model": _MODEL,
   "augment": _MODEL,
@@ -68,7 +72,7 @@ _ONLY = {
   "inference": _MODEL | {"augment", "data", "weights"},
   "evals": _MODEL | {"augment", "config", "data", "inference", "run"},
   "lm": _MODEL | {"augment", "data", "inference", "weights"},
-  "build": _METHOD | {"validate", "step", "data", "weights", "lm"},
+  "build": _METHOD | {"validate", "step", "data", "weights", "lm", "run"},
 }
 _TRAINER = {"main", "train"}
 # Packages that take seconds or are optional: only what uses them imports them.
@@ -135,6 +139,8 @@ def _graph() -> dict[str, dict[str, bool]]:
 def part(module: str) -> str:
   """'cacheaug.model.cache' -> 'model'; of a project its own name, too."""
   names = module.split(".")[1:]
+  if ".".join(names) in _BOTTOM:
+    return ".".join(names)
   return ".".join(names[: 2 if names[:1] == ["projects"] else 1])
 
 
@@ -166,7 +172,7 @@ def _wrong(graph: dict[str, dict[str, bool]]) -> list[str]:
     own = part(module)
     for name in imported:
       other = part(name)
-      if other == own:
+      if other == own or other in _BOTTOM:
         continue
       only = _ONLY.get(own)
       project = other.startswith("projects") and own not in _commands()
@@ -254,7 +260,9 @@ def _importable() -> list[str]:
   # They stand between lm_eval and the rest, and import it.
   late = ("model", "tasks", "programs")
   late = [f"cacheaug.projects.lm_eval.{name}" for name in late]
-  return sorted(n for n in names if n not in late)
+  # Written beside an export's weights, for programs without this package.
+  outside = "cacheaug.weights.transformers_side."
+  return sorted(n for n in names if n not in late and outside not in n)
 
 
 def _run(code: str, directory: Path) -> None:

@@ -18,6 +18,7 @@ from cacheaug import build, lm
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
+from cacheaug.inference import padding
 from cacheaug.weights import coprocessor_files, pretrained
 
 SPEC = Layout(3, 4, "replace")
@@ -146,7 +147,7 @@ def rows(model):
 
 @pytest.mark.parametrize("latents", (True, False))
 def test_generate_equals_greedy_and_the_three_steps(latents, augmented):
-  tokens, documents = generate.pad_left(rows(augmented), 0)
+  tokens, documents = padding.pad_left(rows(augmented), 0)
   ids = generate.greedy(
     augmented.model,
     augmented.decoder,
@@ -246,8 +247,8 @@ def test_tokens_that_cannot_be_read(augmented):
 
 def test_latents_are_refused_where_there_can_be_none(tiny, augmented):
   for call in (
-    lambda: tiny.generate(["a"]),
-    lambda: tiny.nll([[1] * 20], [[5]], 4),
+    lambda: tiny.generate(["a"], latents=True),
+    lambda: tiny.nll([[1] * 20], [[5]], 4, latents=True),
     lambda: tiny.augment(tiny.prefill([[5] * 10])),
   ):
     with pytest.raises(UserError, match="no coprocessor is attached"):

@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 
 from cacheaug.errors import UserError
-from cacheaug.evals import bootstrap
+from cacheaug.evals import bootstrap, report
 from cacheaug.evals.bootstrap import DocumentSums, paired_interval
+
+
+def to_csv(by_source) -> bytes:
+  """documents.csv."""
+  return report.csv_bytes(bootstrap.csv_lines(by_source), bootstrap.COLUMNS)
 
 
 def tokens(seed, documents, each, effect, spread):
@@ -220,7 +225,7 @@ def test_checksum_is_of_which_tokens_stand_where():
 
 def _write(path, sums, source="text"):
   path.mkdir(parents=True)
-  (path / "documents.csv").write_bytes(bootstrap.to_csv({source: sums}))
+  (path / "documents.csv").write_bytes(to_csv({source: sums}))
   return path
 
 
@@ -292,8 +297,8 @@ def test_runs_on_other_tokens_are_refused(tmp_path):
     (b"\xff\xfe\x00", "no documents.csv that can be read"),
     (b"", "line 1 is not source,document"),
     (b"a,b\n1,2\n", "line 1 is not source,document"),
-    (bootstrap.to_csv({}) + b"text,1,1,0.5,0.5,3\n", "line 2 is damaged"),
-    (bootstrap.to_csv({}) + b"text,x,1,0.5,0.5,3,4\n", "line 2 is damaged"),
+    (to_csv({}) + b"text,1,1,0.5,0.5,3\n", "line 2 is damaged"),
+    (to_csv({}) + b"text,x,1,0.5,0.5,3,4\n", "line 2 is damaged"),
   ],
 )
 def test_files_of_another_form_are_refused(tmp_path, content, says):

@@ -134,7 +134,7 @@ def test_keys_files_and_flags_exist(command):
   config = given.get("config")
   if config:
     found = runpy.run_path(str(ROOT / config))["get_config"]()
-    known = [key for key, _ in configs._leaves(found)]
+    known = [key for key, _ in configs.leaves(found)]
     for key in given:
       if key.startswith("config."):
         assert key.removeprefix("config.") in known, key
@@ -329,7 +329,7 @@ _NAMED = {
 
 def _gone(text: str) -> list[str]:
   """Names of functions, or of keys, that the code does not have."""
-  keys = {key for key, _ in configs._leaves(configs.base())}
+  keys = {key for key, _ in configs.leaves(configs.base())}
   names = re.findall(rf"\b(?<!\.)({'|'.join(_NAMED)})\.([a-z]\w+)", text)
   return [
     f"{module}.{name}"

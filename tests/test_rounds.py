@@ -32,7 +32,7 @@ from cacheaug.augment import objective, rounds
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
-from cacheaug.inference import engine
+from cacheaug.inference import engine, padding
 from cacheaug.inference.session import Plan, Session
 from cacheaug.model import transformer
 from cacheaug.projects.background.worker import Worker
@@ -93,7 +93,7 @@ def prompts(reach):
     p = POINTS[b, m]
     found.append(tokens[b, STARTS_AT[DOCUMENTS[b, p]] : p + 1].tolist())
     after.append(np.resize(tokens[b, p + 1 : p + 1 + reach], reach))
-  return (*generate.pad_left(found, 0), np.stack(after))
+  return (*padding.pad_left(found, 0), np.stack(after))
 
 
 def in_order(x):

@@ -1,15 +1,19 @@
 """Files that a source's `path` names, and the documents cut out of them."""
 
+import codecs
+import collections.abc
 import functools
 import glob
 import gzip
 import mmap
 import os
 import pathlib
+import re
 import typing
 import zlib
 
 from cacheaug import errors
+from cacheaug.data import file_kinds
 
 _SUFFIXES = {
   "text": (".txt", ".txt.gz"),
@@ -68,30 +72,57 @@ def walk(
   return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def spans(path: pathlib.Path, separator: bytes) -> list[tuple[int, int]]:
-  """Start and end byte of each document that is not blank."""
+def spans(path: pathlib.Path, separator: str) -> list[tuple[int, int]]:
+  """Start and end byte of each document that is not blank.
+
+  A byte order mark belongs to no document. A line break in the separator
+  stands for the file's own: LF, CR LF, or CR where there is no LF.
+
+  Raises:
+    UserError: a file that cannot be read, or holds no text.
+  """
   if path.suffix == ".gz":
-    return _split(_gunzip(path), separator)
+    return _split(_gunzip(path), separator, path)
   with _open(path) as file:
-    size = os.fstat(file.fileno()).st_size
-    if not separator or not size:  # An empty file cannot be mapped.
-      return [(0, size)] if size else []
+    if not os.fstat(file.fileno()).st_size:  # It cannot be mapped.
+      return []
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-      return _split(data, separator)
+      return _split(data, separator, path)
 
 
-def _split(data: bytes | mmap.mmap, separator: bytes) -> list[tuple[int, int]]:
+def _split(
+  data: bytes | mmap.mmap, separator: str, path: pathlib.Path
+) -> list[tuple[int, int]]:
+  why = file_kinds.explain(data[: file_kinds.HEAD])
+  if why:
+    raise errors.UserError(f"{path}: {why}")
+  start = len(codecs.BOM_UTF8) if data[:3] == codecs.BOM_UTF8 else 0
   if not separator:
-    return [(0, len(data))] if len(data) else []
+    return [(start, len(data))] if len(data) > start else []
   spans = []
-  start = 0
-  while start < len(data):
-    end = data.find(separator, start)
-    end = len(data) if end < 0 else end
-    if data[start:end].strip():
-      spans.append((start, end))
-    start = end + len(separator)
+  for cut, after in _cuts(data, separator, start):
+    if data[start:cut].strip():
+      spans.append((start, cut))
+    start = after
   return spans
+
+
+def _cuts(
+  data: bytes | mmap.mmap, separator: str, start: int
+) -> collections.abc.Iterator[tuple[int, int]]:
+  """Start and end of each separator, and the end of the data."""
+  mark = separator.replace("\r\n", "\n").encode()
+  if b"\n" in mark and data.find(b"\r") >= 0:
+    if data.find(b"\n") >= 0:
+      pattern = rb"\r?\n".join(map(re.escape, mark.split(b"\n")))
+      yield from (match.span() for match in re.finditer(pattern, data))
+      yield len(data), len(data)
+      return
+    mark = mark.replace(b"\n", b"\r")
+  while (cut := data.find(mark, start)) >= 0:
+    start = cut + len(mark)
+    yield cut, start
+  yield len(data), len(data)
 
 
 def _open(path: pathlib.Path) -> typing.BinaryIO:
@@ -114,8 +145,12 @@ def read(path: pathlib.Path, start: int, end: int) -> bytes:
 def _gunzip(path: pathlib.Path) -> bytes:
   try:
     with _open(path) as file:
-      return gzip.decompress(file.read())
+      content = file.read()
+    return gzip.decompress(content)
   except (OSError, EOFError, zlib.error) as error:
+    why = file_kinds.explain(content[: file_kinds.HEAD])
+    if why and "gzip" not in why:
+      raise errors.UserError(f"{path}: {why}") from error
     raise errors.UserError(
       f"{path}: not a whole gzip file ({error}); fetch it again"
     ) from error

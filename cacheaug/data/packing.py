@@ -30,7 +30,7 @@ from cacheaug.data import shards as packed
 from cacheaug.data import sources, tokenizers
 
 # Part of the address: raise it when the bytes of a cache change.
-_FORMAT = 1
+_FORMAT = 2
 # Text per shard: 3 s of work on one core at the 1.3 MB/s of a 2,048-word
 # `tokenizer.json` (bytes: 7 MB/s), and one padded row in some 10,000.
 _SHARD_BYTES = 4 << 20
@@ -128,7 +128,6 @@ def pack(
     UserError: for text that cannot be read, a split that would be empty, a
       directory that cannot be written, or a worker that died.
   """
-  held_out = is_validation(documents, validation_fraction, label=label)
   address = {
     "format": _FORMAT,
     "shard_bytes": _SHARD_BYTES,
@@ -139,25 +138,27 @@ def pack(
   }
   digest = hashlib.blake2b(json.dumps(address).encode(), digest_size=10)
   directory = pathlib.Path(cache_dir).expanduser() / digest.hexdigest()
-  shards = max(1, documents.total_bytes // _SHARD_BYTES)
-  shards = min(shards, len(documents))
-  job = _Job(
-    documents=documents,
-    tokenizer=tokenizer,
-    sequence=sequence,
-    held_out=held_out,
-    edges=[len(documents) * i // shards for i in range(shards + 1)],
-    directory=directory,
-  )
   try:
     if packed.is_complete(directory):
       return directory
     directory.mkdir(parents=True, exist_ok=True)
     with _lock(directory, label):
       if not packed.is_complete(directory):
+        # Documents are looked at here alone: it takes minutes for a corpus.
+        held_out = is_validation(documents, validation_fraction, label=label)
+        count = max(1, documents.total_bytes // _SHARD_BYTES)
+        count = min(count, len(documents))
+        job = _Job(
+          documents=documents,
+          tokenizer=tokenizer,
+          sequence=sequence,
+          held_out=held_out,
+          edges=[len(documents) * i // count for i in range(count + 1)],
+          directory=directory,
+        )
         _build(job, workers, address, label)
   except OSError as error:
-    reason = error.strerror or " ".join(str(error).split())[:200]
+    reason = error.strerror or errors.one_line(error, 200)
     raise errors.UserError(
       f"data.cache_dir: cannot write {directory} ({reason}); give a directory "
       "with space and permission"
@@ -201,6 +202,17 @@ def _build(
     f"tokens in {time.monotonic() - start:.1f} s",
     file=sys.stderr,
   )
+  cut, lost = (
+    sum(shard[split][key] for shard in shards for split in packed.SPLITS)
+    for key in ("cut", "lost")
+  )
+  if cut or lost:
+    print(
+      f"packed {label}: {cut} answers are cut off at the end of a row of "
+      f"{job.sequence} tokens, and {lost} are lost as they lie beyond it; "
+      "raise data.sequence",
+      file=sys.stderr,
+    )
 
 
 _worker_job: _Job | None = None
@@ -245,6 +257,7 @@ def _pack_shard(job: _Job, shard: int) -> None:
   marks: dict[bool, list[np.ndarray]] = {False: [], True: []}
   tokens: dict[bool, list[np.ndarray]] = {False: [], True: []}
   dtype = _dtype(job.tokenizer)
+  cut, lost = {False: 0, True: 0}, {False: 0, True: 0}
   for number in range(job.edges[shard], job.edges[shard + 1]):
     held_out = bool(job.held_out[number])
     # Apart, as a prompt is encoded when there is no answer yet.
@@ -255,6 +268,8 @@ def _pack_shard(job: _Job, shard: int) -> None:
     mark = np.full(len(ids), number, np.int32)
     if job.documents.answered:
       mark[len(before) :] += packed.ANSWER
+      lost[held_out] += len(before) >= job.sequence
+      cut[held_out] += len(before) < job.sequence < len(ids)
     marks[held_out].append(mark)
     tokens[held_out].append(np.array(ids, dtype))
   entry = {}
@@ -268,6 +283,9 @@ def _pack_shard(job: _Job, shard: int) -> None:
       "rows": len(records),
       "documents": len(parts),
       "tokens": sum(map(len, parts)),
+      # Answers that a row has a part of, and those that it has nothing of.
+      "cut": cut[bool(held_out)],
+      "lost": lost[bool(held_out)],
     }
     if records:
       path = packed.shard_path(job.directory, split, shard)

@@ -115,6 +115,13 @@ class Batches:
     total = sum(len(part) for part in parts)
     self.num_examples = total if total < problem_rows.ENDLESS else None
 
+  def describe(self) -> dict[str, str]:
+    """Each source's rows, for comparing what different hosts see."""
+    return {
+      label: part.describe()
+      for label, part in zip(self._labels, self._parts, strict=True)
+    }
+
   def at(self, step: int) -> Batch:
     """Rows of global batch `step` that belong to this process.
 
@@ -380,6 +387,12 @@ def _open_rows(
     raise errors.UserError(
       f"{directory}: damaged again after packing; check the disk, or give "
       "another data.cache_dir"
+    )
+  if data_config.answers_only and 0 < rows.num_documents == rows.num_lost:
+    raise errors.UserError(
+      f"{label}: no {split} answer begins within a row of data.sequence="
+      f"{data_config.sequence} tokens, so that nothing could be learned; raise "
+      "data.sequence, or shorten the questions"
     )
   if not len(rows):
     raise errors.UserError(

@@ -123,6 +123,10 @@ class ProblemRows:
   def __len__(self) -> int:
     return self._length
 
+  def describe(self) -> str:
+    """What the rows are: made from the config alone, the same everywhere."""
+    return "generated problems"
+
   def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows by number: tokens and documents, both int32 [n, S]."""
     if self._rows is None:

@@ -11,7 +11,7 @@ to, counted over the whole source, and -1 on padding. `ANSWER` is added to it on
 tokens of an answer.
 """
 
-import contextlib
+import hashlib
 import json
 import pathlib
 import sys
@@ -22,6 +22,7 @@ import zlib
 import numpy as np
 
 from cacheaug import errors
+from cacheaug.data import record_files
 
 SPLITS = ("train", "validation")
 ANSWER = 1 << 30  # above every number of a document
@@ -51,6 +52,7 @@ class PackedRows:
     num_documents: documents in this split.
     num_source_documents: documents in both; document numbers are below it.
     num_tokens: tokens in this split, padding not counted.
+    num_lost: documents whose answer lies wholly beyond its row.
   """
 
   def __init__(self, directory: pathlib.Path, split: str):
@@ -62,6 +64,8 @@ class PackedRows:
     """
     meta = json.loads((directory / "meta.json").read_text())
     shards = [shard[split] for shard in meta["shards"]]
+    text = json.dumps(shards, sort_keys=True).encode()
+    self._digest = hashlib.blake2b(text, digest_size=4).hexdigest()
     self._sequence = meta["sequence"]
     self._dtype = np.dtype(meta["dtype"])
     self._directory = directory
@@ -69,6 +73,7 @@ class PackedRows:
     self.num_documents = sum(shard["documents"] for shard in shards)
     self.num_source_documents = meta["num_documents"]
     self.num_tokens = sum(shard["tokens"] for shard in shards)
+    self.num_lost = sum(shard.get("lost", 0) for shard in shards)
     width = self._sequence * (self._dtype.itemsize + 4)
     self._in_memory = self._length * width <= _IN_MEMORY_BYTES
     files = [
@@ -80,16 +85,20 @@ class PackedRows:
       records = [r for file in files for r in _read_shard(*file)]
       self._tokens, self._documents = self._parse(records)
     elif files:
-      self._paths = [str(path) for _, path, _ in files]
-      self._open()
+      self._source = record_files.RecordFiles(
+        [str(path) for _, path, _ in files],
+        [shard["rows"] for _, _, shard in files],
+      )
 
   def __len__(self) -> int:
     return self._length
 
-  def _open(self) -> None:
-    import grain
-
-    self._source = grain.sources.ArrayRecordDataSource(self._paths)
+  def describe(self) -> str:
+    """What the rows are: two hosts that say the same have the same rows."""
+    return (
+      f"{self.num_source_documents} documents in {len(self)} rows "
+      f"({self._digest})"
+    )
 
   def _parse(self, records: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     raw = np.frombuffer(b"".join(records), np.uint8)
@@ -114,13 +123,13 @@ class PackedRows:
     if self._in_memory:
       return self._tokens[rows].astype(np.int32), self._documents[rows]
     try:
-      records = self._source.__getitems__([int(row) for row in rows])
+      records = self._source.take(rows)
     except Exception as error:  # The library raises RuntimeError, ValueError.
-      with contextlib.suppress(Exception):
-        self._open()  # Its files may be stale: another try takes new ones.
+      remedy = record_files.explain(error) or (
+        "check the disk, or delete this directory to pack it again"
+      )
       raise UnreadableError(
-        f"{self._directory}: cannot read the packed data; check the disk, or "
-        "delete this directory to pack it again"
+        f"{self._directory}: cannot read the packed data; {remedy}"
       ) from error
     tokens, documents = self._parse(records)
     return tokens.astype(np.int32), documents

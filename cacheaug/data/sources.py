@@ -13,8 +13,8 @@ The sixth kind, `problems`, is endless: see problems.py and pipeline.py.
 import abc
 import bisect
 import dataclasses
+import functools
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -25,7 +25,7 @@ import typing
 import numpy as np
 
 from cacheaug import errors
-from cacheaug.data import files
+from cacheaug.data import files, record_files
 
 if typing.TYPE_CHECKING:
   import ml_collections
@@ -127,7 +127,7 @@ class _FileDocuments(Documents):
     separator: str = "",
     field: "_Fields | None" = None,
   ):
-    """Finds where each document starts and ends.
+    """Opens nothing yet: where documents start is found when it is needed.
 
     Args:
       paths: files in order; `.gz` files are decompressed in memory.
@@ -135,9 +135,6 @@ class _FileDocuments(Documents):
       label: config key of the source, for errors.
       separator: cuts files into documents; '' makes each file one document.
       field: when given, documents are JSON objects and the text is in these.
-
-    Raises:
-      UserError: when there is no document at all.
     """
     self._paths = paths
     self._names = [path.relative_to(root).as_posix() for path in paths]
@@ -145,27 +142,37 @@ class _FileDocuments(Documents):
     self._separator = separator
     self._field = field
     self.answered = field is not None and bool(field.answer)
-    found = [files.spans(path, separator.encode()) for path in paths]
-    spans = list(itertools.chain.from_iterable(found))
-    if not spans:
+
+  @functools.cached_property
+  def _index(self) -> "_Index":
+    spans = []
+    for path in self._paths:
+      try:
+        found = files.spans(path, self._separator)
+      except errors.UserError as error:
+        raise errors.UserError(f"{self._label}: {error}") from error
+      spans.append(np.array(found, np.int64).reshape(-1, 2))
+    if not any(map(len, spans)):
       raise errors.UserError(
-        f"{label}: no text in {files.and_more(paths)}; give a file that is "
-        "not empty"
+        f"{self._label}: no text in {files.and_more(self._paths)}; give a file "
+        "that is not empty"
       )
-    self._file = np.repeat(np.arange(len(paths)), [len(f) for f in found])
-    self._spans = np.array(spans, np.int64)  # [documents, (start, end)]
-    self._first = np.searchsorted(self._file, np.arange(len(paths)))
-    self.total_bytes = int((self._spans[:, 1] - self._spans[:, 0]).sum())
+    return _Index.of(spans)
+
+  @property
+  def total_bytes(self) -> int:
+    spans = self._index.spans
+    return int((spans[:, 1] - spans[:, 0]).sum())
 
   def __len__(self) -> int:
-    return len(self._spans)
+    return len(self._index.spans)
 
   def __getitem__(self, index: int) -> str:
     return "".join(self.parts(index))
 
   def parts(self, index: int) -> tuple[str, str]:
-    path = self._paths[self._file[index]]
-    start, end = map(int, self._spans[index])
+    path = self._paths[self._index.file[index]]
+    start, end = map(int, self._index.spans[index])
     try:
       text = files.read(path, start, end).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -176,28 +183,58 @@ class _FileDocuments(Documents):
     if self._field:
       return self._parse(text, path, index)
     # A separator usually stands on a line of its own.
-    return "", text.strip("\n") if self._separator else text
+    return "", text.strip("\r\n") if self._separator else text
 
   def _parse(
     self, line: str, path: pathlib.Path, index: int
   ) -> tuple[str, str]:
-    number = index - int(self._first[self._file[index]]) + 1
-    where = f"{self._label}: {path}, object {number}"
+    file, place = self._index.locate(index)
+    where = f"{self._label}: {path}, object {place + 1}"
+    if line.lstrip().startswith("["):
+      raise errors.UserError(
+        f"{where}: one JSON array; give one object a line, `jq -c '.[]'`"
+      )
+    if line.strip() == "{":
+      raise errors.UserError(
+        f"{where}: one JSON object over several lines; give one object a line, "
+        "`jq -c .`"
+      )
     try:
       record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise errors.UserError(f"{where}: not JSON ({error})") from error
     return self._field.read(record, where)
 
   def key(self, index: int) -> str:
-    file = int(self._file[index])
-    return f"{self._names[file]}#{index - int(self._first[file])}"
+    file, place = self._index.locate(index)
+    return f"{self._names[file]}#{place}"
 
   def fingerprint(self) -> str:
     cut = (self._separator, self._field.name if self._field else "")
     if self.answered:
       cut += (self._field.answer, self._field.prompt)
     return repr((files.stats(self._paths, self._names), cut))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+  """Where each document of several files is."""
+
+  file: np.ndarray  # int [documents]
+  spans: np.ndarray  # int [documents, (start, end)], bytes of its file
+  first: np.ndarray  # int [files]: the first document of each
+
+  @classmethod
+  def of(cls, spans: list[np.ndarray]) -> "_Index":
+    """From the spans of each file, int [documents, 2]."""
+    file = np.repeat(np.arange(len(spans)), [len(s) for s in spans])
+    first = np.searchsorted(file, np.arange(len(spans)))
+    return cls(file, np.concatenate(spans), first)
+
+  def locate(self, index: int) -> tuple[int, int]:
+    """A document's file, and its place among those of that file."""
+    file = int(self.file[index])
+    return file, index - int(self.first[file])
 
 
 class _StandardLibrary(_FileDocuments):
@@ -232,28 +269,30 @@ class _ArrayRecordDocuments(Documents):
     self._paths = paths
     self._names = [path.relative_to(root).as_posix() for path in paths]
     self._label = label
-    counts = [self._open(i).num_records() for i in range(len(paths))]
-    self._ends = np.cumsum(counts).tolist()
-    if not self._ends[-1]:
-      raise errors.UserError(
-        f"{label}: no record in {files.and_more(paths)}: empty, or cut short"
-      )
     self.total_bytes = sum(path.stat().st_size for path in paths)
-    self._readers: dict[int, typing.Any] = {}
 
-  def _open(self, file: int) -> typing.Any:
-    from array_record.python import array_record_module
-
-    path = self._paths[file]
-    try:
-      return array_record_module.ArrayRecordReader(str(path))
-    except Exception as error:  # The library raises RuntimeError or ValueError.
+  @functools.cached_property
+  def _ends(self) -> list[int]:
+    """Records up to the end of each file."""
+    counts = [self._of(path, record_files.count) for path in self._paths]
+    ends = np.cumsum(counts).tolist()
+    if not ends[-1]:
       raise errors.UserError(
-        f"{self._label}: {path} is not a readable ArrayRecord file"
-      ) from error
+        f"{self._label}: no record in {files.and_more(self._paths)}: empty, or "
+        "cut short"
+      )
+    return ends
 
-  def __getstate__(self) -> dict[str, typing.Any]:
-    return self.__dict__ | {"_readers": {}}  # Open files cannot be pickled.
+  def _of(
+    self, path: pathlib.Path, function: typing.Callable, *args: typing.Any
+  ) -> typing.Any:
+    try:
+      return function(path, *args)
+    except Exception as error:  # The library raises RuntimeError or ValueError.
+      remedy = record_files.explain(error) or "is it one, and whole?"
+      raise errors.UserError(
+        f"{self._label}: {path} is not a readable ArrayRecord file; {remedy}"
+      ) from error
 
   def __len__(self) -> int:
     return self._ends[-1]
@@ -264,9 +303,7 @@ class _ArrayRecordDocuments(Documents):
 
   def __getitem__(self, index: int) -> str:
     file, row = self._locate(index)
-    if file not in self._readers:
-      self._readers[file] = self._open(file)
-    (record,) = self._readers[file].read([row])
+    (record,) = self._of(self._paths[file], record_files.read, [row])
     where = f"{self._label}: {self._paths[file]}, record {row}"
     return _decode(record, where)
 
@@ -316,7 +353,7 @@ class _TfdsDocuments(Documents):
         builder = tfds.builder(self._path, file_format="array_record")
       self._data = builder.as_data_source(split=self._split)
     except Exception as error:  # tfds has some twenty classes for this.
-      reason = " ".join(str(error).split())[:200]
+      reason = errors.one_line(error, 200)
       raise errors.UserError(
         f"{self._label}: cannot open split {self._split!r} of tfds data set "
         f"{self._path!r} ({reason}); prepare it with `tfds build "

@@ -10,7 +10,8 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -18,7 +19,7 @@ from etils import epath
 from cacheaug.errors import UserError
 
 FROZEN, AUGMENTED = "frozen", "augmented"
-_HEADER = (
+COLUMNS = (
   "source",
   "document",
   "position",
@@ -158,17 +159,26 @@ def paired_interval(
   change = _percent(sums.sum() / tokens.sum())
   if n == 1:
     return float(change), math.nan, math.nan
-  # How often each document is drawn, [resamples, documents]: the same as
-  # drawing n with replacement, without an index array of tokens. In turns, so
-  # that memory does not grow with documents times resamples.
-  rng, shares = np.random.default_rng(seed), np.full(n, 1.0 / n)
-  at_once, means = max(1, _DRAWN_AT_ONCE // n), []
-  for start in range(0, resamples, at_once):
-    size = min(at_once, resamples - start)
-    drawn = rng.multinomial(n, shares, size=size)
-    means.append((drawn @ sums) / (drawn @ tokens))
+  means = [
+    (drawn @ sums) / (drawn @ tokens)
+    for drawn in resample(n, seed=seed, resamples=resamples)
+  ]
   low, high = np.percentile(_percent(np.concatenate(means)), [2.5, 97.5])
   return float(change), float(low), float(high)
+
+
+def resample(
+  n: int, *, seed: int, resamples: int = 1000
+) -> Iterator[np.ndarray]:
+  """How often each of n documents is drawn, [some, n] at a time.
+
+  The same as drawing n with replacement, without an index array of tokens; in
+  turns, so that memory does not grow with documents times resamples.
+  """
+  rng, shares = np.random.default_rng(seed), np.full(n, 1.0 / n)
+  at_once = max(1, _DRAWN_AT_ONCE // n)
+  for start in range(0, resamples, at_once):
+    yield rng.multinomial(n, shares, size=min(at_once, resamples - start))
 
 
 def _percent(difference: np.ndarray) -> np.ndarray:
@@ -178,27 +188,23 @@ def _percent(difference: np.ndarray) -> np.ndarray:
 # --- documents.csv, and runs compared by it ---------------------------------
 
 
-def to_csv(by_source: Mapping[str, DocumentSums]) -> bytes:
-  """documents.csv: a row a source, document and position."""
-  out = io.StringIO()
-  writer = csv.writer(out, lineterminator="\n")
-  writer.writerow(_HEADER)
+def csv_lines(by_source: Mapping[str, DocumentSums]) -> list[dict[str, Any]]:
+  """Lines of documents.csv: one a source, document and position."""
+  lines = []
   for source, sums in by_source.items():
-    frozen, augmented = sums.nll[FROZEN], sums.nll[AUGMENTED]
     for t, j in np.argwhere(sums.tokens > 0):
-      writer.writerow(
-        (
-          source,
-          int(sums.documents[t]),
-          sums.positions[j],
-          # repr of a float: all its digits.
-          repr(float(frozen[t, j])),
-          repr(float(augmented[t, j])),
-          int(sums.tokens[t, j]),
-          int(sums.checksum[t, j]),
-        )
+      values = (
+        source,
+        int(sums.documents[t]),
+        sums.positions[j],
+        # Python's floats are written with all their digits.
+        float(sums.nll[FROZEN][t, j]),
+        float(sums.nll[AUGMENTED][t, j]),
+        int(sums.tokens[t, j]),
+        int(sums.checksum[t, j]),
       )
-  return out.getvalue().encode()
+      lines.append(dict(zip(COLUMNS, values, strict=True)))
+  return lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,9 +242,9 @@ def read_csv(path: str | epath.Path) -> dict[_Key, _Sums]:
       "run that has reported, or run cacheaug.evaluate on it"
     ) from e
   lines = csv.reader(io.StringIO(text))
-  if tuple(next(lines, ())) != _HEADER:
+  if tuple(next(lines, ())) != COLUMNS:
     raise UserError(
-      f"{path}: line 1 is not {','.join(_HEADER)}: give a report's "
+      f"{path}: line 1 is not {','.join(COLUMNS)}: give a report's "
       "documents.csv"
     )
   found = {}

@@ -15,7 +15,7 @@ from cacheaug.data import problems
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap, report
-from cacheaug.inference import context
+from cacheaug.inference import context, padding
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import files
 
@@ -142,7 +142,7 @@ def _greedy(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     # Of questions too short for latents the answer is not used.
     delay = np.clip(lengths - spec.context_needed, 0, late)
-  tokens, documents = context.pad_left(prompts, pad_id, length)
+  tokens, documents = padding.pad_left(prompts, pad_id, length)
   out = context.greedy(
     model,
     decoder,

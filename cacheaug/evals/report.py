@@ -1,7 +1,8 @@
-"""Perplexity by position: its interval, its table, its plot, its page.
+"""Tables, figures and files of reports, whoever reports.
 
-The table is the paper's Table 1 for one model: the change of perplexity, in
-percent, at each token after the latents.
+An evaluator renders itself as a `Section`. What they share stands here, and the
+paper's table 1: the change of perplexity, in percent, at each token after the
+latents.
 """
 
 import csv
@@ -23,6 +24,8 @@ from cacheaug.evals.bootstrap import (
 )
 from cacheaug.run import files
 
+PERPLEXITY_CSV = "perplexity.csv"
+
 
 @dataclasses.dataclass(frozen=True)
 class Section:
@@ -31,10 +34,18 @@ class Section:
   Attributes:
     parts: paragraphs of Markdown, in order, a heading first.
     files: name -> content, written beside the page.
+    lines: CSV file -> its lines; sections of several texts share a file.
+    figures: text -> everything that the parts show, for programs.
   """
 
-  parts: tuple[str, ...]
-  files: Mapping[str, bytes]
+  parts: Sequence[str]
+  files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+  lines: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(
+    default_factory=dict
+  )
+  figures: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,12 +174,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
   )
 
 
-def _csv(rows: Sequence[PositionRow]) -> bytes:
+def csv_bytes(
+  lines: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()
+) -> bytes:
+  """A CSV file; its columns are the first line's keys by default."""
   out = io.StringIO()
-  names = [f.name for f in dataclasses.fields(PositionRow)]
-  writer = csv.DictWriter(out, names, lineterminator="\n")
+  columns = columns or list(lines[0] if lines else ())
+  writer = csv.DictWriter(out, columns, lineterminator="\n")
   writer.writeheader()
-  writer.writerows(dataclasses.asdict(r) for r in rows)
+  writer.writerows(lines)
   return out.getvalue().encode()
 
 
@@ -192,14 +206,14 @@ def _plot(rows: Sequence[PositionRow], title: str, name: str) -> bytes:
   return to_png(figure)
 
 
-def make_figure(width: float, height: float) -> Any:
-  """An empty figure of so many inches."""
+def make_figure(width: float, height: float, dpi: int = 150) -> Any:
+  """An empty figure, its size in inches."""
   # Imported here: a second that only a report needs. The figure is made
   # without pyplot, so that no display and no global state is touched.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+  figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
   FigureCanvasAgg(figure)
   return figure
 
@@ -222,6 +236,94 @@ def to_png(figure: Any) -> bytes:
   # No software version in the file: the same table gives the same bytes.
   figure.savefig(out, format="png", metadata={"Software": None})
   return out.getvalue()
+
+
+def lines_figure(
+  tables: Mapping[str, Sequence[PositionRow]], title: str
+) -> bytes:
+  """PNG: change against position, a line and a band a table."""
+  figure = make_figure(7, 4)
+  axes = figure.add_subplot()
+  axes.axhline(0.0, color="0.4", linewidth=1.0, label="frozen decoder")
+  for i, (name, rows) in enumerate(tables.items()):
+    x, color = [r.position for r in rows], f"C{i}"
+    low, high = [r.low for r in rows], [r.high for r in rows]
+    axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    changes = [r.change_percent for r in rows]
+    axes.plot(x, changes, "o-", color=color, label=name)
+  label_positions(axes, x, title)
+  return to_png(figure)
+
+
+def change(row: PositionRow) -> str:
+  """'-4.40% (-4.88 to -3.90)'."""
+  return f"{row.change_percent:+.2f}% ({interval(row.low, row.high)})"
+
+
+Tables = Mapping[Any, Sequence[PositionRow]]
+
+
+def csv_lines(source: str, kinds: Mapping[str, Tables]) -> list[dict[str, Any]]:
+  """Lines of PERPLEXITY_CSV: kind of table -> latents -> rows, of one text."""
+  return [
+    {"source": source, "table": kind, "latents": latents}
+    | dataclasses.asdict(row)
+    for kind, tables in kinds.items()
+    for latents, rows in tables.items()
+    for row in rows
+  ]
+
+
+def figures_of(kinds: Mapping[str, Tables]) -> dict[str, Any]:
+  """The same for programs."""
+  return {
+    kind: {str(k): [dataclasses.asdict(r) for r in v] for k, v in some.items()}
+    for kind, some in kinds.items()
+  }
+
+
+def perplexity_section(
+  name: str, sums: Mapping[int, DocumentSums], *, seed: int
+) -> Section:
+  """Table 1 of one text.
+
+  Args:
+    name: of the text.
+    sums: N -> sums of the frozen and the augmented decoder, all over the same
+      tokens.
+    seed: of the intervals' resampling.
+  """
+  tables = {n: make_rows(some, seed=seed) for n, some in sums.items()}
+  first = next(iter(tables.values()))
+  header = ["token after latents", "frozen nll"]
+  header += [f"N={n}" for n in tables] + ["tokens", "documents"]
+  cells = [
+    [row.position, f"{row.frozen_nll:.4f}"]
+    + [change(some[i]) for some in tables.values()]
+    + [row.tokens, row.documents]
+    for i, row in enumerate(first)
+  ]
+  file = f"perplexity_{name}.png"
+  named = {f"N={n}": some for n, some in tables.items()}
+  lines = {PERPLEXITY_CSV: csv_lines(name, {"table": tables})}
+  for n, some in sums.items():
+    documents = "documents.csv" if n == max(sums) else f"documents_n{n}.csv"
+    lines[documents] = bootstrap.csv_lines({name: some})
+  return Section(
+    [
+      f"## {name}: perplexity by position",
+      markdown_table(header, cells),
+      "Change of perplexity against the frozen decoder, in percent, with its "
+      "95 % interval over documents; latents stand after every token that has "
+      "the context, and all columns are over the same tokens. Below zero the "
+      "latents help; an interval that holds zero says that they may do "
+      "nothing.",
+      f"![Perplexity by position]({file})",
+    ],
+    {file: lines_figure(named, f"{name}: latents after every token")},
+    lines,
+    {name: figures_of({"table": tables})},
+  )
 
 
 def _page(
@@ -284,9 +386,9 @@ def write_report(
   if not rows:
     raise ValueError("a report needs at least one row")
   contents = {
-    "perplexity_by_position.csv": _csv(rows),
+    "perplexity_by_position.csv": csv_bytes([*map(dataclasses.asdict, rows)]),
     "perplexity_by_position.png": _plot(rows, title, name),
-    "documents.csv": bootstrap.to_csv(documents),
+    "documents.csv": csv_bytes(bootstrap.csv_lines(documents)),
     # Last, because it refers to the others.
     "report.md": _page(rows, title, meta, extras or {}, name),
   }

@@ -6,29 +6,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from cacheaug.data.tokenizers import Tokenizer
-from cacheaug.errors import UserError
-from cacheaug.inference.session import Declined, Insertion, Session
+from cacheaug.inference.session import (
+  Declined,
+  Insertion,
+  Session,
+  before_stop,
+)
 from cacheaug.inference.text import TextStream
 
 # Tokens between looks for a stop string where nobody reads along.
 _CHUNK = 16
-
-
-def check_asked(
-  prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]
-) -> None:
-  """Refuses what cannot be asked of any decoder.
-
-  Raises:
-    UserError: a string in place of a list, an empty stop string, no tokens.
-  """
-  for name, given in (("prompts", prompts), ("stop", stop)):
-    if isinstance(given, str):
-      raise UserError(f"{name} is one string: give a list of them")
-  if "" in stop:
-    raise UserError("stop holds an empty string, which ends any text at once")
-  if max_new_tokens < 1:
-    raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +96,8 @@ class Writer:
 
   def _take(self, i: int, row: list[int], last: bool) -> str:
     """Adds a sequence's tokens; ends it at a stop token or string."""
-    ends = [j for j, token in enumerate(row) if token in self._stop_ids]
-    row, last = row[: ends[0] if ends else None], last or bool(ends)
+    row, stopped = before_stop(row, self._stop_ids)
+    last = last or stopped
     stream, piece = self._streams[i], ""
     # One by one, to know the token with which a stop string became whole.
     for ids in [[t] for t in row] if self._stop else [row]:

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from cacheaug.augment import coprocessor, objective, traces
+from cacheaug.augment import objective
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import engine
@@ -26,29 +25,6 @@ _split = jax.jit(decode_rows.split_layers)
 def apart(params: Params) -> Params:
   """On the CPU a copy with the layers apart; see `decoding.split_layers`."""
   return _split(params) if jax.default_backend() == "cpu" else params
-
-
-def pad_left(
-  prompts: list[list[int]], pad_id: int, length: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-  """Ragged prompts -> tokens [B, S] and documents [B, S] (-1 = padding).
-
-  Raises:
-    UserError: an empty prompt, or one longer than `length`.
-  """
-  for i, prompt in enumerate(prompts):
-    if not prompt:
-      raise UserError(f"prompt {i} is empty: give at least one token")
-  longest = max(map(len, prompts))
-  length = longest if length is None else length
-  if longest > length:
-    raise UserError(f"a prompt has {longest} tokens, room for {length}")
-  tokens = np.full((len(prompts), length), pad_id, np.int32)
-  documents = np.full((len(prompts), length), -1, np.int32)
-  for row, prompt in enumerate(prompts):
-    tokens[row, length - len(prompt) :] = prompt
-    documents[row, length - len(prompt) :] = 0
-  return tokens, documents
 
 
 def check_prompts(
@@ -108,56 +84,31 @@ def augment(
   b, s = tokens.shape
   if position is None:
     position = jnp.full((b,), s, jnp.int32)
-  args = model, decoder, coproc, cache, tokens, documents
-  point = dict(position=position, spec=spec)
   if late is not None:
     spec.kind.check("late")
-    z, positions = _late_latents(*args, **point, late=late, states=states)
-  elif spec.latents_are_kv:
-    rows, x = engine.hand_over(*args, **point, last=s - 1)
-    positions = rows.positions
-  else:
-    z, positions = engine.deliberate(*args, **point, last=s - 1, states=states)
+  latents = engine.compute_latents(
+    model,
+    decoder,
+    coproc,
+    cache,
+    tokens,
+    documents,
+    last=s - 1,
+    position=position,
+    spec=spec,
+    states=states,
+    late=late,
+  )
+  positions = latents.positions
   if spec.positions == "replace":
     cache = cache.hide_after(positions[:, 0] - 1)
-  if spec.latents_are_kv:
-    cache = cache.concat(rows)
-    hidden = engine.ask(model, decoder, cache, x, positions[:, -1])
-    return hidden, cache, positions[:, -1] + 1
-  hidden, rows = transformer.extend(model, decoder, cache, z, positions)
-  return hidden[:, -1], cache.concat(rows), positions[:, -1] + 1
-
-
-def _late_latents(
-  model,
-  decoder,
-  coproc,
-  cache,
-  tokens,
-  documents,
-  *,
-  position,
-  spec,
-  late,
-  states,
-):
-  """As engine.deliberate, of a cache as it was `late` tokens ago.
-
-  No latents may have been inserted since.
-  """
-  b, s = tokens.shape
-  points = jnp.full((b, 1), s - 1, jnp.int32)
-  laid = traces.lay_out(tokens, documents, points, spec, late[:, None])
-  pushed = (position - s)[:, None, None]
-  rows = laid.latent_rows
-  rows = rows.replace(
-    positions=rows.positions + pushed, limits=rows.limits + pushed, starts=None
-  )
-  laid = laid.replace(latent_rows=rows)
-  copied, repeated = objective.embedded(model, decoder, laid)
-  cache = coprocessor.source_cache(model, coproc, cache, states, spec)
-  z = coprocessor.latents(model, coproc, cache, laid, copied, repeated)
-  return z[:, 0], (laid.rows.positions + pushed)[:, 0, : spec.latents]
+  if latents.kv is not None:
+    cache = cache.concat(latents.kv)
+    hidden = engine.rerun_last_token(model, decoder, cache, latents)
+  else:
+    rows, new = transformer.extend(model, decoder, cache, latents.z, positions)
+    cache, hidden = cache.concat(new), rows[:, -1]
+  return hidden, cache, positions[:, -1] + 1
 
 
 def read(

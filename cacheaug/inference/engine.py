@@ -16,18 +16,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cacheaug.augment import coprocessor, kv_latents, traces
+from cacheaug.augment import coprocessor, kv_latents, objective, traces
 from cacheaug.augment.traces import Layout, Traces
+from cacheaug.inference import padding
 from cacheaug.inference.sampling import GREEDY, Sampling, choose
 from cacheaug.model import decode_rows, transformer
 from cacheaug.model.attention import NO_LIMIT, Rows
 from cacheaug.model.cache import KVCache
 from cacheaug.model.static_cache import SlotCache
 from cacheaug.model.transformer import Params, Transformer
-
-# Caches come in multiples of it: few programs, and reductions over slots that
-# end on whole vectors, so that empty slots at the end change no rounding.
-SLOTS = 64
 
 
 @flax.struct.dataclass
@@ -91,12 +88,13 @@ def start(
   """A state after a context, with slots for so many tokens and latents."""
   b, s = context.tokens.shape
   slots = context.cache.length + max_new_tokens + latents
+  slots = padding.round_up(slots, padding.CACHE)
   more = ((0, 0), (0, max_new_tokens))
   states = context.states
   if states is not None:
     states = jnp.pad(states, (*more, (0, 0)))
   return State(
-    cache=SlotCache.of(context.cache, slots + -slots % SLOTS, model.dtype),
+    cache=SlotCache.of(context.cache, slots, model.dtype),
     hidden=context.hidden,
     position=context.position,
     tokens=jnp.pad(context.tokens, more),
@@ -114,8 +112,8 @@ def start(
 
 def widen(state: State, latents: int) -> State:
   """The same with slots for so many latents, if it has fewer; then a copy."""
-  slots = state.latent_slot(0, 0) + latents
-  more = slots + -slots % SLOTS - state.cache.positions.shape[1]
+  slots = padding.round_up(state.latent_slot(0, 0) + latents, padding.CACHE)
+  more = slots - state.cache.positions.shape[1]
   return _widen(state, more) if more > 0 else state
 
 
@@ -124,23 +122,37 @@ def _widen(state, more):
   return state.replace(cache=state.cache.pad(more))
 
 
+@flax.struct.dataclass
+class Latents:
+  """N latents for each sequence, computed and not yet in its cache.
+
+  Embeddings for the decoder to read, or keys and values in their place, over
+  which it reads the last token again.
+  """
+
+  positions: jax.Array  # [B, N], where they are to stand
+  z: jax.Array | None = None  # [B, N, D]
+  kv: KVCache | None = None  # of N entries a sequence
+  last: jax.Array | None = None  # [B, D], the last token's embedding, with kv
+
+
 def lay_point(
-  model: Transformer,
-  decoder: Params,
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
   *,
   last: jax.Array | int,  # [], index of the last token of each sequence
   position: jax.Array,  # [B], of the next token
   spec: Layout,
-) -> tuple[Traces, jax.Array]:  # of one trace, copied [B, 1, N, D]
+  late: jax.Array | None = None,  # [B]
+) -> Traces:  # one a sequence
   """Where latents stand at the end of each sequence.
 
   Positions are those of training, pushed back by as much as earlier latents
   have pushed back the text.
   """
   points = jnp.broadcast_to(jnp.int32(last), (len(tokens), 1))
-  laid = traces.lay_out(tokens, documents, points, spec)
+  late = None if late is None else late[:, None]
+  laid = traces.lay_out(tokens, documents, points, spec, late)
   pushed = (position - 1 - last)[:, None, None]
   rows = laid.latent_rows
   rows = rows.replace(
@@ -148,15 +160,15 @@ def lay_point(
     limits=rows.limits + pushed,
     starts=None,  # the cache may have holes, and positions are not its slots
   )
-  copied = transformer.embed(model, decoder, laid.copied)
-  return laid.replace(latent_rows=rows), copied
+  block = laid.rows.replace(positions=laid.rows.positions + pushed)
+  return laid.replace(latent_rows=rows, rows=block)
 
 
-def deliberate(
+def compute_latents(
   model: Transformer,
   decoder: Params,
   coproc: Params,
-  cache: KVCache,
+  cache: KVCache,  # its slots those of `tokens`, then what was inserted
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
   *,
@@ -164,60 +176,41 @@ def deliberate(
   position: jax.Array,  # [B]
   spec: Layout,
   states: jax.Array | None = None,  # [B, S, D], of coprocessor.source_cache
-) -> tuple[jax.Array, jax.Array]:  # z [B, N, D], their positions [B, N]
-  """The coprocessor's latents for the end of each sequence.
+  late: jax.Array | None = None,  # [B]
+) -> Latents:
+  """Runs the coprocessor for the end of each sequence.
 
-  It reads the whole cache, or the states of its slots.
+  It reads the whole cache, or the states of its slots; with `late` both as
+  they were so many tokens ago, when no latents may have been inserted since.
   """
-  laid, copied = lay_point(
-    model,
-    decoder,
-    tokens,
-    documents,
-    last=last,
-    position=position,
-    spec=spec,
-  )
+  point = dict(last=last, position=position, spec=spec, late=late)
+  laid = lay_point(tokens, documents, **point)
+  positions = laid.rows.positions[:, 0, : spec.latents]
+  copied, repeated = objective.embedded(model, decoder, laid)
+  if spec.latents_are_kv:
+    kv = kv_latents.latent_kv(model, coproc, cache, laid, copied)
+    keys, values = (x[:, :, 0].astype(cache.keys.dtype) for x in kv)
+    kv = KVCache(keys, values, positions, jnp.ones_like(positions))
+    return Latents(positions, kv=kv, last=copied[:, 0, -1])
   cache = coprocessor.source_cache(model, coproc, cache, states, spec)
-  z = coprocessor.latents(model, coproc, cache, laid, copied)
-  return z[:, 0], laid.latent_rows.positions[:, 0]
+  z = coprocessor.latents(model, coproc, cache, laid, copied, repeated)
+  return Latents(positions, z=z[:, 0])
 
 
-def hand_over(
+def rerun_last_token(
   model: Transformer,
   decoder: Params,
-  coproc: Params,
-  cache: KVCache,  # its slots those of `tokens`
-  tokens: jax.Array,  # [B, S], as of `deliberate`, and the rest
-  documents: jax.Array,  # [B, S]
-  *,
-  last: jax.Array | int,  # []
-  position: jax.Array,  # [B]
-  spec: Layout,
-) -> tuple[KVCache, jax.Array]:  # N entries a sequence, x[p] [B, D] to ask
-  """`deliberate` where latents are keys and values, for `ask` to follow."""
-  point = dict(last=last, position=position, spec=spec)
-  laid, copied = lay_point(model, decoder, tokens, documents, **point)
-  kv = kv_latents.latent_kv(model, coproc, cache, laid, copied)
-  keys, values = (x[:, :, 0].astype(cache.keys.dtype) for x in kv)
-  at = laid.latent_rows.positions[:, 0]
-  return KVCache(keys, values, at, jnp.ones_like(at)), copied[:, 0, -1]
-
-
-def ask(
-  model: Transformer,
-  decoder: Params,
-  cache: KVCache,
-  x: jax.Array,  # [B, D], the last token's embedding
-  position: jax.Array,  # [B]
+  cache: KVCache,  # the latents' keys and values in it
+  latents: Latents,
 ) -> jax.Array:  # [B, D]
-  """The last token's row again, over a cache with what it is given.
+  """Hidden state of the last token's row, read again over the latents.
 
   It leaves nothing and does not see itself, as in training (traces.py).
   """
-  rows = Rows.plain(position[:, None], jnp.ones_like(position)[:, None])
+  position = latents.positions[:, -1:]
+  rows = Rows.plain(position, jnp.ones_like(position))
   rows = rows.replace(order=jnp.zeros((1, 1, 1, 1), bool))
-  x = x[:, None, None]
+  x = latents.last[:, None, None]
   return transformer.run_blocks(model, decoder, x, rows, cache)[:, 0, 0]
 
 
@@ -226,7 +219,7 @@ def ask(
 )
 def insert(
   model: Transformer,
-  decoder: Params,  # stacked, or of decoding.split_layers
+  decoder: Params,  # stacked, or of decode_rows.split_layers
   coproc: Params,
   state: State,
   count: jax.Array,  # [], augmentations before this one
@@ -239,15 +232,21 @@ def insert(
   states of all tokens, but of no latents.
   """
   cache = _said(state) if spec.kind.reads_states else state.cache.stacked()
-  args = model, decoder, coproc, cache, state.tokens, state.documents
-  last = state.prompt + state.step - 1
-  point = dict(last=last, position=state.position, spec=spec)
-  where = dict(count=count, on=on, spec=spec)
-  if spec.latents_are_kv:
-    rows, x = hand_over(*args, **point)
-    return write_given(model, decoder, state, rows, x, **where)
-  z, positions = deliberate(*args, **point, states=state.states)
-  return write_latents(model, decoder, state, z, positions, **where)
+  latents = compute_latents(
+    model,
+    decoder,
+    coproc,
+    cache,
+    state.tokens,
+    state.documents,
+    last=state.prompt + state.step - 1,
+    position=state.position,
+    spec=spec,
+    states=state.states,
+  )
+  return write_latents(
+    model, decoder, state, latents, count=count, on=on, spec=spec
+  )
 
 
 def _said(state: State) -> KVCache:
@@ -258,60 +257,39 @@ def _said(state: State) -> KVCache:
   return KVCache(None, None, positions, there.astype(jnp.int32))
 
 
-def write_given(
-  model: Transformer,
-  decoder: Params,
-  state: State,
-  rows: KVCache,  # of `hand_over`, N entries a sequence
-  x: jax.Array,  # [B, D], the same
-  *,
-  count: jax.Array,  # [], as of `insert`, these three
-  on: jax.Array,  # [B]
-  spec: Layout,
-) -> State:
-  """The second half of `insert` where keys and values are handed over."""
-  cache, positions = state.cache, rows.positions
-  if spec.positions == "replace":
-    cache = cache.hide_after(jnp.where(on, positions[:, 0] - 1, NO_LIMIT))
-  segments = jnp.broadcast_to(on[:, None].astype(jnp.int32), positions.shape)
-  slot = state.latent_slot(count, spec.latents)
-  cache = cache.write(rows.replace(segments=segments), slot)
-  hidden = ask(model, decoder, cache.stacked(), x, positions[:, -1])
-  return state.replace(
-    cache=cache,
-    hidden=jnp.where(on[:, None], hidden, state.hidden),
-    position=jnp.where(on, positions[:, -1] + 1, state.position),
-  )
-
-
 def write_latents(
   model: Transformer,
   decoder: Params,
   state: State,
-  z: jax.Array,  # [B, N, D]
-  positions: jax.Array,  # [B, N]
+  latents: Latents,
   *,
   count: jax.Array,  # [], as of `insert`, these three
   on: jax.Array,  # [B]
   spec: Layout,
 ) -> State:
-  """The second half of `insert`: the decoder reads the latents."""
-  cache = state.cache
+  """The second half of `insert`: latents enter the static cache."""
+  cache, positions = state.cache, latents.positions
   if spec.positions == "replace":
-    limits = jnp.where(on, positions[:, 0] - 1, NO_LIMIT)
-    cache = cache.hide_after(limits)
-  hidden, cache = decode_rows.write_rows(
-    model,
-    decoder,
-    cache,
-    z,
-    positions,
-    segments=jnp.broadcast_to(on[:, None].astype(jnp.int32), positions.shape),
-    slot=state.latent_slot(count, spec.latents),
-  )
+    cache = cache.hide_after(jnp.where(on, positions[:, 0] - 1, NO_LIMIT))
+  segments = jnp.broadcast_to(on[:, None].astype(jnp.int32), positions.shape)
+  slot = state.latent_slot(count, spec.latents)
+  if latents.kv is not None:
+    cache = cache.write(latents.kv.replace(segments=segments), slot)
+    hidden = rerun_last_token(model, decoder, cache.stacked(), latents)
+  else:
+    hidden, cache = decode_rows.write_rows(
+      model,
+      decoder,
+      cache,
+      latents.z,
+      positions,
+      segments=segments,
+      slot=slot,
+    )
+    hidden = hidden[:, -1]
   return state.replace(
     cache=cache,
-    hidden=jnp.where(on[:, None], hidden[:, -1], state.hidden),
+    hidden=jnp.where(on[:, None], hidden, state.hidden),
     position=jnp.where(on, positions[:, -1] + 1, state.position),
   )
 

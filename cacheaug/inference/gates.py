@@ -4,7 +4,6 @@ Each says yes or no for contexts that the decoder has read, from what it has
 computed anyway: the last row's hidden state `hidden` [..., D], as of
 `engine.Context`, which predicts the next token.
 
-  always, never   as named
   every           after every k tokens
   uncertain       the next token's entropy is above a threshold
   worthwhile      the gain that a learned head predicts is above a threshold
@@ -45,16 +44,6 @@ _PARTS = (
   "scale",
   *(f"mlp/{x}/{y}" for x in ("in", "out") for y in ("kernel", "bias")),
 )
-
-
-def always(hidden: jax.Array) -> jax.Array:  # [..., D] -> [...] bool
-  """Every context."""
-  return jnp.ones(hidden.shape[:-1], bool)
-
-
-def never(hidden: jax.Array) -> jax.Array:  # [..., D] -> [...] bool
-  """None: the frozen decoder."""
-  return jnp.zeros(hidden.shape[:-1], bool)
 
 
 def every(tokens: jax.Array, k: int) -> jax.Array:  # [...] -> [...] bool

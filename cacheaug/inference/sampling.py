@@ -1,11 +1,13 @@
 """How the next token is drawn from the decoder's logits."""
 
 import dataclasses
+import numbers
 
 import jax
 import jax.numpy as jnp
 
 from cacheaug.errors import UserError
+from cacheaug.inference import arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,9 @@ class Sampling:
   top_p: float = 1.0  # 1 keeps all
 
   def __post_init__(self):
+    arguments.whole_number("top_k", self.top_k)
+    for key in ("temperature", "top_p"):
+      arguments.instance(key, getattr(self, key), numbers.Real)
     if not 0 <= self.temperature < float("inf"):
       raise UserError(
         f"temperature={self.temperature} must be 0 (the most likely token) or "

@@ -5,7 +5,7 @@ around it, which stops it where latents are due.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
-from cacheaug.inference import engine
+from cacheaug.inference import arguments, engine
 from cacheaug.inference.engine import Context
 from cacheaug.inference.gates import Gate
 from cacheaug.inference.sampling import GREEDY, Sampling
@@ -38,6 +38,11 @@ class Plan:
   rounds: int = 1  # of latents at each of these points, one upon another
 
   def __post_init__(self):
+    for key in ("at", "after", "before"):
+      ids = arguments.whole_numbers(key, getattr(self, key))
+      object.__setattr__(self, key, ids)
+    for key in ("every", "most", "rounds"):
+      arguments.whole_number(key, getattr(self, key))
     if any(step < 0 for step in self.at):
       raise UserError(f"at={self.at}: counts of new tokens are 0 or more")
     if self.every < 0:
@@ -74,6 +79,16 @@ class Plan:
     """The most insertions that there can be."""
     points = len(self.steps(max_new_tokens)) + len(set(self.before))
     return self.rounds * (points + (self.most if self.after else 0))
+
+
+def before_stop(
+  ids: Sequence[int], stop_ids: Collection[int]
+) -> tuple[list[int], bool]:
+  """The tokens before the first stop token, and whether there is one."""
+  for i, token in enumerate(ids):
+    if token in stop_ids:
+      return list(ids[:i]), True
+  return list(ids), False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +146,8 @@ class Session:
       decoder: frozen parameters.
       context: of `generate.read`; kept as it is.
       max_new_tokens: the most that `run` may be asked for.
-      coproc: None decodes without latents.
-      spec: the coprocessor's.
+      coproc: the coprocessor's parameters.
+      spec: how its latents are laid out; None decodes without latents.
       on: [B], which sequences get latents; all by default.
       plan: when.
       sampling: the law of a token.
@@ -166,7 +181,7 @@ class Session:
     self._due: list[int] = []
     self._rounds, self._room, latents = 1, 0, 0
     pause_ids: tuple[int, ...] = ()
-    if coproc is not None:
+    if spec is not None:
       self._due = sorted({self._told - n for n in plan.before})
       self._due += [self._told + n for n in plan.steps(max_new_tokens)]
       self._rounds, self._room = plan.rounds, plan.room(max_new_tokens)

@@ -16,6 +16,11 @@ from cacheaug.model.config import SLIDING, UNROTATED, ModelConfig
 Rope = tuple[jax.Array, jax.Array]  # cos, sin [..., E/2]
 
 
+def frequencies(config: ModelConfig) -> np.ndarray:
+  """Radians a position of global layers, [E/2] float32."""
+  return _frequencies(config, config.rope_base, dict(config.rope_scaling))
+
+
 def _frequencies(config: ModelConfig, base: float, scaling: dict) -> np.ndarray:
   """Radians a position, [E/2] float32; of 'dynamic', within max_positions."""
   e = config.head_dim

@@ -12,11 +12,11 @@ leaves the ones before it. Two checks find damage:
   the disk and back.
 """
 
-import contextlib
-import errno
 import json
+import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -27,42 +27,17 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from cacheaug.errors import UserError
-from cacheaug.run import files as storage
-from cacheaug.run.checksum import leaf_checksum
+from cacheaug.errors import UserError, one_line
+from cacheaug.run import files
+from cacheaug.run.checksum import checksums, named_leaves
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_NO_ACCESS = (
-  errno.EACCES,
-  errno.EPERM,
-  errno.EROFS,
-  errno.ENOTDIR,
-  errno.EEXIST,
-)
 _FILES = "files.json"
+_MERGED = "manifest.ocdbt"  # What Orbax merges the processes' files into.
 _SMALL = 2**20  # Bytes up to which a file's CRC is kept.
 
 
 class Unreadable(Exception):
   """A checkpoint that is damaged; the message says what was found."""
-
-
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> jax.Array:
-  """uint32 [number of leaves]."""
-  return jnp.stack([leaf_checksum(x) for x in leaves])
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-  """Leaves by path, `a/b/c`; the form in which a state is stored."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  names = [
-    jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves
-  ]
-  flat = dict(zip(names, (x for _, x in leaves), strict=True))
-  if len(flat) != len(leaves):
-    raise ValueError("two leaves of the state have the same path")
-  return flat
 
 
 def _describe(flat: Mapping[str, Any]) -> dict[str, list]:
@@ -80,26 +55,35 @@ def _all_agree(ok: bool) -> bool:
   return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
 
-@contextlib.contextmanager
-def _disk_errors(directory: epath.Path) -> Iterator[None]:
-  """Turns a full or forbidden disk into one clear line."""
-  try:
-    yield
-  except Exception as e:
-    # tensorstore reports the same conditions as ValueError with the text.
-    code, text = getattr(e, "errno", None), str(e).lower()
-    if code in _NO_ROOM or "no space left" in text or "quota exc" in text:
-      raise UserError(
-        f"{directory}: no space left to save a checkpoint: free some, or "
-        "give another --workdir"
-      ) from e
-    if code in _NO_ACCESS or "permission denied" in text:
-      line = " ".join(str(e).split())
-      raise UserError(
-        f"{directory}: no access ({line}): mend its permissions, or give "
-        "another --workdir"
-      ) from e
-    raise
+def _disk_errors(
+  directory: epath.Path, *, others: bool = True
+) -> AbstractContextManager[None]:
+  """Turns a full or forbidden disk into one clear line.
+
+  Args:
+    directory: of the checkpoints.
+    others: every other OSError as well.
+  """
+  return files.disk_errors(directory, "save a checkpoint", others=others)
+
+
+def _quiet_late_reads() -> None:
+  """Keeps a damaged checkpoint to its one line.
+
+  The first array that cannot be read ends Orbax's event loop; each read that
+  is still under way then has a traceback printed, 'Event loop is closed', some
+  of them after the restore has returned.
+  """
+  previous = sys.unraisablehook
+  if getattr(previous, "late_reads", False):
+    return
+
+  def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      previous(unraisable)
+
+  hook.late_reads = True
+  sys.unraisablehook = hook
 
 
 class Checkpoints:
@@ -123,7 +107,7 @@ class Checkpoints:
     for key, value in (("keep", keep), ("every", save_every)):
       if value < 1:
         raise UserError(f"config.checkpoint.{key}: {value} must be 1 or more")
-    self._directory = storage.absolute(directory)
+    self._directory = files.absolute(directory)
     self._keep, self._save_every = keep, save_every
     self._manager: ocp.CheckpointManager | None = None
     self._saving: int | None = None
@@ -164,8 +148,8 @@ class Checkpoints:
       manager = self._open()
       if step in manager.all_steps():
         return False
-      flat = _flatten(state)
-      sums = np.asarray(jax.device_get(_checksums(list(flat.values()))))
+      flat = named_leaves(state)
+      sums = checksums(flat.values())
       body = {
         "meta": dict(meta),
         "tree": _describe(flat),
@@ -205,7 +189,7 @@ class Checkpoints:
     for step in reversed(self.steps()):
       path = self._directory / str(step)
       try:
-        with _disk_errors(self._directory):
+        with _disk_errors(self._directory, others=False):
           state, meta = self._restore(path, abstract_state)
       except Unreadable as e:
         aside = self._move_aside(path)
@@ -254,6 +238,8 @@ class Checkpoints:
   def _list_files(self) -> None:
     """Writes files.json; Orbax calls it just before the rename.
 
+    A checkpoint that nobody could read again raises UserError and is not kept.
+
     It does so on process 0, in the background, once every process's files are
     complete.
     """
@@ -262,18 +248,24 @@ class Checkpoints:
     # commits by a marker file instead.
     for path in self._directory.iterdir():
       if path.name == step or path.name.startswith(f"{step}.orbax-"):
-        files = {item: _measure(path / item) for item in ("state", "meta")}
-        (path / _FILES).write_text(json.dumps(files))
+        if not (path / "state" / _MERGED).exists():
+          raise UserError(
+            f"{path}: the arrays were not put together, so that nobody could "
+            "read them again: give another --workdir"
+          )
+        sizes = {item: _measure(path / item) for item in ("state", "meta")}
+        (path / _FILES).write_text(json.dumps(sizes))
 
   def _restore(self, path: epath.Path, abstract: Any) -> tuple[Any, dict]:
     self._together(lambda: _check_files(path))
     body = self._together(lambda: _read_meta(path))
-    flat = _flatten(abstract)
+    flat = named_leaves(abstract)
     _check_tree(path, body["tree"], _describe(flat))
 
     # The handler itself rather than the manager: it has no barrier between
     # processes, so one that fails to read cannot leave the others waiting.
     handler = ocp.StandardCheckpointHandler()
+    _quiet_late_reads()
     try:
       restored = self._together(
         lambda: handler.restore(
@@ -282,7 +274,7 @@ class Checkpoints:
       )
     finally:
       handler.close()
-    sums = np.asarray(jax.device_get(_checksums([restored[k] for k in flat])))
+    sums = checksums([restored[k] for k in flat])
     for name, found in zip(flat, sums.tolist(), strict=True):
       if found != body["checksums"][name]:
         raise Unreadable(f"checksum of {name} differs")
@@ -297,12 +289,11 @@ class Checkpoints:
     try:
       result = read()
     except Exception as e:  # Orbax and tensorstore raise many types.
-      text = str(e)
       if isinstance(e, (MemoryError, PermissionError)) or (
-        "RESOURCE_EXHAUSTED" in text
+        "RESOURCE_EXHAUSTED" in str(e)
       ):
         raise  # The checkpoint may be whole: nothing to move aside.
-      ok, reason = False, " ".join(text.split())[:160]
+      ok, reason = False, one_line(e)
     if not _all_agree(ok):
       raise Unreadable(reason)
     return result
@@ -337,14 +328,13 @@ def read_params(
     ({'a/b/c': array on the default device}, meta, step), or None where there
     is no checkpoint that can be read.
   """
-  directory = storage.absolute(directory)
+  directory = files.absolute(directory)
   for step in reversed(_steps(directory)):
     path = directory / str(step)
     try:
       params, meta = _read_params(path)
     except (Unreadable, OSError, ValueError, KeyError) as e:
-      line = " ".join(str(e).split())[:160]
-      logging.warning("checkpoint %s cannot be read (%s)", path, line)
+      logging.warning("checkpoint %s cannot be read (%s)", path, one_line(e))
       continue
     return params, meta, step
   return None
@@ -367,6 +357,7 @@ def _read_params(path: epath.Path) -> tuple[dict[str, jax.Array], dict]:
 
   item = {name: wanted(name) for name in tree}
   handler = ocp.PyTreeCheckpointHandler()
+  _quiet_late_reads()
   try:
     found = handler.restore(
       path / "state",
@@ -378,7 +369,7 @@ def _read_params(path: epath.Path) -> tuple[dict[str, jax.Array], dict]:
   finally:
     handler.close()
   params = {k: v for k, v in found.items() if k.startswith(kinds)}
-  sums = np.asarray(jax.device_get(_checksums(list(params.values()))))
+  sums = checksums(params.values())
   for name, crc in zip(params, sums.tolist(), strict=True):
     if crc != body["checksums"][name]:
       raise Unreadable(f"checksum of {name} differs")

@@ -1,20 +1,23 @@
 """What every command shares: flags, plain logs, errors as one line."""
 
+import contextlib
 import logging as std_logging
 import os
 import runpy
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from cacheaug.config import nearest
-from cacheaug.errors import UserError
+from cacheaug.config import leaves, nearest
+from cacheaug.errors import UserError, one_line
+from cacheaug.run import files
 
 # The whole package: `_plain_logs` keeps the log records of its files.
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
@@ -24,6 +27,8 @@ _LESS_MEMORY = (
   "optimizer.accumulation, set remat=full, or split parameters over more "
   "devices with mesh.fsdp and mesh.tensor"
 )
+
+_NO_ROOM = "no space left on the disk: free some, then run again"
 
 # What is in the text of JAX's errors where a collective has lost a peer: CPU
 # (gloo), GPU (NCCL), the coordination service.
@@ -48,15 +53,24 @@ def run(main: Callable[[], None], description: str) -> None:
     _plain_logs()
     _keep_compiled()
     main()
+    sys.stdout.flush()  # here, where an error of it has a case below
+  except SystemExit:
+    _flush()
+    raise
   except UserError as e:
     fail(str(e))
   except KeyboardInterrupt:
     sys.exit(130)
+  except BrokenPipeError:
+    _flush()  # ends as the system's own tools do where nobody reads on
+    sys.exit(128 + signal.SIGPIPE)
   except Exception as e:
     # JAX's class of this name is not public in every version supported.
-    text = " ".join(str(e).split())
+    text = one_line(e, 10_000)
     if "RESOURCE_EXHAUSTED" in text:
       fail(f"{_LESS_MEMORY} ({text[:160]})")
+    if files.is_full(e):
+      fail(f"{_NO_ROOM} ({text[:160]})")
     if _several() and any(words in text for words in _LOST):
       fail(f"{_RESTART} ({text[:160]})")
     if not _several():
@@ -65,15 +79,26 @@ def run(main: Callable[[], None], description: str) -> None:
     fail(f"{type(e).__name__} (above) in this process; the others end with it")
 
 
+def _flush() -> None:
+  """Sends what was printed; where nobody takes it, forgets it quietly."""
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      stream.flush()
+    except (OSError, ValueError):
+      # Python would try again at its end, and complain.
+      with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def fail(reason: str) -> NoReturn:
   """Ends the process with `error: reason` on one line and status 1."""
-  print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+  with contextlib.suppress(OSError):  # stderr may be on the full disk, or shut
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+  _flush()
   if _several():
     # Without JAX's own exit: it waits for processes that may wait for this
     # one. Process 0 goes last, since all others are aborted with it, and by
     # then have said for themselves what all of them ran into.
-    sys.stdout.flush()
-    sys.stderr.flush()
     if not sys.modules["jax"].process_index():
       time.sleep(2.0)
     os._exit(1)
@@ -122,11 +147,11 @@ def explain(argv: list[str], error: Exception) -> str:
       return "--config is missing: give --config=configs/NAME.py"
     return _flag_line(names, error)
   try:
-    known = list(_keys(_load(argv)))
+    known = sorted(_keys(_load(argv)))
   except Exception as e:
-    text = " ".join(str(e).split())
     return (
-      f"--config={_given(argv)} cannot be loaded: {type(e).__name__}: {text}"
+      f"--config={_given(argv)} cannot be loaded: {type(e).__name__}: "
+      f"{one_line(e, 1000)}"
     )
   for name in names:
     key = name.removeprefix("config.")
@@ -144,7 +169,7 @@ def _flag_line(names: list[str], error: Exception) -> str:
     base = name.partition(".")[0].removeprefix("no")
     if base not in known and name not in known:
       return f"unknown flag --{name} (see --help){nearest(name, known)}"
-  return f"{' '.join(str(error).split())}: see --help"
+  return f"{one_line(error, 1000)}: see --help"
 
 
 def _given(argv: list[str]) -> str:
@@ -161,12 +186,13 @@ def _load(argv: list[str]) -> ConfigDict:
   return runpy.run_path(path)["get_config"](*([argument] if colon else []))
 
 
-def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+def _keys(config: ConfigDict) -> set[str]:
   """Every key, `a.b.c`, inner dictionaries' own among them."""
-  for key, value in config.items():
-    yield f"{prefix}{key}"
-    if isinstance(value, ConfigDict):
-      yield from _keys(value, f"{prefix}{key}.")
+  found = set()
+  for key, _ in leaves(config):
+    parts = key.split(".")
+    found |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+  return found
 
 
 def _config_help(argv: list[str]) -> str:
@@ -182,11 +208,8 @@ def _config_help(argv: list[str]) -> str:
   except Exception as e:
     fail(f"--config={_given(argv)} cannot be loaded: {type(e).__name__}: {e}")
   lines = [f"Keys of {_given(argv)}:"]
-  for key in _keys(config):
-    value = config
-    for part in key.split("."):
-      value = value[part]
-    if not isinstance(value, ConfigDict) and not key.startswith("local."):
+  for key, value in leaves(config):
+    if not key.startswith("local."):
       lines.append(f"  --config.{key}={value}")
   return "\n".join(lines)
 

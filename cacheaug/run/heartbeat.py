@@ -23,6 +23,8 @@ State = Literal[
   "stopped",  # by SIGTERM, saved
   "failed",
 ]
+RUNNING = ("starting", "training", "saving", "reporting")
+EVERY = 5.0  # seconds between two writings of the file
 # Beyond the watchdog's limit, after which it is itself taken for hung.
 _GRACE = 60.0
 
@@ -51,11 +53,11 @@ class Heartbeat:
     workdir: str | epath.Path,
     *,
     limit: float,
-    every: float = 5.0,
+    every: float = EVERY,
   ) -> None:
     index = jax.process_index()
     name = f"heartbeat-{index}.json" if index else "heartbeat.json"
-    self._path = epath.Path(workdir) / name
+    self._path = files.expanded(workdir) / name
     self._limit, self._every = limit, every
     self._fixed = {
       "pid": os.getpid(),

@@ -5,12 +5,14 @@ that a killed and resumed run's file equals the uninterrupted one's byte for
 byte; wall-clock figures are in speed.jsonl beside it.
 """
 
+import contextlib
 import json
 import resource
+import socket
 import sys
 import time
-from collections.abc import Mapping
-from typing import IO, Any
+from collections.abc import Iterator, Mapping
+from typing import IO, Any, BinaryIO
 
 import jax
 import numpy as np
@@ -34,7 +36,7 @@ def _keep_until(path: epath.Path, step: int) -> None:
   """Drops lines of later steps, and a last line that a kill tore."""
   if not path.exists():
     return
-  kept = []
+  kept: list[bytes] = []
   for line in path.read_bytes().splitlines(keepends=True):
     try:
       record = json.loads(line)
@@ -51,22 +53,25 @@ class MetricWriter:
   """Appends to metrics.jsonl, speed.jsonl and TensorBoard; process 0 only.
 
   On object storage, which cannot append, each line sends its file anew, and
-  TensorBoard's files, which hold nothing else, are left out.
+  TensorBoard's files, which hold nothing else, are left out. They are left out
+  as well from where they can no longer be written.
 
   Args:
     workdir: of the run, local or gs://; created if absent.
 
   Raises:
-    UserError: a workdir that cannot be written to.
+    UserError: a workdir that cannot be written to. Every method that writes
+      raises it.
   """
 
   def __init__(self, workdir: str | epath.Path) -> None:
-    self._workdir = epath.Path(workdir)
+    self._workdir = files.expanded(workdir)
     self._active = jax.process_index() == 0
     self._remote = files.is_remote(self._workdir)
-    self._files: dict[str, IO[str]] = {}
+    self._files: dict[str, BinaryIO] = {}
     self._texts: dict[str, str] = {}  # of the files on object storage
-    self._board: Any = None
+    self._board: _Board | None = None
+    self._draws = not self._remote
     self._purge_step: int | None = None
     if self._active:
       try:
@@ -100,7 +105,9 @@ class MetricWriter:
     if self._active:
       self.close()
       for name in _FILES:
-        _keep_until(self._workdir / name, step)
+        path = self._workdir / name
+        with files.disk_errors(path, f"write {name}"):
+          _keep_until(path, step)
       self._purge_step = step + 1
 
   def write(
@@ -109,7 +116,7 @@ class MetricWriter:
     metrics: Mapping[str, Any],
     speed: Mapping[str, Any] | None = None,
   ) -> None:
-    """Appends one line a file and flushes it.
+    """Appends one line a file; it has left this process when this returns.
 
     Args:
       step: steps taken; not below the step of the line before.
@@ -121,7 +128,8 @@ class MetricWriter:
     self._append("metrics.jsonl", step, metrics)
     if speed is not None:
       self._append("speed.jsonl", step, speed)
-    self._draw(step, {**metrics, **(speed or {})})
+    if self._draws:
+      self._draw(step, {**metrics, **(speed or {})})
 
   def close(self) -> None:
     """Closes the files; another `write` reopens them."""
@@ -129,43 +137,102 @@ class MetricWriter:
       file.close()
     self._files, self._texts = {}, {}
     if self._board is not None:
-      self._board.close()
-      self._board = None
+      board, self._board = self._board, None
+      with self._board_errors():
+        board.close()
 
   def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
     record = {"step": step, **{k: _plain(v) for k, v in values.items()}}
     line, path = json.dumps(record) + "\n", self._workdir / name
-    if self._remote:
-      if name not in self._texts:
-        self._texts[name] = path.read_text()
-      self._texts[name] += line
-      path.write_text(self._texts[name])
-      return
-    if name not in self._files:
-      self._files[name] = path.open("a")
-    self._files[name].write(line)
-    # Out of this process's memory, so that a kill loses no whole line.
-    self._files[name].flush()
+    with files.disk_errors(path, f"write {name}"):
+      if self._remote:
+        if name not in self._texts:
+          self._texts[name] = path.read_text()
+        self._texts[name] += line
+        files.write_whole(path, self._texts[name].encode())
+        return
+      if name not in self._files:
+        # Unbuffered: a kill loses no whole line, and what a full disk did not
+        # take is not tried again when the file is closed.
+        self._files[name] = open(path, "ab", buffering=0)
+      rest = memoryview(line.encode())
+      while rest:
+        rest = rest[self._files[name].write(rest) :]
 
   def _draw(self, step: int, values: Mapping[str, Any]) -> None:
-    if self._remote:
-      return
-    if self._board is None:
-      # Imported here: it takes half a second that most commands do not need.
-      from tensorboardX import SummaryWriter
+    with self._board_errors():
+      if self._board is None:
+        self._board = _Board(self._workdir / "tensorboard", self._purge_step)
+      for name, value in values.items():
+        numbers = np.asarray(value)
+        if numbers.dtype.kind not in "biuf":
+          continue
+        if numbers.ndim == 0:
+          self._board.add(name, numbers.item(), step)
+        else:
+          for i, number in enumerate(numbers.ravel().tolist(), start=1):
+            self._board.add(f"{name}/{i}", number, step)
 
-      self._board = SummaryWriter(
-        str(self._workdir / "tensorboard"), purge_step=self._purge_step
+  @contextlib.contextmanager
+  def _board_errors(self) -> Iterator[None]:
+    """TensorBoard's files repeat metrics.jsonl: no run ends for them."""
+    try:
+      yield
+    except OSError as e:
+      board, self._board, self._draws = self._board, None, False
+      if board is not None:
+        with contextlib.suppress(OSError):
+          board.close()
+      logging.warning(
+        "%s/tensorboard cannot be written (%s): left out from here on",
+        self._workdir,
+        e.strerror or e,
       )
-    for name, value in values.items():
-      numbers = np.asarray(value)
-      if numbers.dtype.kind not in "biuf":
-        continue
-      if numbers.ndim == 0:
-        self._board.add_scalar(name, numbers.item(), step)
-      else:
-        for i, number in enumerate(numbers.ravel().tolist(), start=1):
-          self._board.add_scalar(f"{name}/{i}", number, step)
+
+
+class _Board:
+  """TensorBoard's event file, written by the caller itself.
+
+  tensorboardX's SummaryWriter writes in a thread, and once that has died of a
+  full disk the next scalar waits for ever (lanpa/tensorboardX#532).
+
+  Args:
+    directory: created if absent.
+    purge_step: TensorBoard forgets what was drawn from this step on.
+  """
+
+  _FLUSH = 120.0  # seconds between two times that the disk is waited for
+
+  def __init__(self, directory: epath.Path, purge_step: int | None) -> None:
+    # Imported here: it takes half a second that most commands do not need.
+    from tensorboardX import record_writer, summary
+    from tensorboardX.proto import event_pb2
+
+    directory.mkdir(parents=True, exist_ok=True)
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+    self._event, self._scalar = event_pb2.Event, summary.scalar
+    self._file = record_writer.RecordWriter(str(directory / name))
+    self._flushed = time.monotonic()
+    self._write(file_version="brain.Event:2")
+    if purge_step is not None:
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._write(step=purge_step, file_version="brain.Event:2")
+      self._write(step=purge_step, session_log=start)
+
+  def _write(self, **fields: Any) -> None:
+    event = self._event(wall_time=time.time(), **fields)
+    self._file.write(event.SerializeToString())
+
+  def add(self, name: str, value: float, step: int) -> None:
+    """One number; OSError: no space."""
+    self._write(step=step, summary=self._scalar(name, value))
+    if time.monotonic() - self._flushed > self._FLUSH:
+      self._flushed = time.monotonic()
+      self._file.flush()
+
+  def close(self) -> None:
+    """Ends the file; OSError: no space."""
+    self._file.close()
 
 
 class Progress:
@@ -232,7 +299,10 @@ class Progress:
     if now - self._shown < self._interval and step < self._total:
       return
     self._shown = now
-    print(self._line(now, texts), file=self._stream, flush=True)
+    try:
+      print(self._line(now, texts), file=self._stream, flush=True)
+    except OSError:
+      self._active = False  # nobody reads it any more: no reason to stop
 
   def _line(self, now: float, texts: Mapping[str, str]) -> str:
     rate = (self._step - self._start) / max(now - self._began, 1e-9)

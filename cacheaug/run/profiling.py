@@ -9,7 +9,8 @@ import jax
 from absl import logging
 from etils import epath
 
-from cacheaug.errors import UserError
+from cacheaug.errors import UserError, one_line
+from cacheaug.run import files
 
 
 class Clock:
@@ -74,7 +75,7 @@ class Trace:
   """
 
   def __init__(self, workdir: str | epath.Path, steps: str) -> None:
-    self._directory = epath.Path(workdir) / "profile"
+    self._directory = files.expanded(workdir) / "profile"
     self._steps = parse_steps(steps)
     self._running = False
 
@@ -84,7 +85,14 @@ class Trace:
   def __exit__(self, *_: object) -> None:
     if self._running:
       self._running = False
-      jax.profiler.stop_trace()
+      try:
+        jax.profiler.stop_trace()
+      except Exception as e:  # a profile is no reason to lose a run
+        logging.warning(
+          "%s: the profile cannot be written (%s)",
+          self._directory,
+          one_line(e),
+        )
 
   def before(self, step: int) -> None:
     """Starts the trace where `step` is among those asked for."""

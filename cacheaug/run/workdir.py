@@ -2,15 +2,18 @@
 
 import json
 import os
-from collections.abc import Iterator
+import secrets
+import time
 from typing import Any
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from cacheaug.errors import UserError
-from cacheaug.run import files
+from cacheaug import config as configs
+from cacheaug.errors import UserError, one_line
+from cacheaug.run import agreement, files
+from cacheaug.run.lock import Lock
 
 # Keys that may differ when a run is resumed: they change its numbers by
 # rounding at most.
@@ -30,6 +33,31 @@ FREE_KEYS = (
 )
 
 
+_PROBE = 10.0  # seconds until a file of process 0 must be seen by the others
+
+
+def read_config(workdir: str | os.PathLike) -> ConfigDict:
+  """The config of the run in a directory, with the keys that have come since.
+
+  A new key's value in `configs.base`, or of a source in `source_defaults`, is
+  what was done before there was the key.
+
+  Raises:
+    UserError: no run there, or a config.json that is not a run's.
+  """
+  path = files.absolute(workdir) / "config.json"
+  with files.reading(path):
+    if not path.exists():
+      raise UserError(f"{path}: missing; give the --workdir of a run")
+    try:
+      return configs.completed(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
+      raise UserError(
+        f"{path}: not a run's config ({one_line(e)}); give the --workdir of a "
+        "run of this version"
+      ) from e
+
+
 def check(config: ConfigDict, workdir: str) -> None:
   """Refuses a directory of another experiment, or one not to be written to.
 
@@ -42,13 +70,13 @@ def check(config: ConfigDict, workdir: str) -> None:
   root = files.absolute(workdir)
   try:
     if _begun(root):
-      _same_experiment(json.loads((root / "config.json").read_text()), config)
+      _same_experiment(configs.completed(_saved(root)), config)
   except ImportError as e:
     raise UserError(
       f"--workdir={workdir}: object storage wants a package more ({e}): "
       "pip install 'cacheaug[gcs]' for gs://"
     ) from e
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
     raise UserError(
       f"--workdir={workdir}: config.json cannot be read ({e}): give another"
     ) from e
@@ -66,24 +94,80 @@ def check(config: ConfigDict, workdir: str) -> None:
     raise UserError(f"--workdir={workdir}: no permission to write in {parent}")
 
 
-def claim(config: ConfigDict, workdir: str) -> None:
-  """Writes config.json, whole or not at all; `check` comes first.
+def _saved(root: epath.Path) -> dict[str, Any]:
+  return json.loads((root / "config.json").read_text())
+
+
+def claim(config: ConfigDict, workdir: str, lock: Lock | None = None) -> None:
+  """Makes the directory this run's: its lock, and config.json, whole or not.
+
+  `check` comes first. All processes call it together; process 0 writes.
+
+  Args:
+    config: of the run.
+    workdir: its directory; created if absent.
+    lock: taken before anything is written.
 
   Raises:
-    UserError: a directory that cannot be written to.
+    UserError: on every process; a directory that cannot be written to, where
+      another trainer is at work, or that the processes do not share.
   """
-  if jax.process_index():
-    return
-  root = epath.Path(workdir)
-  text = json.dumps(_plain(config), indent=2, sort_keys=True)
-  try:
-    root.mkdir(parents=True, exist_ok=True)
-    files.write_whole(root / "config.json", text.encode())
-  except OSError as e:
+
+  def write() -> None:
+    root = files.absolute(workdir)
+    text = json.dumps(_plain(config), indent=2, sort_keys=True)
+    try:
+      root.mkdir(parents=True, exist_ok=True)
+      if lock is not None:
+        lock.acquire()
+        files.remove_temporary(root)
+      files.write_whole(root / "config.json", text.encode())
+    except OSError as e:
+      raise UserError(
+        f"--workdir={workdir} cannot be written to ({e.strerror or e}): give "
+        "another"
+      ) from e
+
+  agreement.on_process_zero(write)
+  if jax.process_count() > 1:
+    _probe(workdir)
+
+
+def _probe(workdir: str) -> None:
+  """Refuses a directory that is another one on another host.
+
+  The first checkpoint would wait for ever for the others' files.
+  """
+  root = files.absolute(workdir)
+  path = (
+    root / f"{files.TEMPORARY}{agreement.exchange(secrets.token_hex(8))[0]}"
+  )
+
+  def write() -> None:
+    with files.disk_errors(root, "write there"):
+      path.write_text("")
+
+  agreement.on_process_zero(write)
+  end = time.monotonic() + _PROBE
+  # Read rather than looked for: clients of object storage keep listings.
+  while not (seen := _is_readable(path)) and time.monotonic() < end:
+    time.sleep(0.2)
+  answers = agreement.exchange("seen" if seen else "")
+  if not jax.process_index():
+    path.unlink()
+  if blind := [i for i, answer in enumerate(answers) if not answer]:
     raise UserError(
-      f"--workdir={workdir} cannot be written to ({e.strerror or e}): give "
-      "another"
-    ) from e
+      f"--workdir={workdir}: process {blind[0]} does not see what process 0 "
+      "writes there: give a directory that all hosts share, or gs://"
+    )
+
+
+def _is_readable(path: epath.Path) -> bool:
+  try:
+    path.read_text()
+  except (OSError, ValueError):
+    return False
+  return True
 
 
 def has_checkpoints(workdir: str) -> bool:
@@ -106,25 +190,37 @@ def _plain(config: ConfigDict) -> dict[str, Any]:
   return json.loads(config.to_json())
 
 
-def _same_experiment(there: dict[str, Any], config: ConfigDict) -> None:
-  old, new = dict(_flatten(there)), dict(_flatten(_plain(config)))
+def _same_experiment(saved: ConfigDict, config: ConfigDict) -> None:
+  old, new = dict(configs.leaves(saved)), dict(configs.leaves(_again(config)))
   other = sorted(
     k
     for k in old.keys() | new.keys()
     if old.get(k, "absent") != new.get(k, "absent")
     and not k.startswith(FREE_KEYS)
   )
+  if "optimizer.steps" in other and _can_be_longer(old, new):
+    other.remove("optimizer.steps")
   if other:
     shown = ", ".join(
       f"{k} ({old.get(k, 'absent')!r} there, {new.get(k, 'absent')!r} here)"
       for k in other[:4]
     )
+    if other == ["optimizer.steps"]:
+      shown += (
+        "; only more steps of optimizer.schedule='constant' go on where a run "
+        "has ended, another run may begin from it by coprocessor.init=DIR"
+      )
     raise UserError(shown + (f" and {len(other) - 4} more" * (len(other) > 4)))
 
 
-def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  if isinstance(tree, dict) and tree:
-    for key, value in tree.items():
-      yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
-  else:
-    yield prefix, tree
+def _can_be_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
+  """Whether no step that was taken would differ with the new number of them."""
+  schedules = {old["optimizer.schedule"], new["optimizer.schedule"]}
+  return schedules == {"constant"} and (
+    new["optimizer.steps"] > old["optimizer.steps"]
+  )
+
+
+def _again(config: ConfigDict) -> ConfigDict:
+  """The config as it reads back from its file."""
+  return ConfigDict(_plain(config))

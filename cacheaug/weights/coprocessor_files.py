@@ -21,7 +21,13 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.weights import config_json, huggingface, leaves
+from cacheaug.run.files import fetched, staged
+from cacheaug.weights import (
+  config_json,
+  huggingface,
+  leaves,
+  transformers_files,
+)
 from cacheaug.weights import safetensors_io as files
 from cacheaug.weights.leaves import Leaf
 
@@ -43,11 +49,13 @@ def save_coprocessor(
   source: str,
   draw: Draw = _NO_DRAW,
   lora_rank: int = 0,
+  report: str = "",
 ) -> None:
-  """Writes config.json and coprocessor.safetensors.
+  """Writes config.json, coprocessor.safetensors, and transformers_files.py's.
 
   Args:
-    directory: made if absent; files of the same names are replaced.
+    directory: made if absent, local or gs://; files of the same names are
+      replaced.
     model_config: of the decoder, which the coprocessor shares.
     spec: its layout; N, positions and start bind its user.
     params: of coprocessor.init_boxed, in the dtype to write.
@@ -55,11 +63,11 @@ def save_coprocessor(
     source: where the decoder came from, for a person.
     draw: how training drew its traces, for the record.
     lora_rank: of the LoRA that `params` have been merged with; 0 for none.
+    report: Markdown of the run's report, for the model card.
 
   Raises:
     UserError: a directory that cannot be written.
   """
-  directory = pathlib.Path(directory)
   entries = {
     "format": FORMAT,
     "family": model_config.family,
@@ -76,8 +84,10 @@ def save_coprocessor(
   tree = {k: v for k, v in params.items() if k != "transformer"}
   parts = _leaves(model_config, spec)
   body = params.get("transformer", {})
-  huggingface.write_leaves(directory / WEIGHTS, parts, body | tree, None)
-  files.write_json(directory / "config.json", entries)
+  with staged(directory) as local:
+    huggingface.write_leaves(local / WEIGHTS, parts, body | tree, None)
+    transformers_files.write(local, model_config, entries, report)
+    files.write_json(local / "config.json", entries)
 
 
 def load_coprocessor(
@@ -89,7 +99,7 @@ def load_coprocessor(
   """What `save_coprocessor` wrote.
 
   Args:
-    directory: an exported coprocessor.
+    directory: an exported coprocessor, local or gs://.
     dtype: of every leaf.
     shardings: tree of shardings, as the parameters; the default device by
       default.
@@ -101,7 +111,13 @@ def load_coprocessor(
   Raises:
     UserError: no export there, or a damaged one; names file and key.
   """
-  directory = pathlib.Path(directory)
+  with fetched(directory) as local:
+    return _load(local, dtype, shardings)
+
+
+def _load(
+  directory: pathlib.Path, dtype: Any, shardings: Params | None
+) -> tuple[ModelConfig, Layout, Params, dict[str, Any]]:
   path = directory / "config.json"
   if not path.exists():
     raise UserError(f"{path}: missing; give an exported coprocessor")

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from cacheaug.errors import UserError
+from cacheaug.errors import UserError, one_line
 from cacheaug.model import config as model_config
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params
@@ -118,7 +118,7 @@ def _open(directory: str | pathlib.Path) -> dict[str, ts.TensorStore]:
 
 
 def _damaged(directory, what: str, error: Exception) -> UserError:
-  text = " ".join(str(error).split())[:120]
+  text = one_line(error, 120)
   return UserError(
     f"{directory}: {what} cannot be read, incomplete or damaged ({text}): "
     "download the checkpoint again"

@@ -17,6 +17,7 @@ import numpy as np
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params
+from cacheaug.run.files import staged
 from cacheaug.weights import config_json, families, leaves
 from cacheaug.weights import safetensors_io as files
 from cacheaug.weights.families import Family
@@ -193,7 +194,8 @@ def save(
   alone. Leaves must be addressable by this process.
 
   Args:
-    directory: made if absent; files of the same names are replaced.
+    directory: made if absent, local or gs://; files of the same names are
+      replaced.
     config: of `params`.
     params: as `load` returns.
     tokenizer: its `save(directory)` writes its files, and its special ids go
@@ -206,8 +208,18 @@ def save(
     UserError: a config that its family cannot express, or a directory that
       cannot be written.
   """
-  directory = pathlib.Path(directory)
-  dtype = jnp.dtype(dtype)
+  with staged(directory) as local:
+    _save(local, config, params, tokenizer, jnp.dtype(dtype), stops)
+
+
+def _save(
+  directory: pathlib.Path,
+  config: ModelConfig,
+  params: Params,
+  tokenizer: Any,
+  dtype: np.dtype,
+  stops: Sequence[int],
+) -> None:
   entries = config_json.config_entries(config) | {"torch_dtype": dtype.name}
   # An absent id would be the family's default, which may lie beyond the table.
   ids = {

@@ -24,7 +24,7 @@ from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.run.checksum import leaf_checksum
+from cacheaug.run.checksum import checksums, named_leaves
 from cacheaug.weights import families
 
 Where = Mapping[str, tuple]  # tensor's name -> arguments of its reader
@@ -42,9 +42,7 @@ def _decoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def flatten(tree: Params) -> dict[str, Any]:
   """Nested dictionaries -> {'a/b/c': leaf}, sorted."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-  return {keystr(path): leaf for path, leaf in leaves}
+  return named_leaves(tree)
 
 
 def nest(flat: Mapping[str, Any]) -> dict:
@@ -209,12 +207,7 @@ def fingerprint(params: Params) -> str:
   whether they were loaded as float32 or bfloat16; the same on any mesh.
   """
   flat = flatten(params)
-  sums = np.asarray(jax.device_get(_checksums(list(flat.values()))))
+  sums = checksums(flat.values(), jnp.bfloat16)
   shapes = [[name, *leaf.shape] for name, leaf in flat.items()]
   text = json.dumps([shapes, sums.tolist()])
   return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> jax.Array:
-  return jnp.stack([leaf_checksum(x.astype(jnp.bfloat16)) for x in leaves])

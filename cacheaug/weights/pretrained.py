@@ -12,17 +12,17 @@ from typing import Any
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params
-from cacheaug.weights import google_gemma, huggingface
+from cacheaug.weights import gguf_io, google_gemma, huggingface
 
 SHIPPED = "shipped:"
 _ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 
 
 def resolve(path: str) -> pathlib.Path:
-  """The directory that `path` names; 'shipped:NAME' is one in the package.
+  """The directory or file that `path` names.
 
   Raises:
-    UserError: there is no such directory.
+    UserError: there is none.
   """
   if path.startswith(SHIPPED):
     found = _ASSETS / path.removeprefix(SHIPPED)
@@ -32,6 +32,10 @@ def resolve(path: str) -> pathlib.Path:
       raise UserError(f"{path}: no such decoder in the package ({known})")
     return found
   found = pathlib.Path(path).expanduser()
+  if gguf_io.is_gguf(found) and not found.is_dir():
+    if not found.exists():
+      raise UserError(f"{path}: no such file of weights")
+    return found
   if not found.is_dir():
     raise UserError(f"{path}: no such directory of weights")
   return found
@@ -39,6 +43,8 @@ def resolve(path: str) -> pathlib.Path:
 
 def _format(path: pathlib.Path) -> ModuleType:
   """The module that reads what lies at `path`."""
+  if gguf_io.is_gguf(path):
+    return gguf_io
   plain = (path / "config.json").exists() or not google_gemma.find(path)
   return huggingface if plain else google_gemma
 
@@ -84,4 +90,10 @@ def stop_ids(path: str | pathlib.Path) -> tuple[int, ...]:
   """Ids of the tokens that end generation; () where no file names any."""
   path = pathlib.Path(path)
   reader = _format(path)
-  return huggingface.stop_ids(path) if reader is huggingface else ()
+  return () if reader is google_gemma else reader.stop_ids(path)
+
+
+def quantisation(path: str | pathlib.Path) -> str:
+  """The types that weights were quantised in, 'Q4_K, Q6_K'; '' for none."""
+  path = pathlib.Path(path)
+  return gguf_io.quantisation(path) if gguf_io.is_gguf(path) else ""

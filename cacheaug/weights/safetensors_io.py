@@ -6,16 +6,16 @@ header's length, a JSON header of dtypes, shapes and offsets, then the data.
 """
 
 import json
-import os
 import pathlib
-import secrets
 from collections.abc import Callable, Iterable, Mapping
+from typing import BinaryIO
 
 import jax
 import numpy as np
 import safetensors
 
-from cacheaug.errors import UserError
+from cacheaug.errors import UserError, one_line
+from cacheaug.run.files import disk_errors, write_whole
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,8 +35,9 @@ def read_json(path: pathlib.Path) -> dict:
   try:
     entries = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as e:
-    text = " ".join(str(e).split())[:120]
-    raise UserError(f"{path}: cannot be read as JSON ({text})") from e
+    raise UserError(
+      f"{path}: cannot be read as JSON ({one_line(e, 120)})"
+    ) from e
   if not isinstance(entries, dict):
     raise UserError(f"{path}: not a JSON object")
   return entries
@@ -132,7 +133,7 @@ def _open(path: pathlib.Path):
 
 
 def _damaged(path: pathlib.Path, error: Exception) -> UserError:
-  text = " ".join(str(error).split())[:120]
+  text = one_line(error, 120)
   return UserError(
     f"{path}: cannot be read as safetensors, truncated or damaged ({text}): "
     "download it again"
@@ -180,21 +181,12 @@ def write_json(path: pathlib.Path, entries: Mapping) -> None:
   atomically(path, lambda file: file.write(text.encode()))
 
 
-def atomically(path: pathlib.Path, body: Callable) -> None:
-  """`body(file)` into a temporary file, renamed over `path` when complete.
+def atomically(path: pathlib.Path, body: Callable[[BinaryIO], None]) -> None:
+  """`body(file)` into a file that is whole or absent.
 
   Raises:
     UserError: a place that cannot be written to.
   """
-  temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-  try:
+  with disk_errors(path, "write it", "give another directory"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("wb") as file:
-      body(file)
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
-  except OSError as e:
-    raise UserError(f"{path}: cannot be written ({e.strerror})") from e
-  finally:
-    temporary.unlink(missing_ok=True)
+    write_whole(path, body, sync=True)

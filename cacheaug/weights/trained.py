@@ -1,13 +1,13 @@
 """What runs have trained: a coprocessor or a decoder from a run's directory."""
 
 import dataclasses
-import json
 import pathlib
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
@@ -15,12 +15,13 @@ from cacheaug import trainable
 from cacheaug.augment import coprocessor
 from cacheaug.augment.point_sampling import Draw
 from cacheaug.augment.traces import Layout
-from cacheaug.data import sources
-from cacheaug.errors import UserError
+from cacheaug.errors import UserError, one_line
 from cacheaug.model import lora, transformer
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.run import checkpoint
+from cacheaug.run import checkpoint, files
+from cacheaug.run import workdir as workdirs
+from cacheaug.run.checksum import leaf_name
 from cacheaug.weights import coprocessor_files, leaves, pretrained
 
 
@@ -28,7 +29,7 @@ from cacheaug.weights import coprocessor_files, leaves, pretrained
 class Run:
   """What a run's directory holds, of its newest whole checkpoint."""
 
-  workdir: pathlib.Path
+  workdir: epath.Path  # local or gs://
   config: ConfigDict
   spec: Layout | None  # None where the run trains a decoder
   flat: dict[str, jax.Array]  # 'a/b/c' -> weights, 'frozen/...' among them
@@ -43,21 +44,18 @@ def read_run(workdir: str | pathlib.Path) -> Run:
     UserError: no run there, one without a checkpoint that can be read, or a
       config.json of another version; names the file.
   """
-  workdir = pathlib.Path(workdir).expanduser()
-  path = workdir / "config.json"
-  if not path.exists():
-    raise UserError(f"{path}: missing; give the --workdir of a run")
+  workdir = files.expanded(workdir)
+  config = workdirs.read_config(workdir)
   try:
-    config = _completed(ConfigDict(json.loads(path.read_text())))
     trains_decoder = config.objective == "language_model"
     spec = None if trains_decoder else configs.layout_of(config)
-  except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
-    line = " ".join(str(e).split())[:160]
+  except (ValueError, TypeError, AttributeError, KeyError) as e:
     raise UserError(
-      f"{path}: not a run's config ({line}); give the --workdir of a run of "
-      "this version"
+      f"{workdir / 'config.json'}: not a run's config ({one_line(e)}); give "
+      "the --workdir of a run of this version"
     ) from e
-  found = checkpoint.read_params(workdir / "checkpoints")
+  with files.reading(workdir):
+    found = checkpoint.read_params(workdir / "checkpoints")
   if found is None:
     raise UserError(
       f"{workdir}/checkpoints: no checkpoint that can be read; let the run "
@@ -65,29 +63,6 @@ def read_run(workdir: str | pathlib.Path) -> Run:
     )
   flat, meta, step = found
   return Run(workdir, config, spec, flat, meta["decoder"], step)
-
-
-def _completed(config: ConfigDict) -> ConfigDict:
-  """With the keys that have come since it was written.
-
-  A new key's value in `configs.base`, or of a source in `source_defaults`, is
-  what was done before there was the key.
-  """
-
-  def fill(config, base):
-    for key, value in base.items():
-      if key not in config:
-        config[key] = value
-      elif isinstance(value, ConfigDict):
-        fill(config[key], value)
-    return config
-
-  missing = {"decoder", "data", "coprocessor"} - set(config)
-  if missing:  # no run's config at all
-    raise KeyError(min(missing))
-  for source in config.data.sources.values():  # of the experiment's own names
-    fill(source, sources.source_defaults())
-  return fill(config, configs.base())
 
 
 def run_params(
@@ -138,8 +113,7 @@ def _tree(run: Run, wanted: Params) -> Params:
         f"given wants {list(x.shape)}: give the decoder of this run"
       )
   return jax.tree_util.tree_map_with_path(
-    lambda p, _: run.flat[jax.tree_util.keystr(p, simple=True, separator="/")],
-    wanted,
+    lambda path, _: run.flat[leaf_name(path)], wanted
   )
 
 
@@ -200,7 +174,7 @@ def open_coprocessor(
     UserError: nothing of the kind there.
   """
   directory = _directory(str(path))
-  if (directory / "checkpoints").is_dir():
+  if _has_checkpoints(directory):
     run = read_run(directory)
     if run.spec is None:
       raise UserError(
@@ -219,13 +193,19 @@ def open_coprocessor(
   return Trained(params, spec, meta["draw"], fingerprint, source)
 
 
-def _directory(path: str) -> pathlib.Path:
+def _directory(path: str) -> epath.Path:
   if path.startswith(pretrained.SHIPPED):
-    return pretrained.resolve(path)
-  directory = pathlib.Path(path).expanduser()
-  if not directory.is_dir():
-    raise UserError(
-      f"{path}: no such directory; give an exported coprocessor or a run's "
-      "workdir"
-    )
-  return directory
+    return files.expanded(pretrained.resolve(path))
+  directory = files.expanded(path)
+  with files.reading(path):
+    if directory.is_dir():
+      return directory
+  raise UserError(
+    f"{path}: no such directory; give an exported coprocessor or a run's "
+    "workdir"
+  )
+
+
+def _has_checkpoints(directory: epath.Path) -> bool:
+  with files.reading(directory):
+    return (directory / "checkpoints").is_dir()

@@ -25,18 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacheaug.errors import UserError
-from cacheaug.inference import context
+from cacheaug.inference import context, padding
 from cacheaug.inference.sampling import GREEDY, Sampling
-from cacheaug.inference.session import Plan
+from cacheaug.inference.session import Plan, before_stop
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.projects.background.session import (
   BackgroundSession,
   LateInsertion,
 )
 from cacheaug.projects.background.worker import Worker
-
-# Prompts are padded to it and its doubles: few programs, few waste half.
-_SHORTEST = 32
 
 _read = jax.jit(context.read, static_argnames="model")
 
@@ -65,10 +62,7 @@ class _Request:
   @functools.cached_property
   def length(self) -> int:
     """Of the prompt with its padding."""
-    length = _SHORTEST
-    while length < len(self.prompt):
-      length *= 2
-    return length
+    return padding.doubled(len(self.prompt))
 
 
 class Server:
@@ -208,7 +202,7 @@ class Server:
     if not self._group:
       return
     empty = self._batch - len(self._group)
-    tokens, documents = context.pad_left(
+    tokens, documents = padding.pad_left(
       [x.prompt for x in self._group] + [[0]] * empty, 0, self._group[0].length
     )
     self._session = BackgroundSession(
@@ -232,9 +226,9 @@ class Server:
       if request.ended:
         continue
       ids = new[row].tolist()[: request.most - len(request.ids)]
-      stops = [i for i, token in enumerate(ids) if token in self._stop_ids]
-      request.ids += ids[: stops[0] if stops else None]
-      if stops:
+      ids, stopped = before_stop(ids, self._stop_ids)
+      request.ids += ids
+      if stopped:
         self._end(row, "stop")
       elif len(request.ids) == request.most:
         self._end(row, "length")

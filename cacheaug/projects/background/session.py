@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheaug.augment import coprocessor
+from cacheaug.augment import coprocessor, objective
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import engine
@@ -40,7 +40,8 @@ def snapshot(
   model: Transformer, decoder: Params, state: State, spec: Layout
 ) -> Snapshot:
   """The state as it is, for latents at the end of each sequence."""
-  traces, copied = _point(model, decoder, state, spec)
+  traces = _point(state, spec)
+  copied, _ = objective.embedded(model, decoder, traces)
   # What jit returns is memory of its own, while the state's is written over.
   return Snapshot(state.cache.stacked(), traces, copied)
 
@@ -58,27 +59,20 @@ def land(
   spec: Layout,
 ) -> State:
   """`engine.insert` where the coprocessor has run already."""
-  traces, copied = _point(model, decoder, state, spec)
+  traces = _point(state, spec)
+  copied, _ = objective.embedded(model, decoder, traces)
   z = coprocessor.combine(copied[:, 0], outputs, spec.start == "harmless")
+  latents = engine.Latents(traces.latent_rows.positions[:, 0], z=z)
   return engine.write_latents(
-    model,
-    decoder,
-    state,
-    z,
-    traces.latent_rows.positions[:, 0],
-    count=count,
-    on=on,
-    spec=spec,
+    model, decoder, state, latents, count=count, on=on, spec=spec
   )
 
 
 _copy = jax.jit(jnp.copy)
 
 
-def _point(model, decoder, state, spec):
+def _point(state, spec):
   return engine.lay_point(
-    model,
-    decoder,
     state.tokens,
     state.documents,
     last=state.prompt + state.step - 1,
@@ -134,7 +128,6 @@ class BackgroundSession(Session):
       model,
       decoder,
       context,
-      coproc=None if worker is None else {},  # the worker's affair
       spec=None if worker is None else worker.spec,
       **options,
     )

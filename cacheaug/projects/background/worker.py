@@ -19,7 +19,7 @@ from absl import logging
 
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import Layout, Traces
-from cacheaug.errors import UserError
+from cacheaug.errors import UserError, one_line
 from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Params, Transformer
 
@@ -373,4 +373,4 @@ class Worker:
 
 
 def _line(error: BaseException) -> str:
-  return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+  return one_line(f"{type(error).__name__}: {error}", 200)

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,13 @@ from absl import logging
 from cacheaug.augment import point_sampling
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
-from cacheaug.inference.engine import SLOTS, Context
+from cacheaug.inference import padding
+from cacheaug.inference.engine import Context
 from cacheaug.inference.session import Plan
-from cacheaug.lm import LENGTHS, LM
+from cacheaug.lm import LM
 from cacheaug.model import transformer
 from cacheaug.model.cache import KVCache
+from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.projects.context_store.store import Entry, Identity, Store
 from cacheaug.run.checksum import leaf_checksum
@@ -82,7 +85,7 @@ def context_of(
   """
   if length is None:
     length = max(len(e.tokens) + e.padding for e in entries)
-  tokens, documents = generate.pad_left(
+  tokens, documents = padding.pad_left(
     [e.tokens.tolist() for e in entries], pad_id, length
   )
   pads = [length - len(e.tokens) for e in entries]
@@ -140,6 +143,19 @@ def _checksum(params: Params) -> list:
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> jax.Array:
   return jnp.stack([leaf_checksum(x) for x in leaves])
+
+
+# Fields of ModelConfig that came after the first stores. At its default such a
+# field says what was so before it: entries of then stay good.
+_LATER = ("pre_norms", "qk_norm_joint", "qkv_bias")
+
+
+def _entries(config: ModelConfig) -> dict[str, Any]:
+  return {
+    field.name: getattr(config, field.name)
+    for field in dataclasses.fields(config)
+    if field.name not in _LATER or getattr(config, field.name) != field.default
+  }
 
 
 def _short(about: object) -> str:
@@ -264,13 +280,14 @@ class StoredLM(LM):
     self._check_positions(entry.position - first + len(tokens), 0)
     context = context_of([entry], pad_id=self._pad_id)
     count = len(tokens)
-    padded = np.zeros((1, count + -count % LENGTHS), np.int32)
+    width = padding.round_up(count, padding.PROMPT)
+    padded = np.zeros((1, width), np.int32)
     padded[0, :count] = tokens
     hidden, rows = jax.device_get(
       _read_on(
         self.model,
         self._layers,
-        context.cache.pad(-context.cache.length % SLOTS),
+        context.cache.pad(-context.cache.length % padding.CACHE),
         padded,
         context.position,
         count,
@@ -295,7 +312,7 @@ class StoredLM(LM):
 
   @functools.cached_property
   def _identities(self) -> dict[bool, Identity]:
-    about = [dataclasses.asdict(self.model.config), _checksum(self.decoder)]
+    about = [_entries(self.model.config), _checksum(self.decoder)]
     plain = Identity(_short(about), jnp.dtype(self.model.dtype).name)
     if self.coprocessor is None:
       return {False: plain}
@@ -347,7 +364,7 @@ class StoredLM(LM):
   def _together(self, entries: Sequence[Entry]) -> Context:
     """A batch of a length as `writer` has: few programs are compiled."""
     length = max(len(e.tokens) + e.padding for e in entries)
-    length += -length % LENGTHS
+    length = padding.round_up(length, padding.PROMPT)
     return context_of(entries, pad_id=self._pad_id, length=length)
 
 

@@ -40,7 +40,7 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from cacheaug.errors import UserError
+from cacheaug.errors import UserError, one_line
 
 FORMAT = "cacheaug-context-1"
 _NAME = re.compile(r"(\d{8})-([0-9a-f]{32})-([0-9a-f]{64})\.safetensors")
@@ -258,7 +258,7 @@ class Store:
       if self._path(identity, entry.tokens, entry.latents_at) != path:
         raise ValueError("it is not what its name says")
     except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as e:
-      reason = " ".join(str(e).split())[:120]
+      reason = one_line(e, 120)
       logging.warning(
         "%s: damaged (%s): removed, to be computed again", path, reason
       )

@@ -35,6 +35,7 @@ from cacheaug.data import pipeline
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
 from cacheaug.evals import perplexity, run_report
+from cacheaug.evals.bootstrap import resample
 from cacheaug.inference import gates
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import command
@@ -144,9 +145,11 @@ def interval(
   _, owner = np.unique(contexts.documents, return_inverse=True)
   whole = np.bincount(owner, contexts.gain)
   part = np.bincount(owner, contexts.gain * chosen)
-  drawn = _resampled(len(whole), seed, resamples)
-  shares = 100.0 * (drawn @ part) / np.abs(drawn @ whole)
-  low, high = np.percentile(shares, [2.5, 97.5])
+  shares = [
+    100.0 * (drawn @ part) / np.abs(drawn @ whole)
+    for drawn in resample(len(whole), seed=seed, resamples=resamples)
+  ]
+  low, high = np.percentile(np.concatenate(shares), [2.5, 97.5])
   return float(low), float(high)
 
 
@@ -156,15 +159,12 @@ def gain_interval(
   """95 % interval of the mean gain in nats a context, over documents."""
   _, owner = np.unique(contexts.documents, return_inverse=True)
   gain, counts = np.bincount(owner, contexts.gain), np.bincount(owner)
-  drawn = _resampled(len(gain), seed, resamples)
-  low, high = np.percentile(drawn @ gain / (drawn @ counts), [2.5, 97.5])
+  means = [
+    drawn @ gain / (drawn @ counts)
+    for drawn in resample(len(gain), seed=seed, resamples=resamples)
+  ]
+  low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
   return float(low), float(high)
-
-
-def _resampled(n: int, seed: int, resamples: int) -> np.ndarray:
-  """How often each of n documents is drawn, [resamples, n]."""
-  rng = np.random.default_rng(seed)
-  return rng.multinomial(n, np.full(n, 1.0 / n), size=resamples)
 
 
 def scores(

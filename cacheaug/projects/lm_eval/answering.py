@@ -35,9 +35,10 @@ from cacheaug.augment.coprocessor import source_cache
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
+from cacheaug.inference import padding
 from cacheaug.inference.context import Context
 from cacheaug.inference.sampling import GREEDY, Sampling
-from cacheaug.inference.session import Session
+from cacheaug.inference.session import Session, before_stop
 from cacheaug.lm import LM
 from cacheaug.model import transformer
 from cacheaug.model.attention import NO_LIMIT, Rows
@@ -79,12 +80,13 @@ class Answerer:
       room for latents) and 'truncated', and 'windows' of running text.
   """
 
-  def __init__(self, lm: LM, *, latents: bool, batch: int):
+  def __init__(self, lm: LM, *, latents: bool | None = None, batch: int):
     """Answers by `lm`.
 
     Args:
       lm: with a tokenizer, and a coprocessor where latents are asked for.
-      latents: answer with latents too.
+      latents: answer with latents too; by default where there is a
+        coprocessor.
       batch: contexts at a time.
 
     Raises:
@@ -92,6 +94,7 @@ class Answerer:
     """
     if batch < 1:
       raise UserError(f"batch={batch} must be at least 1")
+    latents = lm.coprocessor is not None if latents is None else latents
     if latents and lm.coprocessor is None:
       raise UserError(
         "no coprocessor is attached: lm = lm.with_coprocessor(PATH), or give "
@@ -145,6 +148,8 @@ class Answerer:
     """
     cut = []
     for one in asked:
+      if one.max_new_tokens < 1:
+        raise UserError(f"max_gen_toks={one.max_new_tokens} must be at least 1")
       room = self.max_length - one.max_new_tokens
       if room < 1:
         raise UserError(
@@ -204,7 +209,7 @@ class Answerer:
     self, rows: list[Any], length: Callable[[Any], int]
   ) -> Iterable[list[Any]]:
     """Rows of like length together, the longest first (it fits or fails)."""
-    rows = sorted(rows, key=lambda row: -bucket(length(row)))
+    rows = sorted(rows, key=lambda row: -padding.bucket(length(row)))
     # A bar on a terminal alone.
     with tqdm.tqdm(total=len(rows), unit="prompt", disable=None) as bar:
       for i in range(0, len(rows), self._batch):
@@ -219,8 +224,8 @@ class Answerer:
     """
     rows = [list(prompt) for prompt in prompts]
     rows += [rows[-1]] * (self._height(len(rows)) - len(rows))
-    tokens, documents = generate.pad_left(
-      rows, self.lm.tokenizer.pad_id, bucket(max(map(len, rows)))
+    tokens, documents = padding.pad_left(
+      rows, self.lm.tokenizer.pad_id, padding.bucket(max(map(len, rows)))
     )
     model, spec = self.lm.model, self._spec
     keep = {"keep_states": True} if spec and spec.kind.reads_states else {}
@@ -232,7 +237,7 @@ class Answerer:
     ]
 
   def _height(self, count: int) -> int:
-    return min(self._batch, power(count))
+    return min(self._batch, padding.power(count))
 
   def _score(self, rows: list[tuple[Ids, list[Ids]]]) -> None:
     contexts, room = self._contexts([context for context, _ in rows])
@@ -241,8 +246,8 @@ class Answerer:
       contexts[AUGMENTED] = _augment(
         self.lm.model, self._layers, coproc, contexts[FROZEN], self._spec
       )
-    m = power(max(len(some) for _, some in rows))
-    a = power(max(len(ids) for _, some in rows for ids in some))
+    m = padding.power(max(len(some) for _, some in rows))
+    a = padding.power(max(len(ids) for _, some in rows for ids in some))
     targets = np.zeros((len(room), m, a), np.int32)
     lengths = np.zeros((len(room), m, 1), np.int32)
     for b, (_, some) in enumerate(rows):
@@ -291,7 +296,7 @@ class Answerer:
       context,
       max_new_tokens=first.max_new_tokens,
       coproc=None if on is None else lm.coprocessor.layers,
-      spec=self._spec,
+      spec=None if on is None else self._spec,
       on=on,
       sampling=first.sampling,
       stop_ids=lm.stop_ids,
@@ -305,8 +310,7 @@ class Answerer:
       for i, row in enumerate(session.run(_CHUNK).tolist()):
         if i >= len(asked) or done[i]:
           continue
-        ends = [j for j, token in enumerate(row) if token in lm.stop_ids]
-        ids[i] += row[: ends[0] if ends else None]
+        ids[i] += before_stop(row, lm.stop_ids)[0]
         text = lm.tokenizer.decode(ids[i])
         if not session.done[i] and any(stop in text for stop in first.stop):
           session.end(i)
@@ -317,7 +321,7 @@ class Answerer:
   def _run(self, keys: list[tuple[str, Ids, Ids]]) -> None:
     rows = [[*before, *scored] for _, before, scored in keys]
     # One more than a bucket: the last token is a target alone.
-    t = bucket(max(map(len, rows)) - 1) + 1
+    t = padding.bucket(max(map(len, rows)) - 1) + 1
     tokens = np.zeros((self._height(len(rows)), t), np.int32)
     documents = np.full_like(tokens, -1)
     for b, row in enumerate(rows):
@@ -349,17 +353,6 @@ class Answerer:
         column: -float(nll[column][first:].sum(dtype=np.float64))
         for column in self.columns
       }
-
-
-def power(count: int) -> int:
-  """The least power of two that is at least `count`."""
-  return 1 << (count - 1).bit_length()
-
-
-def bucket(length: int) -> int:
-  """The least of 32, 48, 64, 96, 128, ... that is at least `length`."""
-  whole = max(32, power(length))
-  return whole * 3 // 4 if 32 < whole and length <= whole * 3 // 4 else whole
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cacheaug.errors import UserError
+from cacheaug.errors import UserError, one_line
 
 Record = dict[str, Any]
 _NAMES = {
@@ -153,4 +153,4 @@ def _faults(record: Record, form: Form) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split()) or type(error).__name__
+  return one_line(error, 1000)

@@ -128,7 +128,7 @@ def run_tasks(
   data: str | pathlib.Path,
   limit: int = 0,
   batch: int = 8,
-  latents: bool = True,
+  latents: bool | None = None,
   cot: str = "",
   max_gen_toks: int = 0,
   execute: bool = False,
@@ -144,7 +144,8 @@ def run_tasks(
     data: the directory of the files named in benchmark_tasks.py.
     limit: documents a benchmark, spread over its subsets; 0 for all.
     batch: contexts at a time.
-    latents: the augmented column beside the frozen one.
+    latents: the augmented column beside the frozen one; by default where a
+      coprocessor is attached.
     cot: words put after each prompt, in place of worked examples (zero-shot
       chain of thought): THOUGHT is customary. For tasks that generate.
     max_gen_toks: in place of the tasks' own most new tokens; 0 keeps those.
@@ -418,6 +419,11 @@ def _met(score: Score) -> str:
     said.append(f"{met['truncated']} cut on the left")
   if met.get("empty"):
     said.append(f"{met['empty']} with an empty context")
+  if met.get("melted"):
+    said.append(
+      f"{met['melted']} continuations that their context's last token "
+      "swallows, encoded alone"
+    )
   if met.get("short"):
     said.append(f"{met['short']} too short for latents, answered without")
   for column in (FROZEN, AUGMENTED):

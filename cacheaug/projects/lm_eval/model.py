@@ -5,9 +5,13 @@
 
 Tokens are those of lm_eval's own Hugging Face class: context and continuation
 are encoded together and cut at the context's length, its trailing spaces
-counted to the continuation; too long ones lose their left. Differences: text
-that spells a special token stays text, and stop strings end a text alone,
-whatever stands in its batch.
+counted to the continuation; too long ones lose their left. Differences:
+
+- Text that spells a special token stays text.
+- Stop strings end a text alone, whatever stands in its batch.
+- A continuation that its context's last token swallows is encoded alone, and
+  counted ("melted"); the harness stops there.
+- Running text has one BOS, not a second one that is scored.
 """
 
 import functools
@@ -32,6 +36,29 @@ from cacheaug.projects.lm_eval.answering import (
 
 # New tokens where a task does not say, as lm_eval's own class.
 _MAX_NEW_TOKENS = 256
+# Arguments of transformers' generate that tasks give, and the value with which
+# each does nothing. Another value would change the text: it is refused.
+_NEUTRAL = {
+  "diversity_penalty": 0.0,
+  "early_stopping": False,
+  "encoder_repetition_penalty": 1.0,
+  "epsilon_cutoff": 0.0,
+  "eta_cutoff": 0.0,
+  "frequency_penalty": 0.0,
+  "length_penalty": 1.0,
+  "min_length": 0,
+  "min_new_tokens": 0,
+  "min_p": 0.0,
+  "no_repeat_ngram_size": 0,
+  "num_beam_groups": 1,
+  "num_beams": 1,
+  "num_return_sequences": 1,
+  "penalty_alpha": 0.0,
+  "presence_penalty": 0.0,
+  "repetition_penalty": 1.0,
+  "typical_p": 1.0,
+  "use_cache": True,
+}
 
 
 @register_model("cacheaug")
@@ -47,7 +74,7 @@ class AugmentedLM(TemplateLM):
     coprocessor: str = "",
     *,
     workdir: str = "",
-    latents: bool | str = True,
+    latents: bool | str | None = None,
     batch_size: int | str = 8,
     answerer: Answerer | None = None,
     **ignored: Any,
@@ -58,7 +85,8 @@ class AugmentedLM(TemplateLM):
       decoder: a Hugging Face directory, or shipped:NAME.
       coprocessor: an exported coprocessor, a run, or shipped:NAME.
       workdir: a run: its coprocessor and its decoder.
-      latents: answer with them; False is the frozen decoder.
+      latents: answer with them; False is the frozen decoder. By default there
+        are latents where there is a coprocessor.
       batch_size: contexts at a time.
       answerer: in place of all but `latents`.
       **ignored: what lm_eval gives to every model (device, max_batch_size).
@@ -70,14 +98,14 @@ class AugmentedLM(TemplateLM):
     unknown = set(ignored) - {"device", "max_batch_size"}
     if unknown:
       raise UserError(f"model_args: {sorted(unknown)[0]!r} is no argument")
-    latents = str(latents).lower() not in ("false", "off", "0")
+    if latents is not None:
+      latents = str(latents).lower() not in ("false", "off", "0")
     if answerer is None:
-      answerer = Answerer(
-        open_lm(workdir, decoder, coprocessor, latents),
-        latents=latents,
-        batch=int(batch_size),
-      )
+      lm = open_lm(workdir, decoder, coprocessor, latents)
+      answerer = Answerer(lm, latents=latents, batch=int(batch_size))
     self.answerer = answerer
+    if latents is None:
+      latents = AUGMENTED in answerer.columns
     self.column = AUGMENTED if latents else FROZEN
     self._tokenizer = answerer.lm.tokenizer
     # A context comes with each of its continuations, for each column.
@@ -112,8 +140,28 @@ class AugmentedLM(TemplateLM):
     self, requests: list[Instance], disable_tqdm: bool = False
   ) -> list[tuple[float, bool]]:
     """(log-probability in nats, every token the most likely) of each."""
-    self.answerer.met["empty"] += sum(not r.args[0] for r in requests)
+    for context, continuation in (r.args for r in requests):
+      if not continuation and not context:
+        raise UserError(
+          "a request has neither context nor continuation: its log-likelihood "
+          "says nothing; mend the task's choices"
+        )
+      self.answerer.met["empty"] += not context
     return super().loglikelihood(requests, disable_tqdm=True)
+
+  def _encode_pair(
+    self, context: str, continuation: str
+  ) -> tuple[list[int], list[int]]:
+    """As lm_eval's, but for a continuation that melts into its context.
+
+    "Ans" and "wer" may be the one token "Answer", of which nothing is left for
+    the continuation.
+    """
+    both = super()._encode_pair(context, continuation)
+    if both[1] or not continuation:
+      return both
+    self.answerer.met["melted"] += 1
+    return both[0], self.tok_encode(continuation, add_special_tokens=False)
 
   def _loglikelihood_tokens(
     self,
@@ -136,7 +184,7 @@ class AugmentedLM(TemplateLM):
     windows, owners = [], []
     for i, (text,) in enumerate(r.args for r in requests):
       for window in lm_eval_utils.get_rolling_token_windows(
-        token_list=self.tok_encode(text),
+        token_list=self._without_prefix(self.tok_encode(text)),
         prefix_token=self.prefix_token_id,
         max_seq_len=self.answerer.max_length,
         context_len=1,
@@ -151,6 +199,10 @@ class AugmentedLM(TemplateLM):
       self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
     return totals
 
+  def _without_prefix(self, ids: list[int]) -> list[int]:
+    """A text's tokens without the BOS that its window brings already."""
+    return ids[1:] if ids[:1] == [self.prefix_token_id] else ids
+
   def generate_until(
     self, requests: list[Instance], disable_tqdm: bool = False
   ) -> list[str]:
@@ -162,11 +214,19 @@ class AugmentedLM(TemplateLM):
   def _asked(self, prompt: str, gen_kwargs: dict[str, Any]) -> Asked:
     wanted = dict(normalize_gen_kwargs(gen_kwargs, _MAX_NEW_TOKENS))
     new, stop = wanted.pop("max_gen_toks"), wanted.pop("until")
+    stop = [text for text in stop if text]  # None or "" ends nothing
     draw = wanted.pop("do_sample")
+    wanted = {k: v for k, v in wanted.items() if v is not None}
     law = {k: wanted.pop(k) for k in ("top_k", "top_p") if k in wanted}
     law["temperature"] = float(wanted.pop("temperature", 1.0))
-    if wanted:
-      raise UserError(f"generation_kwargs: {sorted(wanted)[0]!r} is not known")
+    for key, value in sorted(wanted.items()):
+      if key not in _NEUTRAL:
+        raise UserError(f"generation_kwargs: {key!r} is not known")
+      if value != _NEUTRAL[key]:
+        raise UserError(
+          f"generation_kwargs: {key}={value!r} is not supported, only "
+          f"{_NEUTRAL[key]!r}, which does nothing"
+        )
     sampling = Sampling(**law) if draw else Sampling()
     ids = self.tok_encode(prompt) or [self.prefix_token_id]
     # Spelled out, too: a small model may write it letter by letter.

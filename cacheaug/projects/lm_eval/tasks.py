@@ -11,7 +11,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from cacheaug.errors import UserError
+from cacheaug.errors import UserError, one_line
 from cacheaug.projects.lm_eval import benchmark_data, programs
 from cacheaug.projects.lm_eval.benchmark_data import Record, Records
 from cacheaug.projects.lm_eval.benchmark_tasks import BENCHMARKS, Benchmark
@@ -273,7 +273,7 @@ def _config(benchmark: Benchmark, subset: str, name: str) -> dict[str, Any]:
     config = load_yaml(path, resolve_func=not benchmark.executes)
   except (ImportError, AssertionError) as e:
     raise UserError(
-      f"task {name!r}: {' '.join(str(e).split())}: pip install 'lm_eval[math]'"
+      f"task {name!r}: {one_line(e, 1000)}: pip install 'lm_eval[math]'"
     ) from e
   except OSError as e:
     raise UserError(

@@ -7,7 +7,7 @@ import re
 
 import jax
 
-from cacheaug.errors import UserError
+from cacheaug.errors import UserError, one_line
 from cacheaug.run.machine import CHIPS, Chip
 
 _DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
@@ -94,7 +94,7 @@ def compiler_devices(topology: Topology) -> list[jax.Device]:
       platform="tpu", topology_name=topology.name, **more
     ).devices
   except jax.errors.JaxRuntimeError as e:
-    reason = " ".join(str(e).split())[:160]
+    reason = one_line(e)
     raise UserError(
       f"--topology={topology.name}: the compiler refuses it ({reason}): give "
       "a shape that is sold"

@@ -1,10 +1,10 @@
 """Plots of a sweep: change against position, and against one swept key."""
 
 import dataclasses
-import io
 from collections.abc import Sequence
 
 from cacheaug.errors import UserError
+from cacheaug.evals import report
 from cacheaug.projects.sweep.comparison import Place, Result
 from cacheaug.projects.sweep.rows import Built, keys
 from cacheaug.run import workdir
@@ -75,7 +75,7 @@ def draw_positions(results: Sequence[Result], places: Sequence[Place]) -> bytes:
       cells = [(j, r.cells[source, j].against_frozen) for j in positions]
       _line(axes, cells, r.name, i)
     _dress(axes, positions, "token after the latents", source)
-  return _png(figure)
+  return report.to_png(figure)
 
 
 def draw_scaling(
@@ -92,16 +92,11 @@ def draw_scaling(
       _line(axes, cells, f"token {j}", i)
     title = f"{source}, {curve.label}"
     _dress(axes, [x for x, _ in curve.points], name, title)
-  return _png(figure)
+  return report.to_png(figure)
 
 
 def _panels(count: int):
-  # As in evals/report.py: no pyplot, so no display and no global state.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(8, 4.5 * count), dpi=120, layout="constrained")
-  FigureCanvasAgg(figure)
+  figure = report.make_figure(8, 4.5 * count, dpi=120)
   return figure, figure.subplots(count, 1, squeeze=False)[:, 0]
 
 
@@ -135,10 +130,3 @@ def _dress(axes, ticks, name: str, title: str) -> None:
   axes.set_title(title)
   axes.grid(alpha=0.3)
   axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-
-
-def _png(figure) -> bytes:
-  out = io.BytesIO()
-  # No software version in the file: the same figures give the same bytes.
-  figure.savefig(out, format="png", metadata={"Software": None})
-  return out.getvalue()

@@ -1,9 +1,7 @@
 """The report of a sweep: comparison.md with its tables, CSV files and plots."""
 
-import csv
-import io
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from etils import epath
@@ -257,15 +255,6 @@ def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
   return report.markdown_table(header, list(lines))
 
 
-def _csv(rows: Sequence[Mapping[str, object]]) -> bytes:
-  out = io.StringIO()
-  names = list(rows[0]) if rows else []
-  writer = csv.DictWriter(out, names, lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(rows)
-  return out.getvalue().encode()
-
-
 def _cells_csv(results: Sequence[Result]) -> bytes:
   """A line a row, source and position."""
   lines = []
@@ -292,7 +281,7 @@ def _cells_csv(results: Sequence[Result]) -> bytes:
           "documents": c.documents,
         }
       )
-  return _csv(lines)
+  return report.csv_bytes(lines)
 
 
 def _rows_csv(results: Sequence[Result]) -> bytes:
@@ -321,4 +310,4 @@ def _rows_csv(results: Sequence[Result]) -> bytes:
         },
       }
     )
-  return _csv(lines)
+  return report.csv_bytes(lines)
