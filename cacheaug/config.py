@@ -98,6 +98,8 @@ def base() -> ConfigDict:
   # W: rows after a point see the last W context tokens and the latents only,
   # which stand for the context before them; 0: the whole context.
   c.traces.window = 0
+  # Weight of ahead token y_j: decay ** (j - 1), scaled to a mean of 1.
+  c.traces.decay = 1.0
 
   # Labels of latents: the intermediate results of answers, read off them by the
   # frozen head (augment/terms.py). All sources in use must have some.
@@ -107,6 +109,11 @@ def base() -> ConfigDict:
   # Whose rows they are read off: the 'decoder''s of the latents, or the
   # 'coprocessor''s own.
   c.supervision.at = "decoder"
+
+  # With traces.window: KL to the frozen decoder that sees the whole context.
+  c.teacher = ConfigDict()
+  c.teacher.weight = 0.0  # of it beside the nll, 0 for none
+  c.teacher.top = 32  # over its most likely tokens, renormalised
 
   c.data = ConfigDict()
   c.data.sources = ConfigDict()  # name -> see data/sources.py source_defaults
@@ -401,6 +408,9 @@ def terms_of(config: ConfigDict) -> Terms:
     supervision=config.supervision.weight,
     supervision_until=config.supervision.until,
     supervision_at=config.supervision.at,
+    teacher=config.teacher.weight,
+    teacher_top=config.teacher.top,
+    decay=config.traces.decay,
   )
   terms.check(layout_of(config))
   return terms

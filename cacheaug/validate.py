@@ -156,11 +156,12 @@ def _check_traces(config: ConfigDict) -> None:
       f"traces.law='stratified' wants data.sequence={s} to be a multiple of "
       f"traces.count={draw.count}"
     )
-  if configs.terms_of(config).on and config.objective != "coprocessor":
+  added = configs.terms_of(config).on
+  if added and config.objective != "coprocessor":
     raise UserError(
-      f"supervision.weight={config.supervision.weight}: objective="
-      f"{config.objective!r} trains no latents that could have labels; set it "
-      "to 0"
+      f"{added[0]}={configs.at(config, added[0])} is of latents' training, "
+      f"objective={config.objective!r} has no frozen decoder to go by: leave "
+      "it out"
     )
   if spec.window >= s:
     raise UserError(
