@@ -26,15 +26,16 @@ from tolerances import (
 from cacheaug.augment import coprocessor, terms, traces
 from cacheaug.augment.terms import Terms
 from cacheaug.augment.traces import Layout
+from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
 
 N, A, S, J = 3, 3, 16, 2
 DOCUMENTS = np.array([[0] * 12 + [1] * 4], np.int32)
-POINTS = np.array([[6, 8, 9]], np.int32)  # of the last a target is not there
+POINTS = np.array([[6, 9]], np.int32)  # of the last a target is not there
 STEPS = np.full((1, S, J), -1, np.int32)
-STEPS[0, 6], STEPS[0, 8], STEPS[0, 9] = (5, 7), (9, -1), (11, 3)
-WINDOW = 5
+STEPS[0, 6], STEPS[0, 9] = (5, 7), (11, -1)
+WINDOW, TOP = 5, 4
 
 
 @functools.cache
@@ -66,34 +67,44 @@ def structured(added, step=0, **changes):
   return run(coproc)
 
 
-def total_of(model, decoder, states, own, at, labels, targets, added):
-  """The loss of one trace [..., D] written out: weights by hand."""
+def total_of(p, states, own, added, **changes):
+  """The loss of the trace after p, of its rows [R, D] and the network's."""
+  model, _, decoder, _, batch = setup(**changes)
 
-  def nll(rows, wanted):
-    logp = jax.nn.log_softmax(transformer.logits(model, decoder, rows))
-    return -jnp.take_along_axis(logp, wanted[:, None], -1)[:, 0].sum()
+  def logp(rows):
+    return jax.nn.log_softmax(transformer.logits(model, decoder, rows))
 
-  out = nll(states[N - 1 : N - 1 + len(targets)], targets)
-  rows = states if at == "decoder" else own
-  for j, label in enumerate(labels):
+  tokens = batch["tokens"][:, :12]
+  whole, _ = transformer.prefill(model, decoder, tokens)
+  # Of mean 1: 0.5 ** (0, 1, 2) are 7 / 12 on average.
+  along = np.array([12, 6, 3]) / 7 if added.decay == 0.5 else np.ones(A)
+  out = 0.0
+  for j in range(min(A, 11 - p)):
+    row = logp(states[N - 1 + j])
+    out -= along[j] * row[tokens[0, p + 1 + j]]
+    if added.teacher:
+      teacher = jax.lax.stop_gradient(logp(whole[0, p + j]))
+      best = jnp.argsort(-teacher)[:TOP]
+      likely = jnp.exp(teacher[best]) / jnp.exp(teacher[best]).sum()
+      kl = (likely * (jnp.log(likely) - row[best])).sum()
+      out += added.teacher * along[j] * kl
+  rows = states if added.supervision_at == "decoder" else own
+  for j, label in enumerate(STEPS[0, p]):
     if label >= 0:
-      out += added.supervision * nll(rows[j : j + 1], jnp.array([label]))
+      out -= added.supervision * logp(rows[j])[label]
   return out
 
 
 def by_trace(added, states_of, **changes):
   """(total, gradients), of states_of(coproc, m) -> (states [R, D], own)."""
-  model, _, decoder, coproc, batch = setup(**changes)
+  coproc = setup(**changes)[3]
 
   @jit
   def run(coproc):
     def total(coproc):
       out = 0.0
       for m, p in enumerate(POINTS[0]):
-        states, own = states_of(coproc, m)
-        targets = batch["tokens"][0, p + 1 : min(p + 1 + A, 12)]
-        at, labels = added.supervision_at, STEPS[0, p]
-        out += total_of(model, decoder, states, own, at, labels, targets, added)
+        out += total_of(p, *states_of(coproc, m), added, **changes)
       return out
 
     return jax.value_and_grad(total)(coproc)
@@ -174,6 +185,10 @@ CASES = {
   "labels": (Terms(supervision=0.7), {}),
   "own labels": (Terms(supervision=0.7, supervision_at="coprocessor"), {}),
   "window": (Terms(), dict(window=WINDOW)),
+  "teacher, decay": (
+    Terms(teacher=0.6, teacher_top=TOP, decay=0.5),
+    dict(window=WINDOW),
+  ),
 }
 
 
@@ -195,3 +210,48 @@ def test_the_window_is_a_windows_whatever_the_positions(positions):
   close(
     structured(Terms(), **changes)[0][0], alone(Terms(), **changes)[0], LOSS
   )
+
+
+def test_labels_weigh_less_with_every_step():
+  added = Terms(supervision=2.0, supervision_until=10)
+  weights = [float(terms.supervision_weight(added, s)) for s in (0, 5, 10, 11)]
+  assert weights == [2.0, 1.0, 0.0, 0.0]
+  assert terms.supervision_weight(Terms(supervision=2.0), 99) == 2.0
+
+
+@pytest.mark.parametrize(
+  "added, layout, said",
+  [
+    (dict(supervision=-1), {}, "supervision.weight=-1"),
+    (dict(supervision_at="head"), {}, "supervision.at='head' is not one"),
+    (dict(supervision=1), dict(kind="prefix"), "coprocessor.kind='prefix'"),
+    (
+      dict(supervision=1, supervision_at="coprocessor"),
+      dict(kind="pause"),
+      "supervision.at='coprocessor'.*'pause'",
+    ),
+    (dict(supervision=1), dict(rounds=2, stride=2), "traces.stride=2"),
+    (dict(teacher=1), {}, "teacher.weight=1 with traces.window=0"),
+    (dict(teacher_top=0), {}, "teacher.top=0"),
+    (dict(decay=0.0), {}, "traces.decay=0.0"),
+    ({}, dict(window=2), "traces.window=2 is less than the 3 tokens"),
+    ({}, dict(window=9, rounds=2), "traces.window=9 with traces.rounds=2"),
+  ],
+  ids=str,
+)
+def test_terms_that_cannot_be_are_refused(added, layout, said):
+  with pytest.raises(UserError, match=said) as caught:
+    Terms(**added).check(Layout(N, A, **layout))
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("at, free", [("decoder", 2), ("coprocessor", 3)])
+def test_more_labels_than_latents_are_refused(at, free):
+  added = Terms(supervision=1.0, supervision_at=at)
+  steps = np.zeros((1, S, free), np.int32)
+  labels, weights = terms.labels_of(steps, POINTS, Layout(N, A), added)
+  assert labels.shape == (1, 2, free) and weights.sum() == 2 * free
+  with pytest.raises(UserError, match=f"can bear {free} labels"):
+    terms.labels_of(np.zeros((1, S, 4)), POINTS, Layout(N, A), added)
+  # Two rounds have twice the latents.
+  terms.labels_of(np.zeros((1, S, 4)), POINTS, Layout(N, A, rounds=2), added)
