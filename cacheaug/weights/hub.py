@@ -15,7 +15,7 @@ import pathlib
 import re
 
 from cacheaug.errors import UserError, one_line
-from cacheaug.weights import coprocessor_files, safetensors_io
+from cacheaug.weights import safetensors_io
 
 _SPEC = re.compile(
   r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?P<file>/[\w./-]+\.gguf)?"
@@ -24,7 +24,7 @@ _SPEC = re.compile(
 _WEIGHTS = (
   safetensors_io.SINGLE,
   safetensors_io.INDEX,
-  coprocessor_files.WEIGHTS,
+  safetensors_io.COPROCESSOR,
 )
 _FILES = (
   *_WEIGHTS,
