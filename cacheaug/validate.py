@@ -17,7 +17,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.kernels import dispatch
 from cacheaug.model import lora, transformer
-from cacheaug.model.config import ModelConfig
+from cacheaug.model.config import SLIDING, ModelConfig
 from cacheaug.run import files, profiling
 
 OBJECTIVES = ("coprocessor", "language_model")
@@ -166,6 +166,18 @@ def _check_traces(config: ConfigDict) -> None:
       f"traces.law='stratified' wants data.sequence={s} to be a multiple of "
       f"traces.count={draw.count}"
     )
+  added = configs.terms_of(config).on
+  if added and config.objective != "coprocessor":
+    raise UserError(
+      f"{added[0]}={configs.at(config, added[0])} is of latents' training, "
+      f"objective={config.objective!r} has no frozen decoder to go by: leave "
+      "it out"
+    )
+  if spec.window >= s:
+    raise UserError(
+      f"traces.window={spec.window} hides nothing of sequences of "
+      f"data.sequence={s}: lower it, or 0 for no window"
+    )
   needed, more = spec.context_needed + spec.reach, ""
   if spec.stride:
     more = f", traces.rounds={spec.rounds} and traces.stride={spec.stride}"
@@ -223,6 +235,12 @@ def check_model(config: ConfigDict, model: ModelConfig) -> None:
   if rank := configs.lora_rank(config):
     name = f"{config.objective}.lora_rank"
     lora.check(model, rank, tuple(config.lora.kernels), label=name)
+  w = config.traces.window
+  if w and SLIDING in model.layer_kinds and w < model.window:
+    raise UserError(
+      f"traces.window={w} is less than the {model.window} tokens that the "
+      "decoder's sliding layers see (window): raise it, or 0 for no window"
+    )
   s, n = config.data.sequence, 0
   # 'insert' puts latents, and what follows them, behind the context.
   if config.objective == "coprocessor" and (

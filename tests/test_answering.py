@@ -41,7 +41,7 @@ def quick():
     (answering, "_loglikelihood", ("model",)),
     (answering, "_running", ("model", "spec")),
     (lm_module, "_read", ("model", "keep_states")),
-    (lm_module, "_nll", ("model", "spec")),
+    (lm_module, "_nll", ("model", "layout")),
     (engine, "start", ("model", "max_new_tokens", "latents")),
     (engine, "insert", ("model", "spec")),
     (engine, "advance", said),

@@ -34,7 +34,7 @@ def quick():
     (lm, "_read", ("model",)),
     (lm, "_augment", ("model", "spec")),
     (lm, "_decode", ("model", "max_new_tokens", "stop_ids")),
-    (lm, "_nll", ("model", "spec")),
+    (lm, "_nll", ("model", "layout")),
     (generate, "greedy", ("model", "spec", "max_new_tokens", "stop_id")),
   ):
     function = getattr(module, name).__wrapped__
