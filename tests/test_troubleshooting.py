@@ -20,7 +20,7 @@ from cacheaug import build, sharding, step, validate
 from cacheaug import config as configs
 from cacheaug.data import pipeline, record_files, shards, tokenizers
 from cacheaug.errors import UserError
-from cacheaug.run import checkpoint, command
+from cacheaug.run import agreement, checkpoint, command, lock, metrics
 from cacheaug.run import workdir as workdirs
 from cacheaug.weights import pretrained, published
 
@@ -210,6 +210,52 @@ def no_space(config, directory, monkeypatch):
     saves.wait()
 
 
+def no_space_for_metrics(config, directory):
+  with metrics.MetricWriter(directory / "run") as writer:
+    (directory / "run" / "metrics.jsonl").unlink()
+    (directory / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    writer.write(1, {"loss": 1.0})
+
+
+def two_trainers(config, directory):
+  (directory / "run").mkdir()
+  beat = {"state": "training", "pid": 4711, "host": "node3"}
+  (directory / "run" / "heartbeat.json").write_text(json.dumps(beat))
+  with lock.Lock(directory / "run") as first:
+    first.acquire()
+    with lock.Lock(directory / "run") as second:
+      second.acquire()
+
+
+def fewer_steps(config, directory):
+  workdirs.claim(config, str(directory / "run"))
+  (directory / "run" / "metrics.jsonl").write_text('{"step": 2}\n')
+  config.optimizer.steps = 60
+  workdirs.check(config, str(directory / "run"))
+
+
+def hosts_that_differ(config, directory, monkeypatch):
+  texts = [
+    "data.sources.text\t60 documents in 33 rows (1a2b3c4d)",
+    "data.sources.text\t30 documents in 17 rows (5e6f7a8b)",
+  ]
+  monkeypatch.setattr(agreement.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(agreement, "exchange", lambda _: texts)
+  agreement.check(dict)
+
+
+def hosts_that_share_nothing(config, directory, monkeypatch):
+  monkeypatch.setattr(workdirs.jax, "process_count", lambda: 2)
+  answers = iter([["a"], [""], [""], ["seen", ""]])
+  monkeypatch.setattr(agreement, "exchange", lambda _: next(answers))
+  workdirs.claim(config, str(directory / "run"))
+
+
+def weights_in_a_bucket(config, directory):
+  config.decoder.path = "gs://bucket/gemma-2-2b"
+  validate.check_config(config, 1)
+
+
 def another_experiment(config, directory):
   workdirs.claim(config, str(directory / "run"))
   (directory / "run" / "metrics.jsonl").write_text('{"step": 2}\n')
@@ -288,4 +334,5 @@ def test_message_is_quoted(provoke, tmp_path, monkeypatch):
 def test_full_device_is_quoted():
   assert _quoted(command._LESS_MEMORY)
   assert _quoted(command._RESTART)
+  assert _quoted(command._NO_ROOM)
   assert not _quoted("out of device memory: buy another")
