@@ -17,8 +17,7 @@ and the short blocks fill the gaps at the end.
 
 jax 0.11 deprecates Pallas' Triton backend in favour of the Mosaic GPU one. It
 works up to jax 0.12.0.1, the newest tried. Mosaic kernels have another form
-(explicit copies, barriers, warpgroup products), and no machine without a GPU
-can show that one of them computes the right numbers.
+(explicit copies, barriers, warpgroup products) and were not tried.
 """
 
 import dataclasses

@@ -151,7 +151,7 @@ def _frozen(logits_of, size, hidden, targets):
 
 
 def _in_chunks(function, size, hidden, targets):
-  """Applies a function of [B, t, D] and a tree of [B, t, ...] to chunks of T."""
+  """Applies a function of [B, t, D] and trees of [B, t, ...] to chunks of T."""
   t = hidden.shape[1]
   if t <= size:
     return function(hidden, targets)
