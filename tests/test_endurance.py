@@ -151,10 +151,10 @@ def _failing(monkeypatch, waits_needed):
     source = self._source
 
     class Broken:
-      def __getitems__(self, rows):
+      def take(self, rows):
         if len(waits) < waits_needed:
           raise OSError(116, "Stale file handle")
-        return source.__getitems__(rows)
+        return source.take(rows)
 
     self._source = Broken()
     return take(self, rows)
