@@ -139,12 +139,8 @@ def _check_start(config: ConfigDict) -> None:
 
 
 def _check_traces(config: ConfigDict) -> None:
-  kind, init = config.coprocessor.kind, config.coprocessor.init
-  if not Kind.of(kind).network and init == "scratch":
-    raise UserError(
-      f"coprocessor.init={init!r}: coprocessor.kind={kind!r} has no network "
-      "that could begin so; leave it 'decoder'"
-    )
+  if config.coprocessor.init == "scratch":
+    Kind.of(config.coprocessor.kind).check("scratch")
   s, spec = config.data.sequence, configs.layout_of(config)
   draw = configs.draw_of(config)
   points = s - draw.min_ahead - spec.context_needed + 1

@@ -185,7 +185,7 @@ def test_export_round_trip(kind, start, tmp_path):
   )
   # Of another kind it is damaged: names the tensor.
   other = "prefix" if kind == "pause" else "pause"
-  variant = coprocessor_files.VARIANTS[Layout(1, 1, kind=other).latents_are_kv]
+  variant = kinds.Kind(other).variant
   entries |= {"kind": other, "variant": variant}
   (tmp_path / "config.json").write_text(json.dumps(entries))
   with pytest.raises(UserError, match="tensor|soft_tokens|prefix"):

@@ -66,8 +66,7 @@ def init_boxed(model: Transformer, layout: Layout, key: jax.Array) -> Params:
     return {name: param(key, init, *axes) for name, key in keys}
   tree, parts = {}, layout.kind.network
   if parts:
-    whole = transformer.init(model, body)
-    tree["transformer"] = {k: whole[k] for k in parts}
+    tree["transformer"] = layout.kind.part(transformer.init(model, body))
   at_zero = harmless and "final_norm" not in parts  # no projection
   axes = (None, layout.latents), ("D", c.width)
   tree["soft_tokens"] = param(soft, zeros if at_zero else normal, *axes)
@@ -202,7 +201,7 @@ def hidden_states(
 ) -> jax.Array:  # [B, M, N, D]
   """The network's last hidden states; of a pause, which has none, its input."""
   x = input_rows(params, traces, copied)
-  if not traces.kind.network:
+  if "transformer" not in params:
     return x
   rows = traces.latent_rows
   if traces.kind.reads_states:
@@ -236,7 +235,7 @@ def input_rows(
 ) -> jax.Array:  # [B, M, N, D]
   """The network's input; where there is none, what is added to `copied`."""
   soft = params["soft_tokens"].astype(copied.dtype)[None, None]
-  if traces.start == "harmless" and traces.kind.network:
+  if traces.start == "harmless" and "transformer" in params:
     return soft + copied
   return jnp.broadcast_to(soft, copied.shape)
 

@@ -34,7 +34,7 @@ def latent_kv(
   copied: jax.Array,  # [B, M, N, D], the decoder's embeddings of traces.copied
 ) -> Given:  # keys, values [L, B, M, N, K, E]
   """Pass 2 of these kinds: the latents as keys and values, in place of z."""
-  if traces.kind.network:
+  if "transformer" in params:
     own = transformer.run(
       model,
       params["transformer"],

@@ -108,7 +108,6 @@ def traces_nll(
       the decoder's cache by default, which kind 'activations' does not read.
   """
   if reading is None:
-    assert not laid.kind.reads_states, "give coprocessor.source_cache's"
     reading = cache
   hidden, _ = traces_states(model, decoder, coproc, cache, laid, reading)
   return rows_nll(model, decoder, hidden, laid.targets)
@@ -134,7 +133,7 @@ def traces_states(
       model, decoder, coproc, cache, laid, latents_of=latents_of
     )
   copied, repeated = embedded(model, decoder, laid)
-  if laid.kind.latents_are_kv:
+  if laid.reruns:  # over latents that are keys and values
     kv = kv_latents.latent_kv(model, coproc, source, laid, copied)
     return kv_latents.predict(model, decoder, cache, kv, laid), None
   own = coprocessor.hidden_states(model, coproc, source, laid, copied)

@@ -129,9 +129,9 @@ class Layout:
       )
 
   @property
-  def latents_are_kv(self) -> bool:
-    """Latents are keys and values for the decoder, not embeddings."""
-    return self.kind.latents_are_kv
+  def reruns(self) -> int:
+    """1 where x[p] is run again, as latents that are keys and values ask."""
+    return int(self.kind.latents_are_kv)
 
   @property
   def stands_in(self) -> bool:
@@ -146,10 +146,9 @@ class Layout:
   def rows(self) -> int:
     """R, rows of one block in the decoder's pass.
 
-    N + A - 1. Where the N latents are keys and values, x[p] is run again: one
-    row more.
+    N + A - 1 and, where x[p] is run again, one more.
     """
-    return self.latents + self.ahead - (0 if self.latents_are_kv else 1)
+    return self.latents + self.ahead - 1 + self.reruns
 
   @property
   def reach(self) -> int:
@@ -197,6 +196,12 @@ class Traces:
   kind: Kind = flax.struct.field(pytree_node=False, default=Kind.COPROCESSOR)
   start: str = flax.struct.field(pytree_node=False, default="harmless")
   rounds: tuple[Any, ...] = ()  # of rounds.Round, where there are several
+
+  @property
+  def reruns(self) -> int:
+    """As of Layout: rows beside those of latents and ahead tokens."""
+    rows = self.rows.positions.shape[-1]
+    return rows - self.copied.shape[-1] - self.ahead.shape[-1]
 
 
 def segments_of(documents: jax.Array, mask_documents: bool) -> jax.Array:
@@ -252,7 +257,7 @@ def lay_out(
       positions, here, limits, starts=starts, first_visible=first_visible
     )
 
-  first = 0 if layout.latents_are_kv else 1  # x[p] is run again, or not
+  first = 1 - layout.reruns
   row_positions = jnp.concatenate(
     [latent_positions, p + shift + jnp.arange(first, a)[None, None]], -1
   )
@@ -261,7 +266,7 @@ def lay_out(
     p - n if layout.positions == "replace" else p,
     p - layout.window + 1 if layout.window else None,
   )
-  if layout.latents_are_kv:
+  if layout.reruns:
     block = block.replace(order=asked_again(layout)[None, None])
   return Traces(
     points=points,
@@ -310,7 +315,7 @@ def dense_mask(
       for k in range(begin, seen + 1):
         mask[first + i, k] = real[k] and segments[k] == segments[p]
       mask[first + i, first : first + i + 1] = True
-    if layout.latents_are_kv:  # x[p] again asks only
+    if layout.reruns:  # x[p] again asks only
       mask[:, first + layout.latents] = False
   return mask
 

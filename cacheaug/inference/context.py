@@ -113,6 +113,11 @@ def augment(
   return hidden, cache, positions[:, -1] + 1
 
 
+def reads_states(spec: Layout | None) -> bool:
+  """Whether `read` is to keep the states; None: there is no coprocessor."""
+  return spec is not None and spec.kind.reads_states
+
+
 def read(
   model: Transformer,
   decoder: Params,
@@ -215,8 +220,8 @@ def greedy(
 
   With `late` the coprocessor has not read the prompts' last so many tokens.
   """
-  reads = coproc is not None and spec.kind.reads_states
-  context = read(model, decoder, tokens, documents, reads)
+  keep = reads_states(None if coproc is None else spec)
+  context = read(model, decoder, tokens, documents, keep)
   if coproc is not None:
     context = augment_context(model, decoder, coproc, context, spec, late)
   return decode(

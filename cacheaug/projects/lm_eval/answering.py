@@ -228,7 +228,7 @@ class Answerer:
       rows, self.lm.tokenizer.pad_id, padding.bucket(max(map(len, rows)))
     )
     model, spec = self.lm.model, self._spec
-    keep = {"keep_states": True} if spec and spec.kind.reads_states else {}
+    keep = {"keep_states": True} if generate.reads_states(spec) else {}
     context = _read(model, self._layers, tokens, documents, **keep)
     if self._spec is None:
       return {FROZEN: context}, [False] * len(rows)
