@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 import cacheaug
 from cacheaug import build, sharding, step, validate
 from cacheaug import config as configs
-from cacheaug.data import pipeline, tokenizers
+from cacheaug.data import pipeline, record_files, shards, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.run import agreement, checkpoint, command, lock, metrics
 from cacheaug.run import workdir as workdirs
@@ -141,6 +141,58 @@ def one_document(config, directory):
   (directory / "text.txt").write_text("a long story " * 50)
   config.data.sources.text.separator = ""
   _batches(config)
+
+
+def compressed(config, directory):
+  (directory / "text.txt").write_bytes(b"\x28\xb5\x2f\xfd\x04\x00")
+  _batches(config)
+
+
+def columns(config, directory):
+  (directory / "text.txt").write_bytes(b"PAR1\x15\x00")
+  _batches(config)
+
+
+def an_array(config, directory):
+  (directory / "text.txt").write_text('[{"text": "a"}, {"text": "b"}]')
+  config.data.sources.text.kind = "jsonl"
+  config.data.validation_fraction = 0.0
+  _batches(config)
+
+
+def answers_beyond_the_row(config, directory):
+  line = json.dumps({"q": "long " * 20, "a": "7"})
+  (directory / "text.txt").write_text("\n".join([line] * 9))
+  config.data.answers_only = True
+  source = config.data.sources.text
+  source.kind, source.field, source.answer_field = "jsonl", "q", "a"
+  _batches(config)
+
+
+def open_files(config, directory, monkeypatch):
+  def full(*_):
+    raise RuntimeError("open: Too many open files")
+
+  for i in range(60):
+    text = f"text {i} of some length\n---\n"
+    with (directory / "text.txt").open("a") as file:
+      file.write(text)
+  monkeypatch.setattr(shards, "_IN_MEMORY_BYTES", 0)
+  monkeypatch.setattr(record_files, "open_reader", full)
+  monkeypatch.setattr(
+    record_files.resource, "getrlimit", lambda _: (1024, 4096)
+  )
+  tokenizer = tokenizers.load("byte")
+  batches = pipeline.open_batches(config.data, tokenizer, split="train", seed=0)
+  try:
+    batches.at(0)
+  except UserError as error:  # Without the cache's own name.
+    name = next((directory / "cache").iterdir()).name
+    raise UserError(str(error).replace(name, "...")) from error
+
+
+def no_chat_template(config, directory):
+  cacheaug.load("shipped:nano").chat([{"role": "user", "content": "Hi"}])
 
 
 def no_permission(config, directory, monkeypatch):
