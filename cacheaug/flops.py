@@ -81,10 +81,10 @@ class Sizes:
   def decoder_rows(self) -> int:
     """Rows of one sequence in the decoder's second pass."""
     latents = 0 if self.kv else self.rounds * self.latents
-    return self.traces * (latents + self.reach)
+    return self.traces * (latents + self.tokens_predicted)
 
   @property
-  def reach(self) -> int:
+  def tokens_predicted(self) -> int:
     """Tokens that one trace predicts."""
     return self.stride * (self.rounds - 1) + self.ahead
 
@@ -204,7 +204,7 @@ def structured(
   return scaled(
     sizes.batch,
     first.body + body,
-    3 * sizes.traces * sizes.reach * logits_per_row(model),
+    3 * sizes.traces * sizes.tokens_predicted * logits_per_row(model),
     first.attention + attention,
   )
 
@@ -233,7 +233,7 @@ def trace_attention(model: ModelConfig, sizes: Sizes) -> tuple[float, float]:
   else:
     # The rows of all rounds are one triangle; a round's latents attend to those
     # of the rounds before it (all, though with 'replace' some are hidden).
-    pairs = _causal_pairs(sizes.rounds * n + sizes.reach)
+    pairs = _causal_pairs(sizes.rounds * n + sizes.tokens_predicted)
     first *= sizes.rounds
     for i in range(sizes.rounds if sizes.latent_rows else 0):
       first += n * i * (n + sizes.stride) * attention_per_pair(model)

@@ -409,7 +409,7 @@ class LM:
     if latents:
       coproc, spec = self._coprocessor().params, self.coprocessor.spec
     points = self._points(points, tokens.shape, ahead, spec if latents else 0)
-    layout = spec.reaching(ahead)
+    layout = spec.with_horizon(ahead)
     nll = _nll(self.model, self.decoder, coproc, tokens, points, layout)
     return np.asarray(nll)
 

@@ -174,7 +174,7 @@ def _check_traces(config: ConfigDict) -> None:
       f"traces.window={spec.window} hides nothing of sequences of "
       f"data.sequence={s}: lower it, or 0 for no window"
     )
-  needed, more = spec.context_needed + spec.reach, ""
+  needed, more = spec.context_needed + spec.tokens_predicted, ""
   if spec.stride:
     more = f", traces.rounds={spec.rounds} and traces.stride={spec.stride}"
   if needed > s:

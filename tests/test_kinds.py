@@ -18,7 +18,7 @@ from packed import (
   A,
   S,
   cut_off,
-  lay_out,
+  layout_traces,
   nll_at_start,
   one_at_a_time,
   with_gradient,
@@ -58,7 +58,7 @@ def parallel(kind, start):
 
 def run_parallel(kind, start, scheme):
   _, spec, _, coproc, tokens = setup(kind, start, scheme)
-  laid = lay_out(tokens, spec)
+  laid = layout_traces(tokens, spec)
   w = laid.weights / laid.weights.sum()
   return laid, parallel(kind, start)(coproc, w, laid)
 
@@ -173,7 +173,7 @@ def dense(kind, start):
     segments = traces.segments_of(DOCUMENTS, True)
     args = model, decoder, tokens
     hidden, cache = transformer.prefill(*args, segments=segments)
-    copied = transformer.embed(model, decoder, laid.copied)
+    copied = transformer.embed(model, decoder, laid.input_tokens)
     soft = jnp.broadcast_to(coproc["soft_tokens"][None, None], copied.shape)
     reads, x = cache, soft + copied if harmless else soft
     if kind == "activations":
@@ -200,7 +200,7 @@ def dense(kind, start):
       rows = rows.replace(
         positions=take(rows.positions), segments=take(rows.segments)
       )
-      asked = jnp.concatenate([laid.copied[..., -1:], laid.ahead], -1)
+      asked = jnp.concatenate([laid.input_tokens[..., -1:], laid.ahead], -1)
       x = flat(embed(asked))
     out = transformer.run_blocks(model, decoder, x, rows, None, given=first)
     out = out[:, 0].reshape(2, m, -1, out.shape[-1])[:, :, -A:]
@@ -212,7 +212,7 @@ def dense(kind, start):
 
 def run_dense(kind, start, scheme):
   _, spec, _, coproc, tokens = setup(kind, start, scheme)
-  laid = lay_out(tokens, spec)
+  laid = layout_traces(tokens, spec)
   pairs = list(zip(DOCUMENTS, POINTS, strict=True))
   order = np.stack([traces.dense_mask(d, p, spec) for d, p in pairs])
   own = np.stack([traces.dense_latent_mask(d, p, spec) for d, p in pairs])

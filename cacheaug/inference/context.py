@@ -152,11 +152,11 @@ def augment_context(
   Raises:
     UserError: several rounds that come late.
   """
-  if late is not None and spec.at_once > 1:
+  if late is not None and spec.rounds_per_point > 1:
     raise UserError(
       f"traces.rounds={spec.rounds}: latents of several rounds cannot come late"
     )
-  for _ in range(spec.at_once):
+  for _ in range(spec.rounds_per_point):
     hidden, cache, position = augment(
       model,
       decoder,

@@ -152,7 +152,7 @@ def lay_point(
   """
   points = jnp.broadcast_to(jnp.int32(last), (len(tokens), 1))
   late = None if late is None else late[:, None]
-  laid = traces.lay_out(tokens, documents, points, spec, late)
+  laid = traces.layout_traces(tokens, documents, points, spec, late)
   pushed = (position - 1 - last)[:, None, None]
   rows = laid.latent_rows
   rows = rows.replace(

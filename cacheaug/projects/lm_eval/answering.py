@@ -419,7 +419,7 @@ def _running(
   frozen = objective.next_token_nll(model, decoder, hidden, tokens)
   if coproc is None:
     return frozen, jnp.zeros((*points.shape, spec.ahead))
-  laid = traces.lay_out(tokens, documents, points, spec)
+  laid = traces.layout_traces(tokens, documents, points, spec)
   read = source_cache(model, coproc, cache, hidden, spec)
   nll = objective.traces_nll(model, decoder, coproc, cache, laid, read)
   return frozen, nll
