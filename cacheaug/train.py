@@ -31,13 +31,16 @@ from cacheaug.run import workdir as workdirs
 from cacheaug.run.checkpoint import Checkpoints
 from cacheaug.run.heartbeat import Heartbeat
 from cacheaug.run.lock import Lock
-from cacheaug.run.metrics import MetricWriter, Progress
+from cacheaug.run.metrics import (
+  MetricWriter,
+  Progress,
+  check_finite,
+  log_step,
+)
 from cacheaug.run.preemption import StopOnSignal
 from cacheaug.step import (
   abstract_state,
-  check_finite,
   init_state,
-  log_step,
   make_baseline,
   make_step,
 )
