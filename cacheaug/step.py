@@ -48,7 +48,11 @@ def init_state(
   `initial` is the trained coprocessor that coprocessor.init names, if any.
   """
   key = jax.random.fold_in(key, 2**31 - 1)  # no step's key
-  ahead = configs.layout_of(config).reach if configs.draws_points(config) else 1
+  ahead = (
+    configs.layout_of(config).tokens_predicted
+    if configs.draws_points(config)
+    else 1
+  )
   params, frozen = trainable.init(
     config, model, key, decoder, initial, boxed=boxed
   )

@@ -133,5 +133,5 @@ def effective(
   adapted = {**base, "blocks": how(base["blocks"], params["lora"], scale)}
   if config.objective == "language_model":
     return adapted
-  parts = Kind.of(config.coprocessor.kind).network
-  return {"transformer": {k: adapted[k] for k in parts}, **own}
+  kind = Kind.of(config.coprocessor.kind)
+  return {"transformer": kind.part(adapted), **own}

@@ -147,12 +147,8 @@ def _check_start(config: ConfigDict) -> None:
 
 
 def _check_traces(config: ConfigDict) -> None:
-  kind, init = config.coprocessor.kind, config.coprocessor.init
-  if not Kind.of(kind).network and init == "scratch":
-    raise UserError(
-      f"coprocessor.init={init!r}: coprocessor.kind={kind!r} has no network "
-      "that could begin so; leave it 'decoder'"
-    )
+  if config.coprocessor.init == "scratch":
+    Kind.of(config.coprocessor.kind).check("scratch")
   s, spec = config.data.sequence, configs.layout_of(config)
   draw = configs.draw_of(config)
   points = s - draw.min_ahead - spec.context_needed + 1
@@ -186,7 +182,7 @@ def _check_traces(config: ConfigDict) -> None:
       f"traces.window={spec.window} hides nothing of sequences of "
       f"data.sequence={s}: lower it, or 0 for no window"
     )
-  needed, more = spec.context_needed + spec.reach, ""
+  needed, more = spec.context_needed + spec.tokens_predicted, ""
   if spec.stride:
     more = f", traces.rounds={spec.rounds} and traces.stride={spec.stride}"
   if needed > s:

@@ -123,7 +123,7 @@ class Batches:
     }
 
   def at(self, step: int) -> Batch:
-    """opening.Rows of global batch `step` that belong to this process.
+    """Rows of global batch `step` that belong to this process.
 
     Args:
       step: 0 or more.

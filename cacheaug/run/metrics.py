@@ -27,14 +27,14 @@ from cacheaug.run.checksum import batch_checksum
 _FILES = ("metrics.jsonl", "speed.jsonl")
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
   """A JSON value that reads back to the same bits: Python's repr of floats."""
   if isinstance(value, (str, bool, int, float)) or value is None:
     return value
   return np.asarray(value).tolist()
 
 
-def _keep_until(path: epath.Path, step: int) -> None:
+def _truncate_file(path: epath.Path, step: int) -> None:
   """Drops lines of later steps, and a last line that a kill tore."""
   if not path.exists():
     return
@@ -109,7 +109,7 @@ class MetricWriter:
       for name in _FILES:
         path = self._workdir / name
         with files.disk_errors(path, f"write {name}"):
-          _keep_until(path, step)
+          _truncate_file(path, step)
       self._purge_step = step + 1
 
   def write(
@@ -144,7 +144,7 @@ class MetricWriter:
         board.close()
 
   def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-    record = {"step": step, **{k: _plain(v) for k, v in values.items()}}
+    record = {"step": step, **{k: _json_value(v) for k, v in values.items()}}
     line, path = json.dumps(record) + "\n", self._workdir / name
     with files.disk_errors(path, f"write {name}"):
       if self._remote:
