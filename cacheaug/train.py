@@ -31,13 +31,16 @@ from cacheaug.run import workdir as workdirs
 from cacheaug.run.checkpoint import Checkpoints
 from cacheaug.run.heartbeat import Heartbeat
 from cacheaug.run.lock import Lock
-from cacheaug.run.metrics import MetricWriter, Progress
+from cacheaug.run.metrics import (
+  MetricWriter,
+  Progress,
+  check_finite,
+  log_step,
+)
 from cacheaug.run.preemption import StopOnSignal
 from cacheaug.step import (
   abstract_state,
-  check_finite,
   init_state,
-  log_step,
   make_baseline,
   make_step,
 )
@@ -201,7 +204,7 @@ def report(
   model = model.clone(attention=dispatch.Kernel(model.attention.name))
   rank = configs.lora_rank(config)
   meta = {
-    "decoder": f"{config.decoder.path or 'random'} ({fingerprint})",
+    "decoder": build.name_decoder(config, fingerprint),
     "LoRA rank": rank or "none, all is trained",
     "steps": config.optimizer.steps,
     "sequences a step": config.data.batch,
