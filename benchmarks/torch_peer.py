@@ -175,7 +175,7 @@ def laid_out(config: Any, batch: dict[str, Any]) -> Laid:
   """The step's traces, as the peer takes them."""
   key = jax.random.key(config.seed)
   points = stepping.add_points(config, batch, key, 0)["points"]
-  laid = traces.lay_out(
+  laid = traces.layout_traces(
     batch["tokens"], batch["documents"], points, configs.layout_of(config)
   )
 
@@ -186,7 +186,7 @@ def laid_out(config: Any, batch: dict[str, Any]) -> Laid:
     {
       "rows": rows(laid.rows),
       "latent_rows": rows(laid.latent_rows),
-      "copied": laid.copied,
+      "copied": laid.input_tokens,
       "ahead": laid.ahead,
       "targets": laid.targets,
       "weights": laid.weights,
