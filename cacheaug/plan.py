@@ -11,8 +11,9 @@ Where libtpu is installed (pip install 'cacheaug[tpu]') the whole training step
 is compiled for TPUs without one: its memory, or the compiler's refusal, and its
 collectives are then the compiler's own. Where jax's CUDA plugin is installed
 ('cacheaug[cuda]') the same goes for h100 and h200, without a GPU. That takes
-minutes for a large model. Everything else is arithmetic over shapes. No weights are needed: the decoder is
-known by its shape, or by config.json where decoder.path is given.
+minutes for a large model. Everything else is arithmetic over shapes. No weights
+are needed: the decoder is known by its shape, or by config.json where
+decoder.path is given.
 """
 
 import json
