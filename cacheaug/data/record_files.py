@@ -109,6 +109,19 @@ class RecordFiles:
     return records
 
 
+def allow(count: int) -> None:
+  """Lets the process open so many files more, where the system permits it.
+
+  For a reader that keeps all of its files open.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  needed = count + 256  # what else is open: libraries, sockets, logs
+  if soft != resource.RLIM_INFINITY and soft < needed:
+    if hard != resource.RLIM_INFINITY:
+      needed = min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+
+
 def explain(error: BaseException) -> str:
   """A remedy where the limit of open files was met; else ''."""
   if "Too many open files" not in str(error):

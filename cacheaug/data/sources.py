@@ -340,6 +340,7 @@ class _TfdsDocuments(Documents):
     cut = field if self.answered else field.name
     self._fingerprint = repr((self._name, split, cut, self._length, sizes))
     self.total_bytes = info.dataset_size
+    self._files = sum(len(lengths or ()) for _, lengths, _ in sizes)
 
   def _open(self) -> typing.Any:
     """Opens the data source and returns the builder."""
@@ -373,8 +374,14 @@ class _TfdsDocuments(Documents):
   def parts(self, index: int) -> tuple[str, str]:
     if self._data is None:
       self._open()
+    record_files.allow(self._files)
     where = f"{self._label}: {self._path}, example {index}"
-    return self._field.read(self._data[index], where)
+    try:
+      record = self._data[index]
+    except Exception as error:  # The library raises RuntimeError, ValueError.
+      remedy = record_files.explain(error) or "prepare the data set again"
+      raise errors.UserError(f"{where}: cannot be read; {remedy}") from error
+    return self._field.read(record, where)
 
   def key(self, index: int) -> str:
     return f"{self._name}/{self._split}#{index}"
