@@ -12,7 +12,6 @@ import safetensors.numpy
 import small_runs
 import tolerances
 from test_generate import PAD, N, model_and_params, prompts
-from test_generate_engine import quick  # noqa: F401, a fixture
 from tolerances import (
   LOSS,
   MATTERS,

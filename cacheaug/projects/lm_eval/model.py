@@ -184,7 +184,11 @@ class AugmentedLM(TemplateLM):
   def loglikelihood(
     self, requests: list[Instance], disable_tqdm: bool = False
   ) -> list[tuple[float, bool]]:
-    """(log-probability in nats, every token the most likely) of each."""
+    """(log-probability in nats, every token the most likely) of each.
+
+    Raises:
+      UserError: a request that is all empty.
+    """
     for context, continuation in (r.args for r in requests):
       if not continuation and not context:
         raise UserError(
