@@ -95,7 +95,7 @@ class Score:
     subsets: names of those evaluated, of how many there are.
     known_subsets: how many there are.
     files: that were read, below the data directory.
-    met: counts of requests (see `Answerer.met`), and of empty answers by
+    met: counts of requests (see `Answerer.counts`), and of empty answers by
       column ('frozen empty answers').
     cot: the words that asked for a chain of thought, if any.
   """
