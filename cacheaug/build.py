@@ -144,7 +144,7 @@ def load_initial(
     found = trained.open_coprocessor(path, model.config, decoder)
   except UserError as e:
     raise UserError(f"coprocessor.init={path!r}: {e}") from e
-  trainable.check_initial(config, found.spec, found.fingerprint, fingerprint)
+  validate.check_initial(config, found.spec, found.fingerprint, fingerprint)
   make = partial(coprocessor.init_boxed, model, configs.layout_of(config))
   boxed = jax.eval_shape(make, jax.random.key(0))
   host = jax.device_get(found.params)

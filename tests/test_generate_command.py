@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import cacheaug
+from cacheaug import config as configs
 from cacheaug.errors import UserError
 from cacheaug.inference.sampling import Sampling
 from cacheaug.inference.session import InsertionSchedule
@@ -117,7 +119,8 @@ def test_which_decoder_and_coprocessor(command, tmp_path):
   lm = command.open_lm("", "", "", True)
   assert lm.coprocessor.spec.latents == 4
   assert command.open_lm("", "", "", False).coprocessor is None
-  (tmp_path / "config.json").write_text('{"decoder": {"path": ""}}')
+  config = json.dumps(configs.base().to_dict())
+  (tmp_path / "config.json").write_text(config)
   for arguments, message in (
     (("x", "", "y", True), "--workdir and --coprocessor: give one"),
     (("", "shipped:nano", "", True), "--coprocessor is missing"),

@@ -16,12 +16,13 @@ import small_runs
 from ml_collections import ConfigDict
 
 import cacheaug
-from cacheaug import build, sharding, step, validate
+from cacheaug import build, sharding, validate
 from cacheaug import config as configs
 from cacheaug.data import pipeline, record_files, shards, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.run import agreement, checkpoint, command, lock, metrics
 from cacheaug.run import workdir as workdirs
+from cacheaug.run.metrics import check_finite
 from cacheaug.weights import pretrained, published
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -298,7 +299,7 @@ def unknown_key(config, directory):
 
 def not_finite(config, directory):
   numbers = dict(loss=float("nan"), gradient_norm=1.0, parameter_norm=1.0)
-  step.check_finite(7, numbers)
+  check_finite(7, numbers)
 
 
 ERRORS = [

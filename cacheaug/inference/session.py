@@ -56,7 +56,7 @@ class InsertionSchedule:
   @classmethod
   def trained(cls, spec: Layout) -> "InsertionSchedule":
     """What a coprocessor was trained for, along the whole of the new text."""
-    return cls(every=spec.stride, rounds=spec.at_once)
+    return cls(every=spec.stride, rounds=spec.rounds_per_point)
 
   def first(self, max_new_tokens: int) -> int:
     """The least new tokens before the first latents; below 0 in the prompt."""
