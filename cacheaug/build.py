@@ -100,6 +100,20 @@ def describe_decoder(config: ConfigDict) -> dict[str, str]:
   return {"decoder.path": agreement.of_directory(pretrained.resolve(path))}
 
 
+def name_decoder(config: ConfigDict, fingerprint: str) -> str:
+  """The decoder for a report: where it is from, which, and whether quantised.
+
+  A dequantised decoder's fingerprint is of the weights as they are used.
+  """
+  path = config.decoder.path
+  if not path:
+    return f"random ({fingerprint})"
+  kinds = pretrained.quantisation(pretrained.resolve(path))
+  return (
+    f"{path} ({fingerprint}{f', dequantised from {kinds}' if kinds else ''})"
+  )
+
+
 def load_decoder(
   config: ConfigDict, model: Transformer, mesh: jax.sharding.Mesh
 ) -> tuple[Params | None, str]:

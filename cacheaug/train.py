@@ -204,7 +204,7 @@ def report(
   model = model.clone(attention=dispatch.Kernel(model.attention.name))
   rank = configs.lora_rank(config)
   meta = {
-    "decoder": f"{config.decoder.path or 'random'} ({fingerprint})",
+    "decoder": build.name_decoder(config, fingerprint),
     "LoRA rank": rank or "none, all is trained",
     "steps": config.optimizer.steps,
     "sequences a step": config.data.batch,

@@ -25,6 +25,7 @@ FREE_KEYS = (
   "data.retries",
   "optimizer.accumulation",
   "remat",
+  "deterministic",
   "eval.",
   "export",
   "local.",
