@@ -1,19 +1,13 @@
 """Floating-point operations of one training step, counted by hand.
 
 XLA's cost analysis counts a loop's body once and a Pallas call not at all, so
-FLOP are counted from shapes. Only matrix products count, 2 a multiply-add.
-Three ways to compute the same loss:
+FLOP are counted from shapes. Only matrix products count, 2 a multiply-add. The
+context is cached; a row attends to its context prefix and its own block; only
+the M A predicting rows have logits.
 
-  structured    context cached; a row attends to its context prefix and its own
-                block; logits of the M A predicting rows alone
-  cached_dense  context cached; one dense mask over [context | all blocks]
-  naive         one extended sequence a pass, one dense mask, context again in
-                every pass, logits of every row of the last: the literal reading
-
-"Useful" is structured without recomputation: what MFU is a share of. It counts
-a backward pass as twice its forward one, as MFU commonly does, but for the
-frozen decoder's own matrices, which get no gradient (once). `least` leaves out
-what no mathematics needs either, a lower bound for floors.
+"Useful" is this without recomputation: what MFU is a share of. It counts a
+backward pass as twice its forward one, as MFU commonly does, but for the frozen
+decoder's own matrices, which get no gradient (once).
 
 A block counts as N + A rows: the last ahead token is only predicted, so a
 program may leave its row out (R = N + A - 1).
@@ -171,7 +165,7 @@ def structured(
   With remat the attention's output is kept, as the policies here do.
   """
   again = 1 if remat else 0
-  context, own = _trace_attention(model, sizes)
+  context, own = trace_attention(model, sizes)
   first = context_pass(model, sizes)
   rows = sizes.latent_rows * (3 + again)
   body = (rows + sizes.decoder_rows * (2 + again)) * body_per_row(model)
@@ -183,7 +177,7 @@ def structured(
     per_row = body_per_row(model) - _unused_per_row(model)
     body += s * (3 + again) * per_row
     attention += 3 * sum(layers[:-1])
-  return _times(
+  return scaled(
     sizes.batch,
     first.body + body,
     3 * sizes.traces * sizes.reach * logits_per_row(model),
@@ -196,24 +190,7 @@ def useful(model: ModelConfig, sizes: Sizes) -> Cost:
   return structured(model, sizes)
 
 
-def least(model: ModelConfig, sizes: Sizes) -> Cost:
-  """`useful` less gradients that are not needed: a lower bound.
-
-  Context keys and values are constants: the backward pass needs dP and dQ of
-  them alone. The embedding is frozen: logits need d(hidden) alone.
-  """
-  context, own = _trace_attention(model, sizes)
-  if sizes.kind is Kind.ACTIVATIONS:  # the coprocessor's own context is trained
-    context *= sizes.decoder_rows / (sizes.latent_rows + sizes.decoder_rows)
-  cost = structured(model, sizes)
-  predicting = sizes.traces * sizes.reach * logits_per_row(model)
-  return cost._replace(
-    logits=cost.logits - sizes.batch * predicting,
-    attention=cost.attention - sizes.batch * context,
-  )
-
-
-def _trace_attention(model: ModelConfig, sizes: Sizes) -> tuple[float, float]:
+def trace_attention(model: ModelConfig, sizes: Sizes) -> tuple[float, float]:
   """Forward FLOP of one sequence's blocks over their context, and own rows.
 
   Points are uniform: a row sees on average what a context row sees.
@@ -241,47 +218,10 @@ def _trace_attention(model: ModelConfig, sizes: Sizes) -> tuple[float, float]:
   return context / sizes.sequence, own
 
 
-def cached_dense(
-  model: ModelConfig, sizes: Sizes, *, remat: bool = True
-) -> Cost:
-  """A whole step with the context cached and dense masks over all blocks.
-
-  With remat everything of a layer is computed again, attention too.
-  """
-  again = 1 if remat else 0
-  s, two, three = sizes.sequence, sizes.latent_rows, sizes.decoder_rows
-  pairs = two * (s + two) + three * (s + three)
-  body = s + two * (3 + again) + three * (2 + again)
-  return _times(
-    sizes.batch,
-    body * body_per_row(model),
-    2 * three * logits_per_row(model),
-    (s * s + (3 + again) * pairs) * attention_per_pair(model),
-  )
-
-
-def naive(model: ModelConfig, sizes: Sizes, *, remat: bool = True) -> Cost:
-  """A whole step on extended sequences, every pass from the context on.
-
-  With remat everything of a layer is computed again, attention too.
-  """
-  again = 1 if remat else 0
-  s = sizes.sequence
-  two, three = s + sizes.latent_rows, s + sizes.decoder_rows
-  body = s + two * (3 + again) + three * (2 + again)
-  pairs = s * s + (3 + again) * (two * two + three * three)
-  return _times(
-    sizes.batch,
-    body * body_per_row(model),
-    2 * three * logits_per_row(model),
-    pairs * attention_per_pair(model),
-  )
-
-
 def language_model(model: ModelConfig, sizes: Sizes) -> Cost:
   """A whole step of training a decoder itself: three times forward."""
   s = sizes.sequence
-  return _times(
+  return scaled(
     3 * sizes.batch,
     s * body_per_row(model),
     s * logits_per_row(model),
@@ -401,5 +341,6 @@ def parameters(config: ConfigDict, model_config: ModelConfig) -> Parameters:
   return Parameters(decoder, own, count(trained))
 
 
-def _times(count: int, *parts: float) -> Cost:
+def scaled(count: int, *parts: float) -> Cost:
+  """The cost whose parts are these, each so many times."""
   return Cost(*(count * part for part in parts))

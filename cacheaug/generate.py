@@ -3,9 +3,9 @@
   python -m cacheaug.generate --prompt="def main(argv):" --compare
 
 Without --workdir and --decoder it is the tiny decoder that ships in the
-package, with its coprocessor. Without --prompt and --file each line that is
-typed, or comes through a pipe, is a prompt. One prompt's text is shown as it
-comes; several are one batch, shown at its end.
+package, with its coprocessor. Without --prompt, --file and --problem each line
+that is typed, or comes through a pipe, is a prompt. One prompt's text is shown
+as it comes; several are one batch, shown at its end.
 """
 
 import itertools
@@ -17,6 +17,8 @@ import time
 from absl import flags
 
 from cacheaug.build import latents_of, open_lm
+from cacheaug.data import problems
+from cacheaug.data.problems import Problem
 from cacheaug.errors import UserError
 from cacheaug.inference.completion import Completion
 from cacheaug.inference.sampling import Sampling
@@ -29,6 +31,9 @@ _AROUND = 6  # tokens that --trace shows before and after the latents
 
 flags.DEFINE_multi_string("prompt", [], "text to continue; may be repeated")
 flags.DEFINE_string("file", "", "a file of prompts, one a line")
+flags.DEFINE_string(
+  "problem", "", "instead of a prompt, KIND:STEPS of data/problems.py; --seed"
+)
 flags.DEFINE_string("workdir", "", "a run: its coprocessor and its decoder")
 flags.DEFINE_string("decoder", "", "a Hugging Face directory, or shipped:NAME")
 flags.DEFINE_string(
@@ -135,6 +140,38 @@ def prompts_of(prompts: list[str], file: str) -> list[str]:
   return lines
 
 
+def problem_of(text: str, seed: int) -> Problem:
+  """The held-out problem that --problem=KIND:STEPS names.
+
+  Raises:
+    UserError: no such kind, or a number of steps that it cannot have.
+  """
+  kind, _, steps = text.partition(":")
+  if not steps.isdecimal():
+    raise UserError(f"--problem={text}: give KIND:STEPS, such as hops:2")
+  size = (4, 4) if kind in ("compose", "reorder") else (8, 8)
+  options = problems.Options((kind,), (int(steps),) * 2, size)
+  try:
+    options.check()
+  except UserError as e:
+    raise UserError(f"--problem={text}: {e}") from e
+  return problems.generate(seed, 0, options, split="validation")
+
+
+def explain(lm: LM, problem: Problem) -> str:
+  """The answer, the steps to it, and what either side has for them."""
+  line = f"answer: {problem.answer}"
+  if not problem.results:
+    return line
+  layers = lm.model.config.layers
+  return (
+    f"{line}, by {' -> '.join(problem.results)}: each step reads the result of "
+    f"the one before it.\nThe frozen decoder has its {layers} layers for that; "
+    f"latents have been through {layers} of the\ncoprocessor's before they go "
+    f"through the decoder's {layers}."
+  )
+
+
 def describe(lm: LM, completion: Completion, insertion: Insertion) -> str:
   """One line: the point, the tokens around it, the latents' places."""
   first, n = insertion.position, insertion.latents
@@ -205,12 +242,15 @@ def _column(text: str) -> list[str]:
   return [line for lines in wrapped for line in lines]
 
 
-def _answer(lm: LM, prompts: list[str], options: dict) -> None:
-  """Prints the continuations of one batch."""
+def _answer(
+  lm: LM, prompts: list[str], options: dict, problem: Problem | None = None
+) -> None:
+  """Prints the continuations of one batch; of a problem its answer, too."""
   values, traces = flags.FLAGS, []
   if values.compare:
     for prompt in prompts:
       lines, traces = _compare(lm, prompt, options)
+      lines += [explain(lm, problem)] if problem else []
       print("\n".join([f"prompt: {prompt}", *lines]))
       print("\n".join([*(traces if values.trace else []), ""]), flush=True)
     return
@@ -225,6 +265,8 @@ def _answer(lm: LM, prompts: list[str], options: dict) -> None:
       print(f"{prompt}{done.text}\n", flush=True)
     for line in trace(lm, done) if values.trace else ():
       print(line, flush=True)
+  if problem:
+    print(explain(lm, problem), flush=True)
 
 
 def _converse(lm: LM, options: dict) -> None:
@@ -256,7 +298,12 @@ def main() -> None:
       raise UserError(f"--{flag} {use}: leave out --latents=off")
   if values.gate and values.store:
     raise UserError("--gate and --store: latents of a store are there already")
-  prompts = prompts_of(values.prompt, values.file)
+  prompts, problem = prompts_of(values.prompt, values.file), None
+  if values.problem:
+    if prompts:
+      raise UserError("--problem is a prompt: leave out --prompt and --file")
+    problem = problem_of(values.problem, values.seed)
+    prompts = [problem.question]
   sampling = Sampling(values.temperature, values.top_k, values.top_p)
   lm = open_lm(
     values.workdir,
@@ -285,7 +332,7 @@ def main() -> None:
     gate=values.gate,
   )
   if prompts:
-    _answer(lm, prompts, options)
+    _answer(lm, prompts, options, problem)
   else:
     _converse(lm, options)
 

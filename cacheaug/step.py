@@ -18,6 +18,7 @@ from cacheaug.augment import objective, point_sampling
 from cacheaug.augment.objective import Sums
 from cacheaug.errors import UserError
 from cacheaug.model.transformer import Params, Transformer
+from cacheaug.run.checksum import batch_checksum
 from cacheaug.run.metrics import MetricWriter, memory_peak
 
 Batch = dict[str, jax.Array]  # tokens, documents [B, S], maybe answers
@@ -240,7 +241,7 @@ def log_step(
   step: int,
   metrics: Mapping[str, Any],
   baseline: Sums | None,
-  shape: tuple[int, int],
+  batch: Mapping[str, jax.Array],
   times: Mapping[str, float],
 ) -> dict[str, float]:
   """Writes one line of metrics; returns what the progress line shows.
@@ -253,7 +254,7 @@ def log_step(
     metrics: of make_step.
     baseline: the frozen decoder's sums over this step's tokens, where there
       is one.
-    shape: (B, S) of a step's tokens.
+    batch: this step's, [B, S] each.
     times: of profiling.Clock.
   """
   metrics, baseline = jax.device_get((metrics, baseline))
@@ -269,11 +270,12 @@ def log_step(
     "parameter_norm": float(metrics["parameter_norm"]),
     "batch_loss": mean(metrics["batch"]),  # this step's tokens
   }
-  seconds = times["step_time"]
+  seconds, (rows, length) = times["step_time"], batch["tokens"].shape
   speed = {
     **times,
-    "tokens_per_second": shape[0] * shape[1] / seconds,
+    "tokens_per_second": rows * length / seconds,
     "memory_peak": memory_peak(),
+    "batch": batch_checksum(batch),  # the same on any number of devices
   }
   if floor:
     speed["mfu"] = floor / seconds
@@ -282,7 +284,7 @@ def log_step(
     line["baseline_loss"] = mean(baseline)  # frozen decoder, the same tokens
     shown["against_frozen"] = line["batch_loss"] - line["baseline_loss"]
   if config.objective == "coprocessor":
-    speed["traces_per_second"] = shape[0] * config.traces.count / seconds
+    speed["traces_per_second"] = rows * config.traces.count / seconds
   writer.write(step, line, speed)
   return shown
 

@@ -148,7 +148,7 @@ def _train(config: ConfigDict, workdir: str, lock: Lock) -> None:
         clock.reset(step)
         with clock.part("log"):
           baseline = baseline_fn(decoder, batch, key, np.int32(step - 1))
-          shown = log(step, metrics, baseline, batch["tokens"].shape, times)
+          shown = log(step, metrics, baseline, batch, times)
           progress.update(step, **shown)
       trace.after(step, state)
       stopping = stop.asked(step)
@@ -171,8 +171,10 @@ def _train(config: ConfigDict, workdir: str, lock: Lock) -> None:
   params = trainable.effective(
     config, params, state.frozen, decoder, lora.merge
   )
-  report(config, workdir, model, decoder, params, tokenizer, fingerprint)
+  text = report(config, workdir, model, decoder, params, tokenizer, fingerprint)
   heartbeat.say("finished")
+  if text:
+    print(text)  # last: whoever should read it may be gone
 
 
 def report(
@@ -183,7 +185,7 @@ def report(
   params: Params,
   tokenizer: tokenizers.Tokenizer,
   fingerprint: str,
-) -> None:
+) -> str:
   """The last words of a run: tables on disk and on the terminal, exports.
 
   `params` are a coprocessor or a decoder as adaptation.effective makes it,
@@ -194,7 +196,7 @@ def report(
       (params, decoder), tiled=True
     )
   if jax.process_index():
-    return
+    return ""
   # On this process's own device: the others are not here to join a mesh.
   model = model.clone(attention=dispatch.Kernel(model.attention.name))
   rank = configs.lora_rank(config)
@@ -211,11 +213,11 @@ def report(
       config, workdir, model, params, tokenizer, decoder, meta
     )
     path = epath.Path(workdir) / "report.json"
-    files.write_whole(path, json.dumps(figures, indent=2).encode())
+    with files.disk_errors(path, "write the report"):
+      files.write_whole(path, json.dumps(figures, indent=2).encode())
     if config.export:
       huggingface.save(config.export, model.config, params, tokenizer=tokenizer)
-    print(text)
-    return
+    return text
   spec = configs.layout_of(config)
   meta |= {
     "kind": spec.kind.value,
@@ -242,4 +244,4 @@ def report(
       lora_rank=rank,
       report=transformers_files.report_of(workdir),
     )
-  print(text)
+  return text

@@ -17,7 +17,7 @@ from cacheaug.errors import UserError
 from cacheaug.kernels import dispatch
 from cacheaug.model import lora, transformer
 from cacheaug.model.config import ModelConfig
-from cacheaug.run import profiling
+from cacheaug.run import files, profiling
 
 OBJECTIVES = ("coprocessor", "language_model")
 LOSSES = ("tokens", "traces")
@@ -70,6 +70,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
   for key in ("watchdog.seconds", "data.retries", "eval.context"):
     if configs.at(config, key) < 0:
       raise UserError(f"{key}={configs.at(config, key)} must be 0 or more")
+  _check_places(config)
   profiling.parse_steps(config.profile)
   optim.make_schedule(config.optimizer, config.optimizer.steps)
   if not config.data.sources:
@@ -227,6 +228,22 @@ def check_model(config: ConfigDict, model: ModelConfig) -> None:
       f"data.sequence={s}{more} exceeds the decoder's {model.max_positions} "
       "positions (max_positions): lower it"
     )
+
+
+def _check_places(config: ConfigDict) -> None:
+  """Refuses object storage where it would only fail in the end.
+
+  Raises:
+    UserError: naming the key.
+  """
+  files.refuse_remote(config.decoder.path, "decoder.path")
+  files.refuse_remote(config.data.cache_dir, "data.cache_dir")
+  for name, source in config.data.sources.items():
+    if source.kind != "tfds":  # which reads it by itself
+      files.refuse_remote(source.path, f"data.sources.{name}.path")
+  if files.is_remote(config.export):
+    with files.reading(config.export, "export"):
+      files.expanded(config.export).exists()
 
 
 def _one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:

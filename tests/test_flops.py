@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import dense_flops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,8 @@ def test_units_of_gemma2_2b():
 def test_totals_of_gemma2_2b(n):
   model, sizes = _gemma(), _sizes(n)
   found = (
-    flops.naive(model, sizes),
-    flops.cached_dense(model, sizes),
+    dense_flops.naive(model, sizes),
+    dense_flops.cached_dense(model, sizes),
     flops.structured(model, sizes, remat=True),
     flops.useful(model, sizes),
   )
@@ -63,7 +64,7 @@ def test_totals_of_gemma2_2b(n):
 
 def test_least_leaves_out_what_is_frozen():
   model, sizes = _gemma(), _sizes()
-  useful, least = flops.useful(model, sizes), flops.least(model, sizes)
+  useful, least = flops.useful(model, sizes), dense_flops.least(model, sizes)
   assert least.body == useful.body
   assert least.logits == useful.logits * 2 / 3
   assert 0.6 * useful.attention < least.attention < 0.8 * useful.attention
@@ -71,7 +72,12 @@ def test_least_leaves_out_what_is_frozen():
 
 def test_batch_multiplies_everything():
   model = _gemma()
-  for count in (flops.useful, flops.naive, flops.cached_dense, flops.least):
+  for count in (
+    flops.useful,
+    dense_flops.naive,
+    dense_flops.cached_dense,
+    dense_flops.least,
+  ):
     one, many = count(model, _sizes()), count(model, _sizes(batch=7))
     assert many == pytest.approx([7 * part for part in one])
 
@@ -181,7 +187,7 @@ def test_steps_of_kinds_by_their_rows():
     sizes = Sizes(1, s, m, n, a, kinds.Kind(kind))
     costs[kind] = flops.useful(model, sizes)
     assert costs[kind].body == pytest.approx(body)
-    assert flops.least(model, sizes).total < costs[kind].total
+    assert dense_flops.least(model, sizes).total < costs[kind].total
   assert len({cost.logits for cost in costs.values()}) == 1
   # A row sees 528 / 32 slots on average, the window's 392 / 32 of layer one.
   near, far = 392 / 32, 528 / 32

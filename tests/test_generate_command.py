@@ -10,6 +10,7 @@ from absl import flags
 
 import cacheaug
 from cacheaug.errors import UserError
+from cacheaug.inference.sampling import Sampling
 from cacheaug.inference.session import Plan
 from cacheaug.weights import pretrained
 
@@ -155,6 +156,33 @@ def test_plans_and_prompts(command, tmp_path):
   ):
     with pytest.raises(UserError, match=message):
       command.prompts_of(prompts, file)
+
+
+def test_a_problem_is_a_prompt_with_its_answer(command, capsys):
+  found = command.open_lm("", "", "", True)
+  problem = command.problem_of("hops:2", 3)
+  facts = dict(problem.question.split()[:-1])
+  start = problem.question[-1]
+  assert problem.answer == facts[facts[start]]
+  assert problem == command.problem_of("hops:2", 3)
+  assert problem != command.problem_of("hops:2", 4)
+  options = dict(max_new_tokens=1, sampling=Sampling())
+  flags.FLAGS(["generate"])
+  try:
+    command._answer(found, [problem.question], options, problem)
+  finally:
+    flags.FLAGS.unparse_flags()
+  out = capsys.readouterr().out
+  assert out.startswith(problem.question)
+  way = f"{facts[start]} -> {problem.answer}"
+  assert f"answer: {problem.answer}, by {way}: each step" in out
+  assert "its 3 layers" in out
+  plain = command.problem_of("sum:2", 0)
+  assert command.explain(found, plain) == f"answer: {plain.answer}"
+  for text in ("hops", "hops:x", "riddle:2", "hops:8", "sum:9"):
+    with pytest.raises(UserError, match=f"--problem={text}: ") as caught:
+      command.problem_of(text, 0)
+    assert "\n" not in str(caught.value)
 
 
 def test_latents_come_as_often_as_trained(command, capsys):

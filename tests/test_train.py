@@ -3,6 +3,7 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
@@ -105,7 +106,8 @@ def test_mfu_where_the_devices_peak_is_known(tmp_path):
 
   for floor in (0.25, None):
     times = {"step_time": 0.5}
-    train.log_step(config, Writer(), floor, 1, metrics, None, (2, 4), times)
+    batch = {"tokens": jnp.ones((2, 4), jnp.int32)}
+    train.log_step(config, Writer(), floor, 1, metrics, None, batch, times)
   assert found[0]["mfu"] == 0.5 and "mfu" not in found[1]
   tpu = types.SimpleNamespace(device_kind="TPU v5 lite")
   assert machine.peak_flops([tpu, tpu]) == 2 * machine.CHIPS["v5e"].flops

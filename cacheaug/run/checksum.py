@@ -1,7 +1,7 @@
 """A tree's leaves by name, and checksums that do not depend on sharding."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
   return named
 
 
-def checksums(leaves: Sequence[jax.Array], dtype: Any = None) -> np.ndarray:
+def checksums(leaves: Iterable[jax.Array], dtype: Any = None) -> np.ndarray:
   """uint32 [number of leaves], each of `leaf_checksum`.
 
   Args:
@@ -35,6 +35,15 @@ def checksums(leaves: Sequence[jax.Array], dtype: Any = None) -> np.ndarray:
     dtype: to which each is rounded first; None for its own.
   """
   return np.asarray(jax.device_get(_checksums(list(leaves), dtype=dtype)))
+
+
+def batch_checksum(batch: Mapping[str, jax.Array]) -> str:
+  """8 hexadecimal digits of a step's rows and of their order.
+
+  Two runs, or the parts of a resumed one, that log the same for a step have
+  read the same data, on whatever devices and processes.
+  """
+  return f"{int(np.bitwise_xor.reduce(checksums(batch.values()))):08x}"
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -307,22 +307,29 @@ def fetched(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def reading(path: str | os.PathLike) -> Iterator[None]:
+def reading(path: str | os.PathLike, label: str = "") -> Iterator[None]:
   """Turns object storage that cannot be read into one clear line.
+
+  Args:
+    path: what is read.
+    label: the flag or key that names it.
 
   Raises:
     UserError: no such object, no package for it, no permission, no network.
   """
+  place = f"{label}={os.fspath(path)}" if label else os.fspath(path)
   try:
     yield
   except UserError:
     raise
   except ImportError as e:
+    if not is_remote(path):
+      raise
     raise UserError(
-      f"{path}: object storage wants another package ({one_line(e)}): pip "
+      f"{place}: object storage wants another package ({one_line(e)}): pip "
       "install 'cacheaug[gcs]' for gs://"
     ) from e
   except Exception as e:
     if not is_remote(path):
       raise
-    raise UserError(f"{path}: cannot be read ({one_line(e)})") from e
+    raise UserError(f"{place}: cannot be read ({one_line(e)})") from e
