@@ -4,6 +4,7 @@ A line names the key, its value and what would do. Keys that `config.base` does
 not have are refused in config.py.
 """
 
+import math
 import os
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.kernels import dispatch
 from cacheaug.model import lora, transformer
-from cacheaug.model.config import ModelConfig
+from cacheaug.model.config import SLIDING, ModelConfig
 from cacheaug.run import files, profiling
 
 OBJECTIVES = ("coprocessor", "language_model")
@@ -38,6 +39,25 @@ _POSITIVE = (
   "checkpoint.keep",
   "watchdog.host_seconds",
   *_EVAL_POSITIVE,
+)
+_NOT_NEGATIVE = (
+  "watchdog.seconds",
+  "data.retries",
+  "data.workers",
+  "eval.context",
+  "eval.problems",
+  "lora.alpha",
+  "optimizer.clip",
+  "optimizer.eps",
+  "optimizer.weight_decay",
+)
+
+# What of a trained coprocessor's layout a run that begins as it must share.
+_SHARED = (
+  ("kind", "coprocessor.kind"),
+  ("latents", "coprocessor.latents"),
+  ("start", "coprocessor.start"),
+  ("positions", "coprocessor.positions"),
 )
 
 
@@ -67,9 +87,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
       f"optimizer.average={config.optimizer.average} must be from 0 (none) to "
       "below 1"
     )
-  for key in ("watchdog.seconds", "data.retries", "eval.context"):
-    if configs.at(config, key) < 0:
-      raise UserError(f"{key}={configs.at(config, key)} must be 0 or more")
+  _check_numbers(config)
   _check_places(config)
   profiling.parse_steps(config.profile)
   optim.make_schedule(config.optimizer, config.optimizer.steps)
@@ -129,12 +147,8 @@ def _check_start(config: ConfigDict) -> None:
 
 
 def _check_traces(config: ConfigDict) -> None:
-  kind, init = config.coprocessor.kind, config.coprocessor.init
-  if not Kind.of(kind).network and init == "scratch":
-    raise UserError(
-      f"coprocessor.init={init!r}: coprocessor.kind={kind!r} has no network "
-      "that could begin so; leave it 'decoder'"
-    )
+  if config.coprocessor.init == "scratch":
+    Kind.of(config.coprocessor.kind).check("scratch")
   s, spec = config.data.sequence, configs.layout_of(config)
   draw = configs.draw_of(config)
   points = s - draw.min_ahead - spec.context_needed + 1
@@ -156,7 +170,19 @@ def _check_traces(config: ConfigDict) -> None:
       f"traces.law='stratified' wants data.sequence={s} to be a multiple of "
       f"traces.count={draw.count}"
     )
-  needed, more = spec.context_needed + spec.reach, ""
+  added = configs.terms_of(config).on
+  if added and config.objective != "coprocessor":
+    raise UserError(
+      f"{added[0]}={configs.at(config, added[0])} is of latents' training, "
+      f"objective={config.objective!r} has no frozen decoder to go by: leave "
+      "it out"
+    )
+  if spec.window >= s:
+    raise UserError(
+      f"traces.window={spec.window} hides nothing of sequences of "
+      f"data.sequence={s}: lower it, or 0 for no window"
+    )
+  needed, more = spec.context_needed + spec.tokens_predicted, ""
   if spec.stride:
     more = f", traces.rounds={spec.rounds} and traces.stride={spec.stride}"
   if needed > s:
@@ -213,6 +239,12 @@ def check_model(config: ConfigDict, model: ModelConfig) -> None:
   if rank := configs.lora_rank(config):
     name = f"{config.objective}.lora_rank"
     lora.check(model, rank, tuple(config.lora.kernels), label=name)
+  w = config.traces.window
+  if w and SLIDING in model.layer_kinds and w < model.window:
+    raise UserError(
+      f"traces.window={w} is less than the {model.window} tokens that the "
+      "decoder's sliding layers see (window): raise it, or 0 for no window"
+    )
   s, n = config.data.sequence, 0
   # 'insert' puts latents, and what follows them, behind the context.
   if config.objective == "coprocessor" and (
@@ -230,6 +262,29 @@ def check_model(config: ConfigDict, model: ModelConfig) -> None:
     )
 
 
+def _check_numbers(config: ConfigDict) -> None:
+  """Refuses numbers that no key can have a use for.
+
+  Raises:
+    UserError: naming the key.
+  """
+  for key, value in configs.leaves(config):
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f"{key}={value} must be a finite number")
+    # Steps, rows and tokens are counted in 32 bits on the devices.
+    bits = 63 if key == "seed" else 31
+    if isinstance(value, int) and not -(2**bits) <= value < 2**bits:
+      raise UserError(f"{key}={value} does not fit {bits + 1} bits: lower it")
+  for key in _NOT_NEGATIVE:
+    if configs.at(config, key) < 0:
+      raise UserError(f"{key}={configs.at(config, key)} must be 0 or more")
+  for key in ("optimizer.b1", "optimizer.b2"):
+    if not 0 <= configs.at(config, key) < 1:
+      raise UserError(
+        f"{key}={configs.at(config, key)} must be from 0 to below 1"
+      )
+
+
 def _check_places(config: ConfigDict) -> None:
   """Refuses object storage where it would only fail in the end.
 
@@ -244,6 +299,39 @@ def _check_places(config: ConfigDict) -> None:
   if files.is_remote(config.export):
     with files.reading(config.export, "export"):
       files.expanded(config.export).exists()
+
+
+def check_initial(
+  config: ConfigDict,
+  spec: Layout,
+  found: str,
+  wanted: str,
+) -> None:
+  """Refuses a trained coprocessor of another layout or decoder.
+
+  Args:
+    config: of the run that is to begin as it.
+    spec: its own.
+    found: fingerprint of the decoder that it was trained for.
+    wanted: of the run's decoder.
+
+  Raises:
+    UserError: naming the key.
+  """
+  path = config.coprocessor.init
+  for field, key in _SHARED:
+    theirs = getattr(spec, field)
+    ours = getattr(configs.layout_of(config), field)
+    if theirs != ours:
+      raise UserError(
+        f"coprocessor.init={path!r} was trained with {key}={theirs!r}, this "
+        f"config has {ours!r}: set --config.{key}={theirs}"
+      )
+  if found != wanted:
+    raise UserError(
+      f"coprocessor.init={path!r} was trained for decoder {found}, "
+      f"decoder.path holds {wanted}: give that decoder, or its own coprocessor"
+    )
 
 
 def _one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:

@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 import tolerances
 
-from cacheaug import lm as lm_module
 from cacheaug.augment.traces import Layout
 from cacheaug.data.tokenizers import ByteTokenizer
 from cacheaug.errors import UserError
-from cacheaug.inference import engine, padding
+from cacheaug.inference import padding
 from cacheaug.inference.sampling import Sampling
 from cacheaug.lm import LM, Coprocessor
-from cacheaug.projects.lm_eval import answering
 from cacheaug.projects.lm_eval.answering import (
   AUGMENTED,
   FROZEN,
   Answerer,
-  Asked,
+  Request,
 )
 
 CONTEXTS = [
@@ -28,30 +26,6 @@ CONTEXTS = [
 ]
 CONTINUATIONS = [" x", " x + 1\n", "int(i)"]
 NEW = 6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-  """Compiles this module's programs without optimisation."""
-  patch = pytest.MonkeyPatch()
-  said = ("model", "sampling", "stop_ids", "pause_ids", "scored")
-  for module, name, static in (
-    (answering, "_read", ("model", "keep_states")),
-    (answering, "_augment", ("model", "spec")),
-    (answering, "_loglikelihood", ("model",)),
-    (answering, "_running", ("model", "spec")),
-    (lm_module, "_read", ("model", "keep_states")),
-    (lm_module, "_nll", ("model", "spec")),
-    (engine, "start", ("model", "max_new_tokens", "latents")),
-    (engine, "insert", ("model", "spec")),
-    (engine, "advance", said),
-  ):
-    function = getattr(module, name).__wrapped__
-    patch.setattr(
-      module, name, tolerances.jit(function, static_argnames=static)
-    )
-  yield
-  patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +102,7 @@ def test_most_likely_is_what_would_be_said(tiny, latents):
 
 def test_texts_are_those_of_generate(tiny):
   lm = augmented(tiny, "replace")
-  asked = [Asked(tuple(lm.encode(c)), NEW) for c in CONTEXTS]
+  asked = [Request(tuple(lm.encode(c)), NEW) for c in CONTEXTS]
   answerer = Answerer(lm, latents=True, batch=2)
   found = answerer.texts(asked)
   for column, latents in ((FROZEN, False), (AUGMENTED, True)):
@@ -156,8 +130,8 @@ def test_short_contexts_are_answered_frozen_and_counted(tiny):
     [(short, continuation), (enough, continuation)]
   )
   assert one[FROZEN] == one[AUGMENTED] and two[FROZEN] != two[AUGMENTED]
-  assert answerer.met["short"] == 1 and answerer.met["requests"] == 2
-  (one,) = answerer.texts([Asked(short, NEW)])
+  assert answerer.counts["short"] == 1 and answerer.counts["requests"] == 2
+  (one,) = answerer.texts([Request(short, NEW)])
   assert one[FROZEN] == one[AUGMENTED]
 
 
@@ -211,15 +185,15 @@ def test_too_long_contexts_lose_their_left_alike(tiny, scheme):
   context = tuple(lm.encode("x = 1\n" * 9))
   continuation = tuple(lm.tokenizer.encode("abc"))
   (long,) = answerer.loglikelihoods([(context, continuation)])
-  assert answerer.met["truncated"] == 1
+  assert answerer.counts["truncated"] == 1
   cut = Answerer(lm, latents=True, batch=2)
   assert cut.loglikelihoods([(context[-22:], continuation)]) == [long]
-  (text,) = answerer.texts([Asked(context, NEW)])
-  assert cut.texts([Asked(context[-(24 - NEW) :], NEW)]) == [text]
+  (text,) = answerer.texts([Request(context, NEW)])
+  assert cut.texts([Request(context[-(24 - NEW) :], NEW)]) == [text]
   with pytest.raises(UserError, match="30 tokens exceeds the decoder's 24"):
     answerer.loglikelihoods([(context, context[:30])])
   with pytest.raises(UserError, match="max_gen_toks=24 leaves no room"):
-    answerer.texts([Asked(context, 24)])
+    answerer.texts([Request(context, 24)])
 
 
 def test_refusals(tiny):

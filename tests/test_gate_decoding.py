@@ -7,7 +7,7 @@ import pytest
 import cacheaug
 from cacheaug.errors import UserError
 from cacheaug.inference import gates
-from cacheaug.inference.session import Plan
+from cacheaug.inference.session import InsertionSchedule
 
 PROMPTS = [
   "def main(argv):\n  for name in argv[1:]:\n    print(",
@@ -15,7 +15,7 @@ PROMPTS = [
   "import os",
 ]
 NEW = 12
-PLAN = Plan(every=4)
+PLAN = InsertionSchedule(every=4)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,7 @@ def same(one, other):
   return one.ids == other.ids and one.nll.tobytes() == other.nll.tobytes()
 
 
+@pytest.mark.usefixtures("as_users_compile_here")
 def test_thresholds_beyond_all_are_always_and_never(lm):
   always, frozen = complete(lm), complete(lm, latents=False)
   for a, b in zip(complete(lm, gate="entropy:-inf"), always, strict=True):

@@ -1,5 +1,6 @@
 """Every kind of coprocessor at work: decoding, files, steps, refusals."""
 
+import dataclasses
 import functools
 import json
 
@@ -11,7 +12,6 @@ import safetensors.numpy
 import small_runs
 import tolerances
 from test_generate import PAD, N, model_and_params, prompts
-from test_generate_engine import quick  # noqa: F401, a fixture
 from tolerances import (
   LOSS,
   MATTERS,
@@ -29,7 +29,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference import engine, padding
-from cacheaug.inference.session import Plan, Session
+from cacheaug.inference.session import InsertionSchedule, Session
 from cacheaug.model import decode_rows, transformer
 from cacheaug.projects.background.worker import Worker
 from cacheaug.weights import coprocessor_files
@@ -60,16 +60,17 @@ def scorer(kind):
   return run
 
 
-def teacher_forced(kind, scheme, prompt, said):
+def teacher_forced(kind, scheme, prompt, said, **changes):
   """nll [A] of what was said, all of it in one pass over the whole text."""
   _, _, coproc, spec = setup(kind, scheme)
+  spec = dataclasses.replace(spec, **changes)
   text = [*prompt, *said]
   padded = max(map(len, prompts())) + NEW
   tokens = np.full((1, padded), PAD, np.int32)
   tokens[0, : len(text)] = text
   documents = np.where(np.arange(padded) < len(text), 0, -1)[None]
   points = np.array([[len(prompt) - 1]], np.int32)
-  laid = traces.lay_out(tokens, documents, points, spec)
+  laid = traces.layout_traces(tokens, documents, points, spec)
   return np.asarray(scorer(kind)(coproc, tokens, documents, laid))[0, 0]
 
 
@@ -81,13 +82,13 @@ def context(kind):
     generate.read, model, keep_states=spec.kind.reads_states
   )
   return tolerances.jit(run)(
-    decode_rows.split_layers(decoder), tokens, documents
+    decode_rows.unstack_layers(decoder), tokens, documents
   )
 
 
 def session(kind, scheme="replace", **options):
   model, decoder, coproc, spec = setup(kind, scheme)
-  apart = decode_rows.split_layers(decoder)
+  apart = decode_rows.unstack_layers(decoder)
   args = model, apart, context(kind)
   kw = dict(coproc=coproc, spec=spec, scored=True, max_new_tokens=NEW)
   return Session(*args, **kw | options)
@@ -107,10 +108,25 @@ def test_decoding_says_what_the_whole_text_would_score(kind, scheme):
   far(plain.nll(), nll)
 
 
+@pytest.mark.parametrize("kind", ["pause", "handover"])
+def test_a_window_hides_in_decoding_what_it_hides_in_training(kind):
+  window = N + 1
+  spec = dataclasses.replace(setup(kind)[3], window=window)
+  one = session(kind, spec=spec)
+  said, nll = one.run(NEW), one.nll()
+  for i, prompt in enumerate(prompts()):
+    args = kind, "replace", prompt, said[i]
+    close(teacher_forced(*args, window=window), nll[i], NLL)
+    if len(prompt) > window + 1:
+      far(teacher_forced(*args), nll[i])
+  with pytest.raises(UserError, match="traces.window=.*inserted once"):
+    session(kind, spec=spec, plan=InsertionSchedule(at=(0, 2)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sequences_without_latents_are_the_frozen_decoders(kind):
   """Bit for bit, whatever stands beside them; later insertions too."""
-  plan = Plan(at=(0, 2))
+  plan = InsertionSchedule(at=(0, 2))
   plain = session(kind, on=[False] * 3, plan=plan)
   expected, both = plain.run(NEW), session(kind, plan=plan, on=[1, 0, 1])
   said = both.run(NEW)
@@ -142,7 +158,7 @@ def test_once_at_the_end_and_in_one_program(kind, monkeypatch):
 def test_latents_after_tokens_said_are_those_of_the_longer_prompt(kind):
   """So that slots, positions and states of what was said are right."""
   model, decoder, coproc, spec = setup(kind)
-  one = session(kind, plan=Plan(at=(2,)))
+  one = session(kind, plan=InsertionSchedule(at=(2,)))
   said, nll = one.run(NEW), one.nll()
   for i, prompt in enumerate(prompts()):
     text = [*prompt, *said[i, :2]]
@@ -168,7 +184,7 @@ def test_export_round_trip(kind, start, tmp_path):
   )
   # Of another kind it is damaged: names the tensor.
   other = "prefix" if kind == "pause" else "pause"
-  variant = coprocessor_files.VARIANTS[Layout(1, 1, kind=other).latents_are_kv]
+  variant = kinds.Kind(other).variant
   entries |= {"kind": other, "variant": variant}
   (tmp_path / "config.json").write_text(json.dumps(entries))
   with pytest.raises(UserError, match="tensor|soft_tokens|prefix"):
@@ -278,11 +294,11 @@ def test_late_activations_are_those_of_the_shorter_text():
   @tolerances.jit
   def outputs(tokens):
     point = jnp.full((1, 1), tokens.shape[1] - 1)
-    laid = traces.lay_out(tokens, documents, point, spec, late[:, None])
+    laid = traces.layout_traces(tokens, documents, point, spec, late[:, None])
     args = model, decoder
     hidden, cache = objective.context_pass(*args, tokens, documents, spec)
     read = coprocessor.source_cache(model, coproc, cache, hidden, spec)
-    copied = transformer.embed(model, decoder, laid.copied)
+    copied = transformer.embed(model, decoder, laid.input_tokens)
     return coprocessor.outputs(model, coproc, read, laid, copied)
 
   np.testing.assert_array_equal(outputs(tokens), outputs(other))

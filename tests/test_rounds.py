@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import small_runs
 from packed import DOCUMENTS, STARTS_AT, S, note
-from test_generate_engine import quick  # noqa: F401, a fixture
 from tolerances import (
   GRADIENT,
   LOSS,
@@ -33,7 +32,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference import engine, padding
-from cacheaug.inference.session import Plan, Session
+from cacheaug.inference.session import InsertionSchedule, Session
 from cacheaug.model import transformer
 from cacheaug.projects.background.worker import Worker
 from cacheaug.projects.speed import dense_reference
@@ -72,7 +71,7 @@ def parallel(*case):
 
   @jit
   def run(coproc):
-    laid = rounds.lay_out(tokens, DOCUMENTS, POINTS, spec)
+    laid = rounds.layout_traces(tokens, DOCUMENTS, POINTS, spec)
 
     def loss(coproc):
       _, cache = objective.context_pass(model, decoder, tokens, DOCUMENTS, spec)
@@ -105,7 +104,7 @@ def in_order(x):
 def one_by_one(*case):
   """nll, loss and gradients by plain passes, each over a cache of its own."""
   model, spec, decoder, _, _ = setup(*case)
-  tokens, documents, after = prompts(spec.reach)
+  tokens, documents, after = prompts(spec.tokens_predicted)
   weights = in_order(parallel(*case)[0][1])
   b, s = tokens.shape
 
@@ -165,32 +164,34 @@ def one_by_one(*case):
   return jax.device_get((nll, value, grads))
 
 
-def decoded(*case, every=None, told=None):
-  """nll [b m, T], told what to say, latents as Plan(every=k) puts them."""
+def decoded(*case, every=None, forced_suffix=None):
+  """nll [b m, T], tokens forced, latents as a schedule of every=k puts them."""
   model, spec, decoder, coproc, _ = setup(*case)
-  tokens, documents, after = prompts(spec.reach)
-  after = after if told is None else told
+  tokens, documents, after = prompts(spec.tokens_predicted)
+  after = after if forced_suffix is None else forced_suffix
   b, count = len(tokens), 0
   context = jit(lambda: generate.read(model, decoder, tokens, documents))()
   state = engine.start(
     model,
     context,
     jax.random.split(jax.random.key(0), b),
-    max_new_tokens=spec.reach,
+    max_new_tokens=spec.tokens_predicted,
     latents=N * spec.rounds,
   )
   stride = spec.stride if every is None else every
   for i in range(spec.rounds):
-    state = engine.advance(
+    state = engine.decode(
       model, decoder, state, stride * i, scored=True, forced=after
     )
     on = np.ones(b, bool)
-    state = engine.insert(model, decoder, coproc, state, count, on, spec)
+    state = engine.insert_latents(
+      model, decoder, coproc, state, count, on, spec
+    )
     count += 1
-  state = engine.advance(
-    model, decoder, state, spec.reach, scored=True, forced=after
+  state = engine.decode(
+    model, decoder, state, spec.tokens_predicted, scored=True, forced=after
   )
-  np.testing.assert_array_equal(state.said, after)
+  np.testing.assert_array_equal(state.generated, after)
   return np.asarray(state.nll)
 
 
@@ -200,9 +201,9 @@ def test_training_is_one_round_after_another(scheme, start, count, stride):
   (nll, weights), loss, grads = parallel(*case)
   expected, whole, expected_grads = one_by_one(*case)
   spec = setup(*case)[1]
-  assert nll.shape == (2, 3, spec.reach)
+  assert nll.shape == (2, 3, spec.tokens_predicted)
   left = np.array([3, 12, 9, 7])  # tokens of each one's document
-  inside = np.arange(spec.reach)[None] < left[:, None]
+  inside = np.arange(spec.tokens_predicted)[None] < left[:, None]
   np.testing.assert_array_equal(in_order(weights), inside)
   there = in_order(weights) > 0
   note("nll", close(in_order(nll)[there], expected[there], NLL))
@@ -212,7 +213,7 @@ def test_training_is_one_round_after_another(scheme, start, count, stride):
 
 @cases
 def test_training_is_what_decoding_does(scheme, start, count, stride):
-  """Plan(every=stride): latents at p, p + k .. while the text is told."""
+  """every=stride: latents at p, p + k .. while the text is forced."""
   case = scheme, start, count, stride
   (nll, weights), _, _ = parallel(*case)
   there = in_order(weights) > 0
@@ -229,7 +230,7 @@ def test_later_rounds_read_the_earlier_latents():
 
   @jit
   def gradient(coproc):
-    laid = rounds.lay_out(tokens, DOCUMENTS, POINTS, spec)
+    laid = rounds.layout_traces(tokens, DOCUMENTS, POINTS, spec)
     # Of the first round's rows the decoder's second pass sees none.
     assert not rounds.masks(spec, 1)[1][N:, :N].any()
     assert rounds.masks(spec, 1)[0][N:, :N].all()
@@ -237,11 +238,13 @@ def test_later_rounds_read_the_earlier_latents():
 
     def nll(extra):
       first = laid.rounds[0]
-      moved = laid.replace(rounds=(first.replace(copied=extra), laid.rounds[1]))
+      moved = laid.replace(
+        rounds=(first.replace(input_tokens=extra), laid.rounds[1])
+      )
       return objective.traces_nll(model, decoder, coproc, cache, moved)
 
-    other = (laid.rounds[0].copied + 1) % model.config.vocab_size
-    return nll(laid.rounds[0].copied), nll(other)
+    other = (laid.rounds[0].input_tokens + 1) % model.config.vocab_size
+    return nll(laid.rounds[0].input_tokens), nll(other)
 
   same, other = gradient(coproc)
   far(same, other)
@@ -255,7 +258,10 @@ def picture(spec, i, reading):
   labels = []
   for j in range(i + 1):
     word = "bcd"[spec.stride * j]
-    labels += [f"{word}'", *"cdef"[spec.stride * j :][: rounds.fed_in(spec, j)]]
+    labels += [
+      f"{word}'",
+      *"cdef"[spec.stride * j :][: rounds.tokens_fed(spec, j)],
+    ]
   order = rounds.masks(spec, i)[not reading]
   hides = spec.positions == "replace" and (i or not reading)
   context = np.tile(np.arange(4) < (1 if hides else 2), (len(order), 1))
@@ -308,13 +314,15 @@ def test_docstring_draws_the_masks():
 
 def test_reaching_is_as_far_as_asked():
   spec = Layout(N, A, rounds=3, stride=4)
-  assert spec.reach == 11
+  assert spec.tokens_predicted == 11
   for tokens in (1, 4, 5, 8, 9, 32):
-    some = spec.reaching(tokens)
-    assert some.reach == tokens and some.ahead >= 1 and some.rounds <= 3
+    some = spec.with_horizon(tokens)
+    assert (
+      some.tokens_predicted == tokens and some.ahead >= 1 and some.rounds <= 3
+    )
     assert some.rounds == 1 + sum(4 * i < tokens for i in (1, 2))
-  once = Layout(N, A, rounds=3).reaching(5)
-  assert (once.rounds, once.reach) == (3, 5)
+  once = Layout(N, A, rounds=3).with_horizon(5)
+  assert (once.rounds, once.tokens_predicted) == (3, 5)
 
 
 # --- in training ------------------------------------------------------------
@@ -381,7 +389,7 @@ def test_inserted_rounds_need_positions(tmp_path):
 def test_other_ways_refuse_rounds():
   _, spec, _, _, tokens = setup(*CASES[0])
   with pytest.raises(UserError, match="cannot come late"):
-    rounds.lay_out(tokens, DOCUMENTS, POINTS, spec, 0 * POINTS)
+    rounds.layout_traces(tokens, DOCUMENTS, POINTS, spec, 0 * POINTS)
   batch = {"tokens": tokens, "documents": DOCUMENTS}
   with pytest.raises(UserError, match="no dense way"):
     dense_reference.naive_loss(None, None, None, batch, POINTS, spec)
@@ -397,13 +405,15 @@ def test_flop_are_of_every_round(stride):
   common = dict(batch=1, sequence=S, traces=2, latents=N, ahead=A)
   sizes = flops.Sizes(**common, rounds=3, stride=stride)
   one = flops.Sizes(**common)
-  assert sizes.reach == spec.reach
+  assert sizes.tokens_predicted == spec.tokens_predicted
   # A block counts as N + A rows: the last one is predicted only.
   assert sizes.decoder_rows == 2 * (len(rounds.offsets(spec, 2)) + 1)
   own = 0
   for i in range(3):
     reading, decoding = rounds.masks(spec, i)
-    own += reading[-N:].sum() + decoding[-N - rounds.fed_in(spec, i) :].sum()
+    own += (
+      reading[-N:].sum() + decoding[-N - rounds.tokens_fed(spec, i) :].sum()
+    )
   own += len(decoding) + 1  # of the row that is only predicted
   per_row = sum(flops._context_attention(model, S)) / S  # noqa: SLF001
   pair = flops.attention_per_pair(model)
@@ -413,18 +423,18 @@ def test_flop_are_of_every_round(stride):
     context + 3 * (rows * per_row + 2 * own * pair)
   )
   ratio = flops.useful(model, sizes).logits / flops.useful(model, one).logits
-  assert ratio == pytest.approx(spec.reach / A)
+  assert ratio == pytest.approx(spec.tokens_predicted / A)
 
 
 # --- in decoding ------------------------------------------------------------
 
 
 def test_sessions_insert_as_trained():
-  """Plan(before=...) ends a chain at the prompt's end; rounds at one point."""
+  """before=... ends a chain at the prompt's end; rounds at one point."""
   for case in (CASES[2], CASES[4]):
     model, spec, decoder, coproc, _ = setup(*case)
-    tokens, documents, after = prompts(spec.reach)
-    told = spec.reach - spec.ahead
+    tokens, documents, after = prompts(spec.tokens_predicted)
+    told = spec.tokens_predicted - spec.ahead
     read = jit(functools.partial(generate.read, model))
     context = read(decoder, tokens, documents)
     before = tuple({told - spec.stride * i for i in range(spec.rounds)} - {0})
@@ -435,8 +445,8 @@ def test_sessions_insert_as_trained():
       max_new_tokens=spec.ahead,
       coproc=coproc,
       spec=spec,
-      plan=Plan(before=before, rounds=spec.at_once),
-      told=after[:, :told],
+      plan=InsertionSchedule(before=before, rounds=spec.rounds_per_point),
+      forced_suffix=after[:, :told],
       scored=True,
     )
     said = session.run(1)
@@ -445,17 +455,19 @@ def test_sessions_insert_as_trained():
     assert steps == [spec.stride * i - told for i in range(spec.rounds)]
     own = after.copy()
     own[:, told] = said[:, 0]
-    same = decoded(*case, told=own)
+    same = decoded(*case, forced_suffix=own)
     close(session.nll()[:, 0], same[:, told], NLL)
 
 
 def test_a_trained_coprocessor_says_how_often():
   spec = Layout(N, A, rounds=2, stride=4)
-  assert Plan.trained(spec) == Plan(every=4)
-  assert Plan.trained(Layout(N, A, rounds=3)) == Plan(rounds=3)
-  assert Plan.trained(Layout(N, A)) == Plan()
-  plan = Plan(at=(0,), before=(8, 4), rounds=2)
-  assert plan.room(5) == 6 and plan.told == 8 and plan.first(5) == -8
+  assert InsertionSchedule.trained(spec) == InsertionSchedule(every=4)
+  assert InsertionSchedule.trained(Layout(N, A, rounds=3)) == InsertionSchedule(
+    rounds=3
+  )
+  assert InsertionSchedule.trained(Layout(N, A)) == InsertionSchedule()
+  plan = InsertionSchedule(at=(0,), before=(8, 4), rounds=2)
+  assert plan.room(5) == 6 and plan.forced_tokens == 8 and plan.first(5) == -8
   for wrong in (dict(before=(0,)), dict(rounds=0)):
     with pytest.raises(UserError, match="1 or more|at least 1"):
-      Plan(**wrong)
+      InsertionSchedule(**wrong)

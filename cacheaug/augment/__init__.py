@@ -3,16 +3,16 @@
 How a batch's `tokens` [B, S] get from the command to the loss, a line a call:
 
    1  main.main                        the command line, and errors as one line
-   2  train.run                        mesh, data, model, state, restore, loop
-   3  data.pipeline: batches.at        tokens, documents [B, S] of one step
+   2  train.train                      mesh, data, model, state, restore, loop
+   3  pipeline.Batches.iterate         tokens, documents [B, S] of one step
    4  step.make_step: step             jitted: loss, gradient, update
    5  step.add_points                  points p [B, M], and lateness
    6    point_sampling.sample_points   where latents stand
    7  step.summed                      in micro-batches
    8  step.make_step: loss             the trainable tree made whole
    9  objective.coprocessor_loss       the three passes
-  10    rounds.lay_out                 rows, targets and weights of M traces
-  11      traces.lay_out
+  10    rounds.layout_traces           rows, targets and weights of M traces
+  11      traces.layout_traces
   12    objective.context_pass         1: the frozen decoder's cache
   13      transformer.run
   14    objective.traces_nll

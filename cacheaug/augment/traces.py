@@ -21,8 +21,9 @@ arXiv 2412.17747; rows are queries, primes are latents):
         e   # # # #              #  #
 
 Row b' predicts c, the row c after it predicts d, and so on: A predictions from
-R rows. `lay_out` makes rows, targets and weights for the fast path, which never
-forms this mask; `dense_mask` is the picture itself, for reference and drawing.
+R rows. `layout_traces` makes rows, targets and weights for the fast path, which
+never forms this mask; `dense_mask` is the picture itself, for reference and
+drawing.
 
 Schemes decide the positions (and so RoPE) of latents and ahead tokens, which
 the paper does not state:
@@ -40,7 +41,11 @@ rows (pass 2) then stand where those of a trace after p - d would; everything in
 the decoder's pass (positions, hidden entries, ahead tokens, targets) is that of
 a trace after p. Nothing of the d tokens between reaches the coprocessor.
 
-Kinds of coprocessor (coprocessor.py) that hand over keys and values in place
+A window W throws the rest of the context away at the point: the block sees the
+context tokens p-W+1 .. p, with keys and values as they were computed, and its
+latents, which have read the whole context and are to stand for what is gone.
+
+Kinds of coprocessor (kinds.py) that hand over keys and values in place
 of embeddings leave no last latent to predict y_1 from. Then a trace's block is
 N rows that are given and A that are run, x[p] again and y_1 .. y_{A-1}: x[p]
 stands where the last latent does and asks only, so that no row sees its keys
@@ -87,6 +92,7 @@ class Layout:
   kind: Kind = Kind.COPROCESSOR
   rounds: int = 1  # of latents a trace, see rounds.py
   stride: int = 0  # k, tokens between rounds; 0: all rounds at one point
+  window: int = 0  # W, context tokens that rows after a point see; 0: all
 
   def __post_init__(self):
     object.__setattr__(self, "kind", Kind.of(self.kind))
@@ -108,11 +114,25 @@ class Layout:
       )
     if self.rounds > 1:
       self.kind.check("rounds", rounds=self.rounds)
+    if self.window < 0:
+      raise UserError(f"traces.window={self.window} must be 0 (off) or more")
+    if self.window and self.rounds > 1:
+      raise UserError(
+        f"traces.window={self.window} with traces.rounds={self.rounds}: the "
+        "later rounds would read what is thrown away; set one of them to "
+        "window=0 or rounds=1"
+      )
+    if self.window and self.window < self.context_needed:
+      raise UserError(
+        f"traces.window={self.window} is less than the {self.context_needed} "
+        f"tokens that coprocessor.latents={self.latents} stand on: raise it, "
+        "or 0 for no window"
+      )
 
   @property
-  def latents_are_kv(self) -> bool:
-    """Latents are keys and values for the decoder, not embeddings."""
-    return self.kind.latents_are_kv
+  def reruns(self) -> int:
+    """1 where x[p] is run again, as latents that are keys and values ask."""
+    return int(self.kind.latents_are_kv)
 
   @property
   def stands_in(self) -> bool:
@@ -127,22 +147,21 @@ class Layout:
   def rows(self) -> int:
     """R, rows of one block in the decoder's pass.
 
-    N + A - 1. Where the N latents are keys and values, x[p] is run again: one
-    row more.
+    N + A - 1 and, where x[p] is run again, one more.
     """
-    return self.latents + self.ahead - (0 if self.latents_are_kv else 1)
+    return self.latents + self.ahead - 1 + self.reruns
 
   @property
-  def reach(self) -> int:
+  def tokens_predicted(self) -> int:
     """Tokens that one trace predicts, in all its rounds."""
     return self.stride * (self.rounds - 1) + self.ahead
 
   @property
-  def at_once(self) -> int:
+  def rounds_per_point(self) -> int:
     """Rounds at one point, one upon another."""
     return 1 if self.stride else self.rounds
 
-  def reaching(self, tokens: int) -> "Layout":
+  def with_horizon(self, tokens: int) -> "Layout":
     """The same for that many tokens after a point, no round beyond them."""
     rounds = self.rounds
     if self.stride:
@@ -169,15 +188,21 @@ class Traces:
   points: jax.Array  # [B, M], index of the last visible context token
   latent_rows: Rows  # pass 2: N rows a trace
   rows: Rows  # pass 3: R rows a trace, the first N given or run
-  copied: jax.Array  # [B, M, N] tokens x[p-N+1 .. p], of late ones up to p-d
+  input_tokens: jax.Array  # [B, M, N] x[p-N+1 .. p]; of late traces up to p-d
   ahead: jax.Array  # [B, M, A-1] tokens y_1 .. y_{A-1}
   targets: jax.Array  # [B, M, A] tokens y_1 .. y_A
   weights: jax.Array  # [B, M, A] float32, 0 where y_j is not in p's document
-  # [B, M, N] tokens x[p-N+1 .. p]; None: no trace is late, they are `copied`.
-  repeated: jax.Array | None = None
+  # [B, M, N] x[p-N+1 .. p]; None where no trace is late: the `input_tokens`.
+  base_tokens: jax.Array | None = None
   kind: Kind = flax.struct.field(pytree_node=False, default=Kind.COPROCESSOR)
   start: str = flax.struct.field(pytree_node=False, default="harmless")
   rounds: tuple[Any, ...] = ()  # of rounds.Round, where there are several
+
+  @property
+  def reruns(self) -> int:
+    """As of Layout: rows beside those of latents and ahead tokens."""
+    rows = self.rows.positions.shape[-1]
+    return rows - self.input_tokens.shape[-1] - self.ahead.shape[-1]
 
 
 def segments_of(documents: jax.Array, mask_documents: bool) -> jax.Array:
@@ -194,7 +219,7 @@ def starts_of(segments: jax.Array) -> jax.Array:
   return jax.lax.cummax(jnp.where(new, index, 0), axis=1)
 
 
-def lay_out(
+def layout_traces(
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
   points: jax.Array,  # [B, M], -1 = no trace
@@ -227,32 +252,38 @@ def lay_out(
   segments = segments_of(documents, layout.mask_documents)
   segment, starts = at(segments, p), at(starts_of(segments), p)
 
-  def rows(positions, limits):
+  def rows(positions, limits, first_visible=None):
     here = jnp.broadcast_to(segment, positions.shape)
-    return Rows(positions, here, limits, starts=starts)
+    return Rows(
+      positions, here, limits, starts=starts, first_visible=first_visible
+    )
 
-  first = 0 if layout.latents_are_kv else 1  # x[p] is run again, or not
+  first = 1 - layout.reruns
   row_positions = jnp.concatenate(
     [latent_positions, p + shift + jnp.arange(first, a)[None, None]], -1
   )
-  block = rows(row_positions, p - n if layout.positions == "replace" else p)
-  if layout.latents_are_kv:
-    block = block.replace(order=asked_again(layout)[None, None])
+  block = rows(
+    row_positions,
+    p - n if layout.positions == "replace" else p,
+    p - layout.window + 1 if layout.window else None,
+  )
+  if layout.reruns:
+    block = block.replace(order=rerun_mask(layout)[None, None])
   return Traces(
     points=points,
     latent_rows=rows(reading + shift, read - n if layout.stands_in else read),
     rows=block,
-    copied=at(tokens, reading),
+    input_tokens=at(tokens, reading),
     ahead=targets[..., :-1],
     targets=targets,
     weights=((points >= 0)[..., None] & same).astype(jnp.float32),
-    repeated=None if late is None else at(tokens, last),
+    base_tokens=None if late is None else at(tokens, last),
     kind=layout.kind,
     start=layout.start,
   )
 
 
-def asked_again(layout: Layout) -> jax.Array:  # [R, R] bool
+def rerun_mask(layout: Layout) -> jax.Array:  # [R, R] bool
   """Whom of its block each row sees, where the N latents are given.
 
   Itself and those before, but for row N, which only asks: x[p] run again.
@@ -280,11 +311,12 @@ def dense_mask(
   for m, p in enumerate(points):
     first = s + m * r
     seen = p - layout.latents if layout.positions == "replace" else p
+    begin = max(p - layout.window + 1, 0) if layout.window else 0
     for i in range(r):
-      for k in range(seen + 1):
+      for k in range(begin, seen + 1):
         mask[first + i, k] = real[k] and segments[k] == segments[p]
       mask[first + i, first : first + i + 1] = True
-    if layout.latents_are_kv:  # x[p] again asks only
+    if layout.reruns:  # x[p] again asks only
       mask[:, first + layout.latents] = False
   return mask
 

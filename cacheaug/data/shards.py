@@ -1,8 +1,8 @@
 """A cache of packed rows: its files, and reading rows from them.
 
-A cache is a directory. A shard is, for each split, an ArrayRecord file of
-rows, plus a JSON file with their sizes and checksums that is renamed into
-place after them; `meta.json` comes last of all. What has no JSON file does not
+A cache is a directory. A shard is an ArrayRecord file of rows for each split,
+plus a JSON file with their sizes and checksums, which is renamed into place
+after them; `meta.json` is written last. A shard without its JSON file does not
 exist.
 
 A row is the bytes of tokens uint16[S] (int32[S] for a vocabulary over 65536)
@@ -16,13 +16,13 @@ import json
 import pathlib
 import sys
 import typing
-import uuid
 import zlib
 
 import numpy as np
 
 from cacheaug import errors
 from cacheaug.data import record_files
+from cacheaug.run import files
 
 SPLITS = ("train", "validation")
 ANSWER = 1 << 30  # above every number of a document
@@ -33,7 +33,7 @@ _IN_MEMORY_BYTES = 256 << 20
 
 
 class _CorruptError(Exception):
-  """A shard's file differs from what its JSON file says."""
+  """A shard's file has not the size or checksum of its JSON file."""
 
   def __init__(self, shard: int, path: pathlib.Path):
     super().__init__(str(path))
@@ -150,7 +150,7 @@ def write_records(path: pathlib.Path, records: list[bytes]) -> dict[str, int]:
   """Writes an ArrayRecord file by rename; returns its size and checksum."""
   from array_record.python import array_record_module
 
-  temporary = _temporary(path)
+  temporary = files.temporary(path)
   try:
     # Random access reads a whole group: one record each.
     writer = array_record_module.ArrayRecordWriter(
@@ -203,21 +203,15 @@ def json_path(directory: pathlib.Path, shard: int) -> pathlib.Path:
   return directory / f"shard-{shard:05d}.json"
 
 
-def _temporary(path: pathlib.Path) -> pathlib.Path:
-  return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-
-
 def write_json(path: pathlib.Path, entries: dict[str, typing.Any]) -> None:
   """Writes a JSON file by rename, so that it is whole or absent."""
-  temporary = _temporary(path)
-  temporary.write_text(json.dumps(entries))
-  temporary.replace(path)
+  files.write_whole(path, json.dumps(entries).encode())
 
 
 def read_shard_json(
   directory: pathlib.Path, shard: int
 ) -> dict[str, typing.Any] | None:
-  """What the shard holds; None if it is missing or cut short."""
+  """Reads the sizes and checksums of a shard; None if it is incomplete."""
   try:
     entry = json.loads(json_path(directory, shard).read_text())
   except (FileNotFoundError, ValueError):
@@ -237,7 +231,7 @@ def _sizes_match(
 
 
 def is_complete(directory: pathlib.Path) -> bool:
-  """Whether every shard is there, as far as sizes tell."""
+  """Whether every shard exists and has its size."""
   try:
     meta = json.loads((directory / "meta.json").read_text())
   except (FileNotFoundError, ValueError):

@@ -19,12 +19,12 @@ from cacheaug.model import decode_rows, transformer
 from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Params, Transformer
 
-_split = jax.jit(decode_rows.split_layers)
+_unstack = jax.jit(decode_rows.unstack_layers)
 
 
-def apart(params: Params) -> Params:
-  """On the CPU a copy with the layers apart; see `decoding.split_layers`."""
-  return _split(params) if jax.default_backend() == "cpu" else params
+def unstack_on_cpu(params: Params) -> Params:
+  """On the CPU a copy with unstacked layers; see decode_rows.py."""
+  return _unstack(params) if jax.default_backend() == "cpu" else params
 
 
 def check_prompts(
@@ -102,6 +102,8 @@ def augment(
   positions = latents.positions
   if spec.positions == "replace":
     cache = cache.hide_after(positions[:, 0] - 1)
+  if spec.window:
+    cache = cache.hide_before(position - spec.window)
   if latents.kv is not None:
     cache = cache.concat(latents.kv)
     hidden = engine.rerun_last_token(model, decoder, cache, latents)
@@ -111,6 +113,11 @@ def augment(
   return hidden, cache, positions[:, -1] + 1
 
 
+def reads_states(spec: Layout | None) -> bool:
+  """Whether `read` is to keep the states; None: there is no coprocessor."""
+  return spec is not None and spec.kind.reads_states
+
+
 def read(
   model: Transformer,
   decoder: Params,
@@ -118,7 +125,7 @@ def read(
   documents: jax.Array,  # [B, S]
   keep_states: bool = False,
 ) -> Context:
-  """The decoder reads the prompts, each one document.
+  """Prefill: the decoder reads the prompts, each one document.
 
   With `keep_states` its hidden states stay for a coprocessor to read.
   """
@@ -145,11 +152,11 @@ def augment_context(
   Raises:
     UserError: several rounds that come late.
   """
-  if late is not None and spec.at_once > 1:
+  if late is not None and spec.rounds_per_point > 1:
     raise UserError(
       f"traces.rounds={spec.rounds}: latents of several rounds cannot come late"
     )
-  for _ in range(spec.at_once):
+  for _ in range(spec.rounds_per_point):
     hidden, cache, position = augment(
       model,
       decoder,
@@ -178,19 +185,19 @@ def decode(
 ) -> jax.Array:  # [B, max_new_tokens]
   """The most likely continuation.
 
-  A sequence ends with the first of `stop_ids` that it says, and is filled up
-  with stop_ids[0]; the -1 by default is no token and ends none.
+  A sequence ends with its first token of `stop_ids`, and is filled up with
+  stop_ids[0]; the -1 by default is no token and ends none.
   """
   # The barrier: once a call in place of once a step.
-  decoder = jax.lax.optimization_barrier(apart(decoder))
+  decoder = jax.lax.optimization_barrier(unstack_on_cpu(decoder))
   keys = jax.random.split(jax.random.key(0), len(context.tokens))  # unused
   state = engine.start(model, context, keys, max_new_tokens=max_new_tokens)
-  state = engine.advance(
+  state = engine.decode(
     model, decoder, state, max_new_tokens, stop_ids=stop_ids
   )
   # All sequences may be done before the last step.
-  said = jnp.arange(max_new_tokens)[None] < state.step
-  return jnp.where(said, state.said, stop_ids[0])
+  decoded = jnp.arange(max_new_tokens)[None] < state.step
+  return jnp.where(decoded, state.generated, stop_ids[0])
 
 
 @functools.partial(
@@ -213,8 +220,8 @@ def greedy(
 
   With `late` the coprocessor has not read the prompts' last so many tokens.
   """
-  reads = coproc is not None and spec.kind.reads_states
-  context = read(model, decoder, tokens, documents, reads)
+  keep = reads_states(None if coproc is None else spec)
+  context = read(model, decoder, tokens, documents, keep)
   if coproc is not None:
     context = augment_context(model, decoder, coproc, context, spec, late)
   return decode(

@@ -24,14 +24,14 @@ from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference import padding
 from cacheaug.inference.engine import Context
-from cacheaug.inference.session import Plan
+from cacheaug.inference.session import InsertionSchedule
 from cacheaug.lm import LM
 from cacheaug.model import transformer
 from cacheaug.model.cache import KVCache
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.projects.context_store.store import Entry, Identity, Store
-from cacheaug.run.checksum import leaf_checksum
+from cacheaug.run.checksum import checksums
 from cacheaug.weights import leaves
 
 
@@ -135,14 +135,9 @@ def _read_on(
 
 def _checksum(params: Params) -> list:
   flat = leaves.flatten(params)
-  sums = np.asarray(_checksums(list(flat.values())))
+  sums = checksums(flat.values())
   shapes = [[k, str(x.dtype), *x.shape] for k, x in flat.items()]
   return [shapes, sums.tolist()]
-
-
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> jax.Array:
-  return jnp.stack([leaf_checksum(x) for x in leaves])
 
 
 # Fields of ModelConfig that came after the first stores. At its default such a
@@ -240,7 +235,7 @@ class StoredLM(LM):
       spec = self._coprocessor().spec
       generate.check_prompts([tokens], spec)
       if spec.positions == "insert":
-        pushed = spec.latents * spec.at_once
+        pushed = spec.latents * spec.rounds_per_point
         self._check_positions(len(tokens) + pushed, 0)
 
   def has(self, tokens: list[int], latents: bool) -> bool:
@@ -262,7 +257,7 @@ class StoredLM(LM):
       Which are stored; the others are larger than the store may be.
     """
     filled = rows + rows[-1:] * (batch - len(rows))
-    context, _ = super()._begin(filled, [latents] * batch, Plan())
+    context, _ = super()._begin(filled, [latents] * batch, InsertionSchedule())
     if latents:
       context = self.augment(context)
     return [
@@ -340,15 +335,17 @@ class StoredLM(LM):
     if not which:
       return []
     plain = [False] * len(which)
-    context, _ = super()._begin([rows[i] for i in which], plain, Plan())
+    context, _ = super()._begin(
+      [rows[i] for i in which], plain, InsertionSchedule()
+    )
     found = entries_of(context)
     for entry in found:
       self._put(entry)
     return found
 
   def _begin(
-    self, rows: list[list[int]], on: Sequence[bool], plan: Plan
-  ) -> tuple[Context, Plan]:
+    self, rows: list[list[int]], on: Sequence[bool], plan: InsertionSchedule
+  ) -> tuple[Context, InsertionSchedule]:
     """Contexts of the store; latents of the prompt's end are in them."""
     if plan.before:
       raise UserError(
