@@ -88,7 +88,7 @@ class Batches:
       pad_id: token of the rows that fill up the last batch of `epoch`.
       process_index: p.
       process_count: P, a divisor of B.
-      answers: batches say which tokens are of answers.
+      answers: batches hold 'answers', the mask of answers' tokens.
       results: batches say what each step of a question results in.
     """
     self._answers = answers
@@ -205,20 +205,20 @@ class Batches:
     answers = np.empty(shape, bool)
     results = np.full((*shape, self._results), -1, np.int32)
     for k in np.unique(parts):
-      here = parts == k
+      chosen = parts == k
       try:
-        tokens[here], found = self._parts[k].take(
-          examples[here] - self._starts[k]
+        tokens[chosen], marks = self._parts[k].take(
+          examples[chosen] - self._starts[k]
         )
       except shards.UnreadableError as error:
         raise shards.UnreadableError(f"{self._labels[k]}: {error}") from error
       offset = np.int32(self._offsets[k])
-      answers[here] = found >= shards.ANSWER
-      found = np.where(answers[here], found - shards.ANSWER, found)
-      documents[here] = np.where(found < 0, found, found + offset)
+      answers[chosen] = marks >= shards.ANSWER
+      numbers = np.where(answers[chosen], marks - shards.ANSWER, marks)
+      documents[chosen] = np.where(numbers < 0, numbers, numbers + offset)
       if self._results:
-        steps = self._parts[k].results(examples[here] - self._starts[k])
-        results[here, :, : steps.shape[-1]] = steps
+        steps = self._parts[k].results(examples[chosen] - self._starts[k])
+        results[chosen, :, : steps.shape[-1]] = steps
     batch = {"tokens": tokens, "documents": documents}
     if self._answers:
       batch["answers"] = answers
@@ -226,7 +226,7 @@ class Batches:
 
 
 def pad_rows(batch: Batch, rows: int, pad_id: int = 0) -> Batch:
-  """The batch filled up with rows of padding to so many."""
+  """The batch with rows of padding added, up to `rows` rows."""
   fill = {"tokens": pad_id, "documents": -1, "answers": False, "results": -1}
   missing = rows - len(batch["tokens"])
   return {
