@@ -230,6 +230,8 @@ def report(
     "began as": config.coprocessor.init,
     "traces a sequence": config.traces.count,
   }
+  if spec.window:
+    meta["context that latents' readers see"] = f"{spec.window} tokens"
   text = run_report.coprocessor_report(
     config, workdir, model, decoder, params, tokenizer, spec, meta
   )

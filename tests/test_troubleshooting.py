@@ -285,6 +285,32 @@ def no_traces(config, directory):
   validate.check_config(config, 1)
 
 
+def a_small_window(config, directory):
+  config.traces.window = 1
+  validate.check_config(config, 1)
+
+
+def a_window_below_the_sliding_one(config, directory):
+  config.traces.window = 4
+  validate.check_model(config, configs.model_of(config))
+
+
+def a_teacher_that_sees_no_more(config, directory):
+  config.teacher.weight = 1.0
+  validate.check_config(config, 1)
+
+
+def a_teacher_without_latents(config, directory):
+  config.objective, config.traces.decay = "language_model", 0.9
+  config.language_model.loss = "traces"
+  validate.check_config(config, 1)
+
+
+def labels_of_a_prefix(config, directory):
+  config.supervision.weight, config.coprocessor.kind = 0.5, "prefix"
+  validate.check_config(config, 1)
+
+
 def too_long_for_the_decoder(config, directory):
   config.data.sequence = 128
   validate.check_model(config, configs.model_of(config))

@@ -144,7 +144,7 @@ def coprocessor_loss(
     )
     divergence *= traces.weights
     extras["teacher"] = divergence.sum(), traces.weights.sum()
-    total += terms.teacher * (divergence * along).sum()
+    total += terms.teacher * (divergence.sum((0, 1)) * along).sum()
   if terms.supervision:
     labels, weights = labels_of(batch["steps"], points, layout, terms)
     rows = latents[:, :, : labels.shape[-1]]
