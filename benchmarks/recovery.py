@@ -9,7 +9,9 @@ A line of the table a restart:
 
 - ready: seconds from the kill until the log says 'resumed from step';
 - step: seconds from the kill to the next finished step;
-- back: seconds from the kill until the step of the kill is finished again.
+- back: seconds from the kill until the step of the kill is finished again;
+- CPU: processor seconds of the new process until that next finished step, which
+  say more than the clock where the machine has other work.
 
 Every step that was logged twice, before a kill and after it, must have the same
 checksum of its rows (`batch` in speed.jsonl), whatever the devices; otherwise
@@ -65,6 +67,11 @@ class Run:
       time.sleep(0.01)
     return time.monotonic()
 
+  def cpu(self) -> float:
+    """Processor seconds that the process has taken so far."""
+    fields = Path(f"/proc/{self.process.pid}/stat").read_text().split()
+    return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
+
   def text(self) -> str:
     """What the process has printed."""
     return self.log.read_text(errors="replace")
@@ -113,8 +120,8 @@ def measure(options: argparse.Namespace) -> None:
   twice = 0
   run = Run(0, devices[0], options)
   killed, step = run.kill_after_checkpoint()
-  print("| devices | resumed from | killed at | ready | step | back |")
-  print("|---|---|---|---|---|---|")
+  print("| devices | resumed from | killed at | ready | step | back | CPU |")
+  print("|---|---|---|---|---|---|---|")
   for number, count in enumerate(devices, start=1):
     for k, checksum in run.batches().items():
       seen[k].add(checksum)
@@ -124,10 +131,11 @@ def measure(options: argparse.Namespace) -> None:
     start = run.resumed()
     run.wait(lambda run=run, old=before: run.file() != old)
     again = run.wait(lambda run=run, s=start: s < run.last()) - killed
+    cpu = run.cpu()
     back = run.wait(lambda run=run, s=step: run.last() >= s) - killed
     print(
       f"| {count} | {start} | {step} | {ready - killed:.1f} s "
-      f"| {again:.1f} s | {back:.1f} s |",
+      f"| {again:.1f} s | {back:.1f} s | {cpu:.1f} s |",
       flush=True,
     )
     killed, step = run.kill_after_checkpoint()

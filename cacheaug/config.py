@@ -170,6 +170,9 @@ def base() -> ConfigDict:
   # Attention over the context: auto (by device and shape, and logged), or
   # plain, xla, tpu, gpu, see kernels/dispatch.py.
   c.attention = "auto"
+  # On GPUs: the same bits in every run of a step, at some price. The kernels
+  # add in one order in any case; a CPU and a TPU do everywhere.
+  c.deterministic = False
 
   c.log_every = 100  # steps
   c.checkpoint = ConfigDict()

@@ -17,7 +17,7 @@ from tolerances import write_token
 from cacheaug.augment import objective
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
-from cacheaug.model.static_cache import SlotCache
+from cacheaug.model.static_cache import StaticCache
 from cacheaug.model.transformer import Transformer
 from cacheaug.weights import huggingface, pretrained
 
@@ -191,7 +191,7 @@ def greedy(model, params, prompts):
       )
       return (cache, hidden), token
 
-    cache = SlotCache.of(cache, width + STEPS, model.dtype)
+    cache = StaticCache.of(cache, width + STEPS, model.dtype)
     start = cache, hidden[:, -1]
     return jax.lax.scan(step, start, jnp.arange(STEPS))[1].T
 

@@ -143,7 +143,7 @@ def run_blocks(
 
   Args:
     model: the architecture.
-    params: with `blocks` (stacked, or of decoding.split_layers) and
+    params: with `blocks` (stacked, or of decode_rows.unstack_layers) and
       `final_norm`.
     x: the rows' input embeddings.
     rows: where they stand.
@@ -209,7 +209,7 @@ def run(
       static_argnums=3,
     )
   x = x.astype(model.dtype)
-  if isinstance(params["blocks"], tuple):  # of decoding.split_layers
+  if isinstance(params["blocks"], tuple):  # of decode_rows.unstack_layers
     own, hidden = [], None
     for i, weights in enumerate(params["blocks"]):
       of_layer, first = jax.tree.map(lambda a, i=i: a[i], (layers[1], given))

@@ -62,6 +62,22 @@ PUBLISHED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
       window=512,
     ),
   ),
+  "gemma3_270m": (
+    "google/gemma-3-270m",
+    "Gemma's",
+    "gemma3",
+    dict(
+      vocab_size=262_144,
+      width=640,
+      layers=18,
+      heads=4,
+      kv_heads=1,
+      head_dim=256,
+      mlp_width=2048,
+      max_positions=32_768,
+      window=512,
+    ),
+  ),
   "llama32_1b": (
     "meta-llama/Llama-3.2-1B",
     "Meta's",
@@ -92,17 +108,37 @@ PUBLISHED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
       max_positions=32_768,
     ),
   ),
+  "smollm2_135m": (
+    "HuggingFaceTB/SmolLM2-135M",
+    "",
+    "llama",
+    dict(
+      vocab_size=49_152,
+      width=576,
+      layers=30,
+      heads=9,
+      kv_heads=3,
+      head_dim=64,
+      mlp_width=1536,
+      max_positions=8192,
+      rope_base=100_000.0,
+    ),
+  ),
 }
 
 
 def how_to_get(name: str) -> str:
   """One line: where the weights are and what to do with them."""
   repository, licence, _, _ = _published(name)
-  accept = f"accept {licence} licence at huggingface.co/{repository}, "
+  accept = (
+    f"accept {licence} licence at huggingface.co/{repository} and run `hf auth "
+    "login`, then "
+  )
   return (
-    f"give the directory of {repository}: {accept if licence else ''}run "
-    f"`huggingface-cli download {repository} --local-dir=DIR`, then "
-    "--config.decoder.path=DIR; without weights, try --config.runlocal=True"
+    f"{accept if licence else ''}give --config.decoder.path={repository}, "
+    "which is downloaded, or the directory of a copy (`hf download "
+    f"{repository} --local-dir=DIR`); without weights, try "
+    "--config.runlocal=True"
   )
 
 
