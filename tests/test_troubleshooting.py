@@ -21,7 +21,7 @@ from cacheaug import build, sharding, validate
 from cacheaug import config as configs
 from cacheaug.data import (
   gguf_metadata,
-  pipeline,
+  opening,
   record_files,
   shards,
   tokenizers,
@@ -38,7 +38,7 @@ _PAGE = (_ROOT / "docs" / "troubleshooting.md").read_text()
 
 def _batches(config: ConfigDict) -> None:
   tokenizer = tokenizers.load("byte")
-  pipeline.open_batches(config.data, tokenizer, split="train", seed=0)
+  opening.open_batches(config.data, tokenizer, split="train", seed=0)
 
 
 def no_weights(config, directory):
@@ -223,7 +223,7 @@ def open_files(config, directory, monkeypatch):
     record_files.resource, "getrlimit", lambda _: (1024, 4096)
   )
   tokenizer = tokenizers.load("byte")
-  batches = pipeline.open_batches(config.data, tokenizer, split="train", seed=0)
+  batches = opening.open_batches(config.data, tokenizer, split="train", seed=0)
   try:
     batches.at(0)
   except UserError as error:  # Without the cache's own name.

@@ -177,7 +177,7 @@ def to_latents(
   hidden: jax.Array,  # [B, M, N, D] of `hidden_states`
   traces: Traces,
   inputs: jax.Array,  # [B, M, N, D], as of `latents`, these two
-  base: jax.Array | None = None,
+  base: jax.Array | None = None,  # [B, M, N, D]
 ) -> jax.Array:  # z [B, M, N, D]
   """The second half of `latents`."""
   base = inputs if base is None else base

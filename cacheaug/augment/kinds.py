@@ -102,7 +102,14 @@ class Kind(enum.StrEnum):
   ACTIVATIONS = "activations", _WHOLE,      False, True,  _STATES
   # fmt: on
 
-  def __new__(cls, name, network, latents_are_kv, reads_states, does):
+  def __new__(
+    cls,
+    name: str,
+    network: tuple[str, ...],
+    latents_are_kv: bool,
+    reads_states: bool,
+    does: str,
+  ) -> "Kind":
     """A row of the table."""
     kind = str.__new__(cls, name)
     kind._value_ = name

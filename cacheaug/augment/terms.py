@@ -217,7 +217,10 @@ def labels_of(
   return jnp.maximum(labels, 0), there.astype(jnp.float32)
 
 
-def supervision_weight(terms: Terms, step: jax.Array) -> jax.Array | float:
+def supervision_weight(
+  terms: Terms,
+  step: jax.Array,  # []
+) -> jax.Array | float:
   """The labels' weight in the step after `step` of them."""
   if not terms.supervision_until:
     return terms.supervision
