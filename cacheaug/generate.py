@@ -153,7 +153,11 @@ def prompts_of(prompts: list[str], file: str) -> list[str]:
 
 
 def check_text(name: str, text: str) -> None:
-  """Refuses bytes that are no text: Python hands them on as surrogates."""
+  """Refuses bytes that are no text: Python hands them on as surrogates.
+
+  Raises:
+    UserError: such bytes; names the flag.
+  """
   try:
     text.encode()
   except UnicodeEncodeError as e:
