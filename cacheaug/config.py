@@ -67,6 +67,9 @@ def base() -> ConfigDict:
   # rank r on it is trained.
   c.coprocessor.lora_rank = 0
   c.coprocessor.start = "harmless"  # or 'as_is', see augment/coprocessor.py
+  # Of handover and prefix: a trained bias of attention to latents, by layer,
+  # entry and key head. Decoding has none: eval.problems must be 0.
+  c.coprocessor.kv_bias = False
   c.coprocessor.positions = "replace"  # or insert, overlay, see augment/traces
 
   c.language_model = ConfigDict()
@@ -381,6 +384,7 @@ def layout_of(config: ConfigDict) -> Layout:
     rounds=config.traces.rounds,
     stride=config.traces.stride,
     window=config.traces.window,
+    kv_bias=config.coprocessor.kv_bias,
   )
 
 

@@ -12,6 +12,7 @@ import make_golden
 import numpy as np
 import pytest
 import tokenizers
+from cases import slow_but
 from tolerances import write_token
 
 from cacheaug.augment import objective
@@ -78,7 +79,12 @@ def test_golden(case):
   assert_close(run(model, params, tokens, mask), theirs, mask)
 
 
-@pytest.mark.parametrize("case", make_golden.CASES)
+# The golden files hold the others to the same in the quick tests.
+_LIVE = tuple(make_golden.CASES)
+_QUICK = [_LIVE.index(case) for case in ("gemma2", "gemma3", "llama", "qwen3")]
+
+
+@pytest.mark.parametrize("case", slow_but(_LIVE, quick=_QUICK))
 def test_live(case, torch, tmp_path):
   """Past the window, with left padding, from a sharded directory."""
   reference = make_golden.build(case)
