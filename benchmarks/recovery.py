@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +60,7 @@ class Run:
       stderr=subprocess.STDOUT,
     )
 
-  def wait(self, condition) -> float:
+  def wait(self, condition: Callable[[], object]) -> float:
     """Until `condition` is true; the time when it came to be."""
     while not condition():
       if self.process.poll() is not None:

@@ -36,7 +36,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.data import problem_rows, problems
 from cacheaug.errors import UserError
 from cacheaug.evals import exact_match, perplexity, report, run_report
-from cacheaug.inference.session import Plan
+from cacheaug.inference.session import InsertionSchedule
 from cacheaug.lm import LM
 from cacheaug.run import command
 from cacheaug.weights import trained
@@ -91,7 +91,7 @@ def _arrays(found) -> list[np.ndarray]:
 
 
 def answered(
-  found: LM, source: Any, count: int, plan: Plan | None
+  found: LM, source: Any, count: int, plan: InsertionSchedule | None
 ) -> tuple[int, int]:
   """(right, asked); `plan` None is the frozen decoder."""
   options = problem_rows.options_of(source, "source")
@@ -122,8 +122,8 @@ def measure(
   before = tuple(again.stride * i for i in range(1, again.rounds))
   plans = {
     "frozen": None,
-    "once": Plan(),
-    "again": Plan(
+    "once": InsertionSchedule(),
+    "again": InsertionSchedule(
       before=before if again.stride else (), rounds=again.rounds_per_point
     ),
   }

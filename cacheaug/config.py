@@ -67,6 +67,9 @@ def base() -> ConfigDict:
   # rank r on it is trained.
   c.coprocessor.lora_rank = 0
   c.coprocessor.start = "harmless"  # or 'as_is', see augment/coprocessor.py
+  # Of handover and prefix: a trained bias of attention to latents, by layer,
+  # entry and key head. Decoding has none: eval.problems must be 0.
+  c.coprocessor.kv_bias = False
   c.coprocessor.positions = "replace"  # or insert, overlay, see augment/traces
 
   c.language_model = ConfigDict()
@@ -167,6 +170,9 @@ def base() -> ConfigDict:
   # Attention over the context: auto (by device and shape, and logged), or
   # plain, xla, tpu, gpu, see kernels/dispatch.py.
   c.attention = "auto"
+  # On GPUs: the same bits in every run of a step, at some price. The kernels
+  # add in one order in any case; a CPU and a TPU do everywhere.
+  c.deterministic = False
 
   c.log_every = 100  # steps
   c.checkpoint = ConfigDict()
@@ -378,6 +384,7 @@ def layout_of(config: ConfigDict) -> Layout:
     rounds=config.traces.rounds,
     stride=config.traces.stride,
     window=config.traces.window,
+    kv_bias=config.coprocessor.kv_bias,
   )
 
 

@@ -126,12 +126,12 @@ def test_a_run_on_a_full_disk_ends_in_one_line(small_disk, tmp_path):
 
 
 def test_a_full_disk_while_packing_is_one_line(small_disk, tmp_path):
-  from cacheaug.data import pipeline, tokenizers
+  from cacheaug.data import opening, tokenizers
 
   config = small_runs.get_config(str(tmp_path / "d"))
   config.data.cache_dir = str(small_disk(8192))
   with pytest.raises(UserError) as caught:
-    pipeline.open_batches(
+    opening.open_batches(
       config.data, tokenizers.load("byte"), split="train", seed=0
     )
   assert "data.cache_dir" in _line(caught)
@@ -622,12 +622,12 @@ def _processes(monkeypatch, count=2):
 
 
 def _rows(directory, documents):
-  from cacheaug.data import pipeline, tokenizers
+  from cacheaug.data import opening, tokenizers
 
   config = small_runs.get_config(str(directory))
   text = directory / "text.txt"
   text.write_text("\n---\n".join(documents))
-  return pipeline.open_batches(
+  return opening.open_batches(
     config.data, tokenizers.load("byte"), split="train", seed=0
   ).describe()
 
@@ -702,7 +702,7 @@ def test_what_process_zero_finds_wrong_ends_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_a_batch_has_one_checksum_on_any_devices(tmp_path, devices):
   from cacheaug import sharding
-  from cacheaug.data import pipeline, tokenizers
+  from cacheaug.data import opening, tokenizers
   from cacheaug.run.checksum import batch_checksum
 
   config = small_runs.get_config(str(tmp_path))
@@ -710,7 +710,7 @@ def test_a_batch_has_one_checksum_on_any_devices(tmp_path, devices):
   byte = tokenizers.load("byte")
 
   def batches(**processes):
-    return pipeline.open_batches(
+    return opening.open_batches(
       config.data, byte, split="train", seed=0, **processes
     )
 

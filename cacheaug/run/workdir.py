@@ -26,6 +26,7 @@ FREE_KEYS = (
   "data.retries",
   "optimizer.accumulation",
   "remat",
+  "deterministic",
   "eval.",
   "export",
   "local.",
