@@ -30,10 +30,15 @@ import weakref
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers.utils import cached_file
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56):
+  # Before, generate took no function as custom_generate.
+  raise ImportError("a coprocessor needs transformers 4.56 or newer")
 
 _REFUSED = ("inputs_embeds", "cache", "past_key_values", "assistant_model")
 _REFUSED += ("return_dict_in_generate",)
