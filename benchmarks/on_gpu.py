@@ -48,7 +48,9 @@ class Figures:
     self.directory = out
     self._path = out / f"{part}.jsonl"
     self._end = time.monotonic() + seconds
-    self._known = {line["case"]: line for line in on_gpu_report.read(out, part)}
+    self._known = {
+      line["case"]: line for line in on_gpu_report.read(self._path)
+    }
 
   def measure(self, case: str, run: Callable[[], dict[str, Any]]) -> bool:
     """Writes what `run` returns, or why it failed; a known case is left.

@@ -21,10 +21,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 usage() { sed -n '4s/^# *//p' benchmarks/on_gpu.sh >&2; exit 2; }
 python=${PYTHON:-python3}
 all=(kernels step deterministic flex cross_entropy decode run)
-out='' wheels='' tiny=() parts=() dry=0
+out='' wheels='' tiny=() parts=() dry=0 slower=1
 for argument in "$@"; do
   case $argument in
-    --dry-run) dry=1 tiny=(--tiny) ;;
+    --dry-run) dry=1 slower=20 tiny=(--tiny) ;;
     --wheels=*) wheels=${argument#*=} ;;
     -*) usage ;;
     *) if [[ -z $out ]]; then out=$argument; else parts+=("$argument"); fi ;;
@@ -48,9 +48,8 @@ fi
 within() {
   local seconds=$1 name=$2 began=$SECONDS status
   shift 2
-  ((dry)) && seconds=600
-  echo "== $name (at most $seconds s)"
-  timeout --kill-after=5 "$seconds" "$@" >>"$out/$name.log" 2>&1
+  echo "== $name (at most $((slower * seconds)) s)"
+  timeout --kill-after=5 "$((slower * seconds))" "$@" >>"$out/$name.log" 2>&1
   status=$?
   echo "$name $status $((SECONDS - began))" >>"$out/status.txt"
   ((status == 0)) || echo "   ended with $status: $(tail -1 "$out/$name.log")"
@@ -59,7 +58,7 @@ within() {
 # The last seconds of a limit are left to end in.
 measure() {
   within "$1" "$2" "$python" benchmarks/on_gpu.py "$2" --out="$out" \
-    --seconds="$(($1 - 8))" "${tiny[@]}"
+    --seconds="$((slower * $1 - 8))" "${tiny[@]}"
 }
 
 # A decoder for a minute, then two rows of the sweep with what is left.
@@ -67,7 +66,9 @@ train() {
   local decoder=(--config.optimizer.steps=400 --config.eval.sequences=64)
   local rows=(--config.optimizer.steps=150 --only='^(N32|pause)-seed0')
   if ((dry)); then
-    local text=(--config.data.sources.code.path="$PWD/benchmarks"
+    local text=(--config.data.sources.code.kind=text
+      --config.data.validation_fraction=0.3
+      --config.data.sources.code.path="$PWD/benchmarks/*.py"
       --config.data.sequence=32 --config.data.batch=8 --config.eval.batch=8
       --config.eval.sequences=8 --config.optimizer.steps=2
       --config.optimizer.warmup=0 --config.decoder.shape.width=16

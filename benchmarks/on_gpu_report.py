@@ -15,9 +15,8 @@ Line = dict[str, Any]
 _NONE = "Not measured."
 
 
-def read(out: pathlib.Path, part: str) -> list[Line]:
-  """The lines of a part's file; a line that was cut short is left out."""
-  path = out / f"{part}.jsonl"
+def read(path: pathlib.Path) -> list[Line]:
+  """The lines of a JSON lines file, if any; one that was cut short is none."""
   found = []
   for line in path.read_text().splitlines() if path.exists() else ():
     try:
@@ -154,7 +153,10 @@ def run(out: pathlib.Path) -> str:
   """The last line of metrics of each run."""
   rows = []
   for path in sorted(out.rglob("metrics.jsonl")):
-    last = json.loads(path.read_text().splitlines()[-1])
+    lines = read(path)
+    if not lines:  # stopped before its first
+      continue
+    last = lines[-1]
     rows.append(
       (path.parent.name, last["step"], f"{last['loss']:.4f}")
       + (f"{last['tokens_per_second']:,.0f}",)
@@ -212,7 +214,7 @@ def seconds_of(step: list[Line]) -> dict[str, float]:
 def report(out: pathlib.Path, template: str) -> str:
   """The filled template."""
   parts = "kernels", "step", "deterministic", "flex", "cross_entropy", "decode"
-  lines = {part: read(out, part) for part in parts}
+  lines = {part: read(out / f"{part}.jsonl") for part in parts}
   devices = {
     x["device"]
     for part, found in lines.items()

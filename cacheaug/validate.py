@@ -177,6 +177,11 @@ def _check_traces(config: ConfigDict) -> None:
       f"objective={config.objective!r} has no frozen decoder to go by: leave "
       "it out"
     )
+  if spec.kv_bias and config.eval.problems:
+    raise UserError(
+      f"eval.problems={config.eval.problems} with coprocessor.kv_bias=True: "
+      "decoding has no bias of attention; set the problems to 0"
+    )
   if spec.window >= s:
     raise UserError(
       f"traces.window={spec.window} hides nothing of sequences of "

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 import small_runs
 import tolerances
+from cases import slow_but
 from test_generate import PAD, N, model_and_params, prompts
 from tolerances import (
   LOSS,
@@ -94,7 +95,7 @@ def session(kind, scheme="replace", **options):
   return Session(*args, **kw | options)
 
 
-@pytest.mark.parametrize("scheme", ["replace", "insert"])
+@pytest.mark.parametrize("scheme", slow_but(["replace", "insert"], quick=(0,)))
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_says_what_the_whole_text_would_score(kind, scheme):
   """Token by token over a static cache, and once as training scores it."""

@@ -38,7 +38,8 @@ def test_a_part_goes_on_where_it_stopped(module, tmp_path):
   again = on_gpu.Figures(tmp_path, "step", seconds=60)
   assert again.measure("a", fails)  # known: not measured again
   assert again.measure("c", lambda: {"ms": 3.0})
-  lines = {x["case"]: x for x in module("on_gpu_report").read(tmp_path, "step")}
+  read = module("on_gpu_report").read(tmp_path / "step.jsonl")
+  lines = {x["case"]: x for x in read}
   assert lines["a"]["ms"] == 1.0 and lines["c"]["ms"] == 3.0
   assert lines["b"]["failed"] == "MemoryError: too large"
   late = on_gpu.Figures(tmp_path, "step", seconds=-1)
@@ -76,6 +77,8 @@ def test_report_sets_goals_beside_what_was_measured(module, tmp_path):
     peak_bytes=4e10,
   )
   write("flex", ms=150.0, loss=1.0, torch="2")
+  (tmp_path / "decoder").mkdir()
+  (tmp_path / "decoder/metrics.jsonl").touch()  # stopped before its first line
   text = report.report(
     tmp_path, (ROOT / "benchmarks/RESULTS-gpu.template.md").read_text()
   )

@@ -23,10 +23,11 @@ from tolerances import (
   tokens_of,
 )
 
-from cacheaug.augment import coprocessor, terms, traces
+from cacheaug.augment import coprocessor, objective, terms, traces
 from cacheaug.augment.terms import Terms
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
+from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
 
@@ -39,10 +40,10 @@ WINDOW, TOP = 5, 4
 
 
 @functools.cache
-def setup(positions="replace", window=0, kind="coprocessor"):
+def setup(positions="replace", window=0):
   model = make_model()
-  layout = Layout(N, A, positions, window=window, kind=kind)
-  coproc = make_coprocessor(model, Layout(N, A, kind=kind))
+  layout = Layout(N, A, positions, window=window)
+  coproc = make_coprocessor(model, Layout(N, A))
   batch = {
     "tokens": tokens_of(model, 1, S),
     "documents": DOCUMENTS,
@@ -75,7 +76,8 @@ def total_of(p, states, own, added, **changes):
     return jax.nn.log_softmax(transformer.logits(model, decoder, rows))
 
   tokens = batch["tokens"][:, :12]
-  whole, _ = transformer.prefill(model, decoder, tokens)
+  if added.teacher:
+    whole, _ = transformer.prefill(model, decoder, tokens)
   # Of mean 1: 0.5 ** (0, 1, 2) are 7 / 12 on average.
   along = np.array([12, 6, 3]) / 7 if added.decay == 0.5 else np.ones(A)
   out = 0.0
@@ -212,6 +214,37 @@ def test_the_window_is_a_windows_whatever_the_positions(positions):
   )
 
 
+@pytest.mark.parametrize("kind", ["prefix", "handover"])
+def test_a_bias_of_attention_in_tiles_equals_one_softmax(kind):
+  """Of handed-over keys: loss and gradients, the bias's own among them."""
+  model = make_model()
+  layout = Layout(N, A, "replace", kind=kind, window=WINDOW, kv_bias=True)
+  coproc, batch = make_coprocessor(model, layout), setup()[4]
+
+  def run(name, coproc):
+    other = model.clone(attention=Kernel(name))
+
+    @jit
+    def both(coproc):
+      def loss(coproc):
+        args = other, make_params(model), coproc, batch, POINTS, layout
+        return objective.coprocessor_loss(*args)[0].sum()
+
+      return jax.value_and_grad(loss)(coproc)
+
+    return both(coproc)
+
+  loss, grads = run("xla", coproc)
+  plain, plain_grads = run("plain", coproc)
+  close(loss, plain, LOSS)
+  close_trees(grads, plain_grads, GRADIENT)
+  assert np.abs(grads["kv_bias"]).max() > 1e-4
+  none = coproc | {"kv_bias": jnp.zeros_like(coproc["kv_bias"])}
+  far(run("xla", none)[0], loss)
+  without = {k: v for k, v in coproc.items() if k != "kv_bias"}
+  close(run("xla", none)[0], run("xla", without)[0], LOSS)
+
+
 def test_labels_weigh_less_with_every_step():
   added = Terms(supervision=2.0, supervision_until=10)
   weights = [float(terms.supervision_weight(added, s)) for s in (0, 5, 10, 11)]
@@ -233,6 +266,7 @@ def test_labels_weigh_less_with_every_step():
     (dict(supervision=1), dict(rounds=2, stride=2), "traces.stride=2"),
     (dict(teacher=1), {}, "teacher.weight=1 with traces.window=0"),
     (dict(teacher_top=0), {}, "teacher.top=0"),
+    ({}, dict(kv_bias=True), "coprocessor.kv_bias.*'coprocessor'"),
     (dict(decay=0.0), {}, "traces.decay=0.0"),
     ({}, dict(window=2), "traces.window=2 is less than the 3 tokens"),
     ({}, dict(window=9, rounds=2), "traces.window=9 with traces.rounds=2"),

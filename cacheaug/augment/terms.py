@@ -144,7 +144,7 @@ def coprocessor_loss(
     )
     divergence *= traces.weights
     extras["teacher"] = divergence.sum(), traces.weights.sum()
-    total += terms.teacher * (divergence * along).sum()
+    total += terms.teacher * (divergence.sum((0, 1)) * along).sum()
   if terms.supervision:
     labels, weights = labels_of(batch["steps"], points, layout, terms)
     rows = latents[:, :, : labels.shape[-1]]
@@ -217,7 +217,10 @@ def labels_of(
   return jnp.maximum(labels, 0), there.astype(jnp.float32)
 
 
-def supervision_weight(terms: Terms, step: jax.Array) -> jax.Array | float:
+def supervision_weight(
+  terms: Terms,
+  step: jax.Array,  # []
+) -> jax.Array | float:
   """The labels' weight in the step after `step` of them."""
   if not terms.supervision_until:
     return terms.supervision

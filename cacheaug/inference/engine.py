@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from cacheaug.augment import coprocessor, kv_latents, objective, traces
 from cacheaug.augment.traces import Layout, Traces
+from cacheaug.errors import UserError
 from cacheaug.inference import padding
 from cacheaug.inference.sampling import GREEDY, Sampling, choose
 from cacheaug.model import decode_rows, transformer
@@ -190,6 +191,11 @@ def compute_latents(
   laid = lay_point(tokens, documents, **point)
   positions = laid.rows.positions[:, 0, : spec.latents]
   copied, repeated = objective.embedded(model, decoder, laid)
+  if spec.kv_bias:
+    raise UserError(
+      "coprocessor.kv_bias=True: a cache keeps no bias of attention, so "
+      "latents cannot be inserted; evaluate by position (lm.nll, evaluate)"
+    )
   if spec.reruns:
     kv = kv_latents.latent_kv(model, coproc, cache, laid, copied)
     keys, values = (x[:, :, 0].astype(cache.keys.dtype) for x in kv)
