@@ -120,9 +120,8 @@ def base() -> ConfigDict:
 
   c.data = ConfigDict()
   c.data.sources = ConfigDict()  # name -> see data/sources.py source_defaults
-  c.data.tokenizer = (
-    "decoder"  # the decoder's own, or byte, hf:, sentencepiece:
-  )
+  # The decoder's own, or byte, hf:PATH, sentencepiece:PATH, FILE.gguf.
+  c.data.tokenizer = "decoder"
   c.data.sequence = 2048  # S
   c.data.batch = 1024  # B, over all devices
   # Train on, and evaluate over, answers' tokens alone: points stand where an
