@@ -22,9 +22,9 @@ from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
 from cacheaug.model.config import ModelConfig
 
-# Keys of configs that were written before they had another name: old -> new.
+# Old name of a key -> its present name.
 RENAMED: dict[str, str] = {}
-# Keys that are gone -> the value that they stood for; a run of any other value
+# Removed key -> the value that the code now implies. A run with another value
 # is another experiment.
 DROPPED: dict[str, Any] = {}
 
@@ -120,9 +120,8 @@ def base() -> ConfigDict:
 
   c.data = ConfigDict()
   c.data.sources = ConfigDict()  # name -> see data/sources.py source_defaults
-  c.data.tokenizer = (
-    "decoder"  # the decoder's own, or byte, hf:, sentencepiece:
-  )
+  # The decoder's own, or byte, hf:PATH, sentencepiece:PATH, FILE.gguf.
+  c.data.tokenizer = "decoder"
   c.data.sequence = 2048  # S
   c.data.batch = 1024  # B, over all devices
   # Train on, and evaluate over, answers' tokens alone: points stand where an
@@ -311,7 +310,7 @@ def nearest(key: str, known: list[str]) -> str:
 
 
 def completed(saved: dict[str, Any]) -> ConfigDict:
-  """A config as this version writes it, from one that an older one wrote.
+  """Converts a config of an older version to one of this version.
 
   Raises:
     KeyError, TypeError, ValueError: it is no run's config at all.
@@ -339,7 +338,7 @@ def completed(saved: dict[str, Any]) -> ConfigDict:
 
 
 def _holder(saved: dict[str, Any], key: str) -> dict[str, Any] | None:
-  """The dictionary that the key is in; None where there is no such key."""
+  """Returns the dictionary that holds the key; None if there is no such key."""
   *parents, name = key.split(".")
   for part in parents:
     saved = saved.get(part, {})
@@ -347,7 +346,7 @@ def _holder(saved: dict[str, Any], key: str) -> dict[str, Any] | None:
 
 
 def _fill(config: ConfigDict, base: ConfigDict) -> ConfigDict:
-  # Below these, keys are the experiment's own: an absent one is none.
+  # Below these, the experiment chooses the keys, so none of them is missing.
   own = ("sources", "multipliers", "beside", "local")
   for key, value in base.items():
     if key not in config:
