@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +60,7 @@ class Run:
       stderr=subprocess.STDOUT,
     )
 
-  def wait(self, condition) -> float:
+  def wait(self, condition: Callable[[], object]) -> float:
     """Until `condition` is true; the time when it came to be."""
     while not condition():
       if self.process.poll() is not None:
@@ -151,7 +152,7 @@ def measure(options: argparse.Namespace) -> None:
   other = [k for k, checksums in seen.items() if len(checksums) > 1]
   if other:
     raise SystemExit(f"steps {other[:5]} had other rows after a restart")
-  print(f"{len(seen)} steps, {twice} of them again after a restart: same rows")
+  print(f"{len(seen)} steps, logged {twice} times again: the same rows")
 
 
 def main() -> None:

@@ -458,7 +458,7 @@ class LM:
     return rows
 
   def _check_positions(self, context: int, new: int) -> None:
-    limit = self.model.config.max_positions
+    limit = self.model.config.longest_context
     if context + new > limit:
       more = f" and {new} new ones" if new else ""
       raise UserError(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tolerances
 from absl import flags
+from cases import slow_but
 
 from cacheaug.augment.traces import Layout
 from cacheaug.data.tokenizers import ByteTokenizer
@@ -48,7 +49,9 @@ def lm():
   return make("replace")
 
 
-@pytest.fixture(scope="module", params=["replace", "insert"])
+@pytest.fixture(
+  scope="module", params=slow_but(["replace", "insert"], quick=(0,))
+)
 def either(request):
   return make(request.param)
 

@@ -18,8 +18,8 @@ import pytest
 from cacheaug import config as configs
 from cacheaug.data import (
   files,
+  opening,
   packing,
-  pipeline,
   record_files,
   shards,
   sources,
@@ -126,7 +126,7 @@ def test_15_cut_answers_are_counted(tmp_path, capfd):
   questions += [f"long {i} " * 6 for i in range(8)]  # 42 or more
   questions += [f"cut {i:02} " * 4 for i in range(4)]  # 28: "seven" is cut
   data = answered(tmp_path, questions, sequence=32)
-  pipeline.open_batches(data, tokenizers.load("byte"), split="train", seed=0)
+  opening.open_batches(data, tokenizers.load("byte"), split="train", seed=0)
   line = [x for x in capfd.readouterr().err.splitlines() if "cut off" in x]
   assert len(line) == 1
   assert "4 answers are cut off" in line[0]
@@ -138,9 +138,9 @@ def test_15_no_answer_left_is_an_error(tmp_path, split):
   data = answered(tmp_path, [f"long {i} " * 20 for i in range(20)], 32)
   for _ in range(2):  # With the cache there, too.
     with pytest.raises(UserError, match="no .* answer begins within a row"):
-      pipeline.open_batches(data, tokenizers.load("byte"), split=split, seed=0)
+      opening.open_batches(data, tokenizers.load("byte"), split=split, seed=0)
   data.answers_only = False  # The questions can be learned.
-  pipeline.open_batches(data, tokenizers.load("byte"), split=split, seed=0)
+  opening.open_batches(data, tokenizers.load("byte"), split=split, seed=0)
 
 
 # --- 25 and 26: byte order mark, line ends ----------------------------------
@@ -274,18 +274,18 @@ def test_38_a_second_start_reads_no_text(tmp_path, monkeypatch, suffix):
   source.update(kind=kind, path=str(path), separator="\n")
   config = data_config(tmp_path, source, 16)
   tokenizer = tokenizers.load("byte")
-  first = pipeline.open_batches(config, tokenizer, split="train", seed=0)
+  first = opening.open_batches(config, tokenizer, split="train", seed=0)
   for module, name in (
     (files, "spans"),
     (files, "read"),
     (packing, "is_validation"),
   ):
     monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("text read"))
-  second = pipeline.open_batches(config, tokenizer, split="train", seed=0)
+  second = opening.open_batches(config, tokenizer, split="train", seed=0)
   np.testing.assert_array_equal(first.at(3)["tokens"], second.at(3)["tokens"])
   path.write_bytes(path.read_bytes() + b" ")  # Another size: packed again.
   with pytest.raises(pytest.fail.Exception):
-    pipeline.open_batches(config, tokenizer, split="train", seed=0)
+    opening.open_batches(config, tokenizer, split="train", seed=0)
 
 
 def test_9_a_reader_of_all_files_is_allowed_them():

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 import small_runs
 import tolerances
+from cases import slow_but
 from test_generate import PAD, N, model_and_params, prompts
 from tolerances import (
   LOSS,
@@ -94,7 +95,7 @@ def session(kind, scheme="replace", **options):
   return Session(*args, **kw | options)
 
 
-@pytest.mark.parametrize("scheme", ["replace", "insert"])
+@pytest.mark.parametrize("scheme", slow_but(["replace", "insert"], quick=(0,)))
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_says_what_the_whole_text_would_score(kind, scheme):
   """Token by token over a static cache, and once as training scores it."""
@@ -143,7 +144,7 @@ def test_once_at_the_end_and_in_one_program(kind, monkeypatch):
   """What exact match asks for says what a session says."""
   model, decoder, coproc, spec = setup(kind)
   expected = session(kind).run(NEW)
-  for name in ("start", "advance"):  # inside of one program, not their own
+  for name in ("start", "decode"):  # inside of one program, not their own
     function = getattr(engine, name).__wrapped__
     monkeypatch.setattr(engine, name, function)
   tokens, documents = padding.pad_left(prompts(), PAD)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
+from cases import slow_but
 from packed import DOCUMENTS, STARTS_AT, S, note
 from tolerances import (
   GRADIENT,
@@ -49,7 +50,9 @@ CASES = [  # scheme, start, rounds, stride
   ("replace", "as_is", 2, 0),
   ("insert", "as_is", 2, 0),
 ]
-cases = pytest.mark.parametrize("scheme, start, count, stride", CASES)
+cases = pytest.mark.parametrize(
+  "scheme, start, count, stride", slow_but(CASES, quick=(0, 2, 4))
+)
 
 
 @functools.cache

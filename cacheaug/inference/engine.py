@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from cacheaug.augment import coprocessor, kv_latents, objective, traces
 from cacheaug.augment.traces import Layout, Traces
+from cacheaug.errors import UserError
 from cacheaug.inference import padding
 from cacheaug.inference.sampling import GREEDY, Sampling, choose
 from cacheaug.model import decode_rows, transformer
@@ -185,11 +186,19 @@ def compute_latents(
 
   It reads the whole cache, or the states of its slots; with `late` both as
   they were so many tokens ago, when no latents may have been inserted since.
+
+  Raises:
+    UserError: a coprocessor with an attention bias, which no cache keeps.
   """
   point = dict(last=last, position=position, spec=spec, late=late)
   laid = lay_point(tokens, documents, **point)
   positions = laid.rows.positions[:, 0, : spec.latents]
   copied, repeated = objective.embedded(model, decoder, laid)
+  if spec.kv_bias:
+    raise UserError(
+      "coprocessor.kv_bias=True: a cache keeps no bias of attention, so "
+      "latents cannot be inserted; evaluate by position (lm.nll, evaluate)"
+    )
   if spec.reruns:
     kv = kv_latents.latent_kv(model, coproc, cache, laid, copied)
     keys, values = (x[:, :, 0].astype(cache.keys.dtype) for x in kv)

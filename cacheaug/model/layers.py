@@ -121,8 +121,13 @@ class Attention(nn.Module):
   ) -> tuple[jax.Array, KV]:  # [B, M, R - wanted, D], [B, M, R, K, E]
     """Rows from `wanted` on, and the keys and values of all.
 
+    Of a SlotLayer, its keys and values in place of the rows' own. `given` is
+    of G rows of the block before these; its third array, if there is one, is
+    the bias [B, M, G, K] of attention to them.
+    =======
     Of a LayerCache, its keys and values in place of the rows' own. `given` is
     of G rows of the block before these.
+    >>>>>>> main
     """
     c = self.config
     d, h, k, e = c.width, c.heads, c.kv_heads, c.head_dim
@@ -138,12 +143,15 @@ class Attention(nn.Module):
     query = rotate(query, [t[:, :, wanted:] for t in rope])
     query *= jnp.asarray(c.attention_scale, self.dtype)
     key = rotate(key, rope)
-    own = key, value
+    own, bias = (key, value), None
     if given is not None:
       key, value = (
         jnp.concatenate([first.astype(last.dtype), last], 2)
-        for first, last in zip(given, own, strict=True)
+        for first, last in zip(given[:2], own, strict=True)
       )
+      if len(given) > 2:
+        after = ((0, 0), (0, 0), (0, x.shape[2]), (0, 0))
+        bias = jnp.pad(given[2].astype(jnp.float32), after)
     if isinstance(cache, LayerCache):
       out, own = cache.attend(query, key, value, c.attention_softcap)
     else:
@@ -156,6 +164,7 @@ class Attention(nn.Module):
         window=window,
         softcap=c.attention_softcap,
         kernel=self.kernel,
+        bias=bias,
       )
     out = Linear(
       {"H": h, "E": e},

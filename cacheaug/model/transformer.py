@@ -25,7 +25,9 @@ from cacheaug.model.layers import Block, Embedder, Linear, RMSNorm
 from cacheaug.model.rope import rope_table
 
 Params = Any  # a tree of arrays
-Given = tuple[jax.Array, jax.Array]  # keys, values [L, B, M, G, K, E]
+# Keys and values [L, B, M, G, K, E], and maybe the bias [L, B, M, G, K] of
+# attention to them.
+Given = tuple[jax.Array, ...]
 
 # What the backward pass finds of a block, by name; it computes the rest again.
 # lean: the projections' and attention's outputs, so that no matrix product and

@@ -299,10 +299,10 @@ class Server:
         )
       if spec.positions == "insert":
         pushed = plan.room(self._most) * spec.latents
-    if len(tokens) + pushed + most > config.max_positions:
+    if len(tokens) + pushed + most > config.longest_context:
       raise UserError(
         f"{len(tokens) + pushed} tokens and {most} new ones exceed the "
-        f"decoder's {config.max_positions} positions: shorten the prompt, or "
+        f"decoder's {config.longest_context} positions: shorten the prompt, or "
         "ask for fewer"
       )
     return tokens.tolist()
