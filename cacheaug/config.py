@@ -104,8 +104,8 @@ def base() -> ConfigDict:
   # Weight of ahead token y_j: decay ** (j - 1), scaled to a mean of 1.
   c.traces.decay = 1.0
 
-  # Labels of latents: the intermediate results of answers, read off them by the
-  # frozen head (augment/terms.py). All sources in use must have some.
+  # Labels of latents: the results of an answer's steps (data.results), read off
+  # them by the frozen head (augment/terms.py).
   c.supervision = ConfigDict()
   c.supervision.weight = 0.0  # of a label beside an ahead token, 0 for none
   c.supervision.until = 0  # step at which the weight is down to 0; 0: it stays
