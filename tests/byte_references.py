@@ -10,8 +10,8 @@ entries of `deliberate` with it, and the optimised HLO of the training step.
 directories must come from one machine, Python and jaxlib.
 
 The HLO is compared without metadata (source lines move), a safetensors header
-whatever its keys' order (the library's is random). An export may gain files, and
-its config.json keys. Times are not kept.
+whatever its keys' order (the library's is random). An export may gain files,
+and its config.json keys. Times are not kept.
 """
 
 import argparse
