@@ -152,7 +152,7 @@ def measure(options: argparse.Namespace) -> None:
   other = [k for k, checksums in seen.items() if len(checksums) > 1]
   if other:
     raise SystemExit(f"steps {other[:5]} had other rows after a restart")
-  print(f"{len(seen)} steps, {twice} of them again after a restart: same rows")
+  print(f"{len(seen)} steps, logged {twice} times again: the same rows")
 
 
 def main() -> None:

@@ -30,7 +30,10 @@ torch.set_num_threads(1)  # tiny models: threads only wait for each other
 COMPARE = runpy.run_path(
   str(transformers_files.GENERATE.with_name("compare.py"))
 )["compare"]
-FAMILIES = ("gemma2", "gemma3", "llama", "qwen3", "qwen3_sliding")
+FAMILIES = (
+  *("gemma", "gemma2", "gemma3", "llama", "mistral", "olmo2", "qwen2"),
+  *("qwen2_tied_sliding", "qwen3", "qwen3_sliding", "smollm3"),
+)
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 PAGE = " ".join(PAGE.read_text().split())
 LINES = 340  # of generate.py, without empty ones
@@ -249,7 +252,7 @@ def test_refusals(tiny, decoders, tmp_path):
   refused("this one is .*load that decoder", changed)
   assert say(changed, check=False).shape == (2, 8)
   wide = make_golden.build("llama", hidden_size=32)
-  refused("another decoder: its model.embed", (directory, wide, ids, mask))
+  refused("another decoder: its model.layers", (directory, wide, ids, mask))
   _, lm, _ = decoders("llama")
   export(tmp_path, lm)
   (tmp_path / "coprocessor.safetensors").unlink()

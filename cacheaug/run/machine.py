@@ -1,4 +1,4 @@
-"""The machine and the code that figures come from, and what chips can do."""
+"""Names the machine and the commit behind a figure; peaks of known chips."""
 
 import dataclasses
 import os
@@ -78,8 +78,8 @@ def of_device_kind(kind: str) -> Chip | None:
   """The chip behind jax's `device_kind`; None where its peaks are unknown."""
   if kind.startswith(_OTHERS):
     return None
-  found = [k for k in _KINDS if kind.startswith(k)]
-  return CHIPS[_KINDS[max(found, key=len)]] if found else None
+  prefixes = [k for k in _KINDS if kind.startswith(k)]
+  return CHIPS[_KINDS[max(prefixes, key=len)]] if prefixes else None
 
 
 def peak_flops(devices: Iterable[Any]) -> float | None:
@@ -102,9 +102,9 @@ def commit() -> str:
     ).stdout.strip()
 
   try:
-    found = git("rev-parse", "--short=10", "HEAD")
+    head = git("rev-parse", "--short=10", "HEAD")
     # Of the package alone: results lie in checkouts, too.
-    return found + (" + changes" if git("status", "--porcelain", ".") else "")
+    return head + (" + changes" if git("status", "--porcelain", ".") else "")
   except (OSError, subprocess.SubprocessError):
     return "unknown"
 

@@ -1,5 +1,7 @@
-"""A run's directory: whose it is, and whether it may be written to."""
+"""Checks that a directory belongs to this run, and claims it for the run."""
 
+import copy
+import functools
 import json
 import os
 import secrets
@@ -11,6 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
+from cacheaug.data import sources
 from cacheaug.errors import UserError, one_line
 from cacheaug.run import agreement, files
 from cacheaug.run.lock import Lock
@@ -18,6 +21,7 @@ from cacheaug.run.lock import Lock
 # Keys that may differ when a run is resumed: they change its numbers by
 # rounding at most.
 FREE_KEYS = (
+  "decoder.how_to_get",  # words for a person
   "mesh.",
   "checkpoint.",
   "data.workers",
@@ -34,14 +38,20 @@ FREE_KEYS = (
 )
 
 
+# Old name of a key -> its present name.
+RENAMED: dict[str, str] = {}
+# Removed key -> the value that the code now implies. A run with another value
+# is another experiment.
+DROPPED: dict[str, Any] = {}
+
 _PROBE = 10.0  # seconds until a file of process 0 must be seen by the others
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
-  """The config of the run in a directory, with the keys that have come since.
+  """Reads the config of the run in a directory, as this version writes it.
 
-  A new key's value in `configs.base`, or of a source in `source_defaults`, is
-  what was done before there was the key.
+  A key that the file lacks gets its value in `configs.base`, or of a source in
+  `source_defaults`: these describe the behaviour before the key existed.
 
   Raises:
     UserError: no run there, or a config.json that is not a run's.
@@ -51,7 +61,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     if not path.exists():
       raise UserError(f"{path}: missing; give the --workdir of a run")
     try:
-      return configs.completed(json.loads(path.read_text()))
+      return completed(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
       raise UserError(
         f"{path}: not a run's config ({one_line(e)}); give the --workdir of a "
@@ -59,11 +69,56 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
       ) from e
 
 
-def check(config: ConfigDict, workdir: str) -> None:
-  """Refuses a directory of another experiment, or one not to be written to.
+def completed(saved: dict[str, Any]) -> ConfigDict:
+  """Converts a config of an older version to one of this version.
 
-  Writes nothing, so that a run refused later leaves no trace. A directory
-  with neither metrics nor checkpoints is nobody's yet.
+  Raises:
+    KeyError, TypeError, ValueError: it is no run's config at all.
+  """
+  saved = copy.deepcopy(saved)
+  if missing := {"decoder", "data", "coprocessor"} - set(saved):
+    raise KeyError(min(missing))
+  for old, new in RENAMED.items():
+    if holder := _holder(saved, old):
+      *parents, name = new.split(".")
+      target = functools.reduce(
+        lambda x, k: x.setdefault(k, {}), parents, saved
+      )
+      target[name] = holder.pop(old.rpartition(".")[2])
+  for key, value in DROPPED.items():
+    holder, name = _holder(saved, key), key.rpartition(".")[2]
+    if holder and holder[name] == value:
+      del holder[name]
+  config = ConfigDict(saved)
+  for source in config.data.sources.values():  # of the experiment's own names
+    _fill(source, sources.source_defaults())
+  return _fill(config, configs.base())
+
+
+def _holder(saved: dict[str, Any], key: str) -> dict[str, Any] | None:
+  """Returns the dictionary that holds the key; None if there is no such key."""
+  *parents, name = key.split(".")
+  for part in parents:
+    saved = saved.get(part, {})
+  return saved if name in saved else None
+
+
+def _fill(config: ConfigDict, base: ConfigDict) -> ConfigDict:
+  # Below these, the experiment chooses the keys, so none of them is missing.
+  own = ("sources", "multipliers", "beside", "local")
+  for key, value in base.items():
+    if key not in config:
+      config[key] = value
+    elif isinstance(value, ConfigDict) and key not in own:
+      _fill(config[key], value)
+  return config
+
+
+def check(config: ConfigDict, workdir: str) -> None:
+  """Refuses a directory of another experiment, or one that is not writable.
+
+  It writes nothing, so that a run that is refused later leaves no trace. A
+  directory without metrics and checkpoints belongs to no run yet.
 
   Raises:
     UserError: naming the keys that differ, or what is wrong with the path.
@@ -71,7 +126,7 @@ def check(config: ConfigDict, workdir: str) -> None:
   root = files.absolute(workdir)
   try:
     if _has_run(root):
-      _same_experiment(configs.completed(_saved(root)), config)
+      _same_experiment(completed(_saved(root)), config)
   except ImportError as e:
     raise UserError(
       f"--workdir={workdir}: object storage wants a package more ({e}): "
@@ -100,9 +155,9 @@ def _saved(root: epath.Path) -> dict[str, Any]:
 
 
 def claim(config: ConfigDict, workdir: str, lock: Lock | None = None) -> None:
-  """Makes the directory this run's: its lock, and config.json, whole or not.
+  """Takes the directory's lock and writes config.json.
 
-  `check` comes first. All processes call it together; process 0 writes.
+  Call `check` first. All processes call this together; process 0 writes.
 
   Args:
     config: of the run.
@@ -135,9 +190,9 @@ def claim(config: ConfigDict, workdir: str, lock: Lock | None = None) -> None:
 
 
 def _probe(workdir: str) -> None:
-  """Refuses a directory that is another one on another host.
+  """Refuses a path that is a different directory on another host.
 
-  The first checkpoint would wait for ever for the others' files.
+  The first checkpoint would wait for ever for the other hosts' files.
   """
   root = files.absolute(workdir)
   path = (
@@ -172,7 +227,7 @@ def _is_readable(path: epath.Path) -> bool:
 
 
 def has_checkpoints(workdir: str) -> bool:
-  """Whether any checkpoint is there, whole or not."""
+  """Returns whether the directory has any checkpoint, whole or not."""
   checkpoints = files.absolute(workdir) / "checkpoints"
   return checkpoints.is_dir() and any(
     p.name.isdigit() for p in checkpoints.iterdir()
@@ -180,7 +235,7 @@ def has_checkpoints(workdir: str) -> bool:
 
 
 def _has_run(root: epath.Path) -> bool:
-  """Whether a run has left anything there that is worth keeping."""
+  """Returns whether a run has left metrics or checkpoints in the directory."""
   metrics, checkpoints = root / "metrics.jsonl", root / "checkpoints"
   if metrics.is_file() and metrics.stat().length:
     return True
@@ -218,7 +273,7 @@ def _same_experiment(saved: ConfigDict, config: ConfigDict) -> None:
 
 
 def _can_be_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
-  """Whether no step that was taken would differ with the new number of them."""
+  """Returns whether the new number of steps changes no step already taken."""
   schedules = {old["optimizer.schedule"], new["optimizer.schedule"]}
   return schedules == {"constant"} and (
     new["optimizer.steps"] > old["optimizer.steps"]
@@ -226,5 +281,5 @@ def _can_be_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def _as_saved(config: ConfigDict) -> ConfigDict:
-  """The config as it reads back from its file."""
+  """Returns the config as its file gives it back."""
   return ConfigDict(_json_config(config))
