@@ -46,7 +46,7 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-  """What a file holds, converted, and whether `process_docs` is done."""
+  """A file's records, converted, and whether `process_docs` is done."""
 
   path: pathlib.Path
   rows: list[Record]
@@ -136,7 +136,7 @@ def _check(record: Record, form: Form, where: str) -> None:
 
 
 def _faults(record: Record, form: Form) -> list[str]:
-  """What is wrong with each of a form's keys, if anything."""
+  """Faults of a record's keys under each form; empty where it fits."""
   faults = []
   for key, kinds in form.keys.items():
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
