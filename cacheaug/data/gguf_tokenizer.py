@@ -19,7 +19,6 @@ from cacheaug.data import chat, gguf_metadata
 from cacheaug.data.tokenizer_json import (
   HuggingFaceTokenizer,
   byte_symbols,
-  one_line,
 )
 
 # tokenizer.ggml.token_type
@@ -75,7 +74,7 @@ class GGUFTokenizer(HuggingFaceTokenizer):
       tokenizer = _build(fields, architecture, named, path)
     except Exception as error:  # The library raises the bare class.
       raise errors.UserError(
-        f"{path}: its tokenizer does not fit together ({one_line(error)}); "
+        f"{path}: its tokenizer does not fit together ({errors.one_line(error, 120)}); "
         "download it again"
       ) from error
     self._set_up(tokenizer, path, named, _templates(metadata), _content(fields))
