@@ -74,8 +74,8 @@ class GGUFTokenizer(HuggingFaceTokenizer):
       tokenizer = _build(fields, architecture, named, path)
     except Exception as error:  # The library raises the bare class.
       raise errors.UserError(
-        f"{path}: its tokenizer does not fit together ({errors.one_line(error, 120)}); "
-        "download it again"
+        f"{path}: its tokenizer does not fit together "
+        f"({errors.one_line(error, 120)}); download it again"
       ) from error
     self._set_up(tokenizer, path, named, _templates(metadata), _content(fields))
     self._replacement = None
