@@ -69,7 +69,7 @@ _ONLY = {
   "config": {"errors", "model", "augment", "data"},
   "trainable": {"errors", "model", "augment", "config"},
   "flops": {"errors", "model", "augment", "config", "trainable"},
-  "run": {"errors", "config"},
+  "run": {"errors", "config", "data"},
   "validate": _METHOD | {"run"},
   "step": _METHOD | {"run"},
   "weights": _MODEL | {"augment", "config", "trainable", "data", "run"},
