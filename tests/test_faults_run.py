@@ -4,6 +4,7 @@ Each test fails without what it is about.
 """
 
 import functools
+import gc
 import json
 import os
 import signal
@@ -241,6 +242,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, caplog, capfd):
     kept = checkpoint.Checkpoints(directory, 2, 1)
     assert kept.restore_latest(abstract) is None
     time.sleep(0.3)  # reads that were under way
+    gc.collect()
   finally:
     sys.unraisablehook = previous
   assert not seen and "Event loop" not in capfd.readouterr().err
