@@ -28,7 +28,7 @@ from torch_peer import Laid, Peer
 from cacheaug import benchmark, flops, sharding
 from cacheaug import config as configs
 from cacheaug import step as steps
-from cacheaug.weights import families, huggingface
+from cacheaug.weights import config_json, huggingface
 
 _CHUNKS = 8  # of logits
 _CLOSE = 5e-3  # nats; a GPU's float32 products are TF32's
@@ -138,7 +138,7 @@ def compare() -> dict[str, Any]:
 def measure(config: Any) -> dict[str, Any]:
   """Time and memory of steps at a config's shapes, with random weights."""
   model_config = configs.model_of(config)
-  entries = families.config_entries(model_config)
+  entries = config_json.config_entries(model_config)
   dtype = getattr(torch, config.precision.decoder)
   with torch.device(_device()):
     decoder = transformers.AutoModelForCausalLM.from_config(

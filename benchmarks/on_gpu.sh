@@ -77,7 +77,8 @@ train() {
       --config.decoder.shape.mlp_width=16)
     decoder=("${text[@]}")
     rows=("${text[@]}" --only='^N4-seed0' --config.traces.count=2
-      --config.traces.ahead=2 --config.eval.context=8)
+      --config.traces.ahead=2 --config.eval.context=8
+      --config.eval.ahead=4)
   fi
   if [[ ! -d $out/decoder/export ]]; then
     within 60 run "$python" -m cacheaug.main --config=configs/gpu_decoder.py \

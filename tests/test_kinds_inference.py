@@ -144,7 +144,7 @@ def test_once_at_the_end_and_in_one_program(kind, monkeypatch):
   """What exact match asks for says what a session says."""
   model, decoder, coproc, spec = setup(kind)
   expected = session(kind).run(NEW)
-  for name in ("start", "advance"):  # inside of one program, not their own
+  for name in ("start", "decode"):  # inside of one program, not their own
     function = getattr(engine, name).__wrapped__
     monkeypatch.setattr(engine, name, function)
   tokens, documents = padding.pad_left(prompts(), PAD)

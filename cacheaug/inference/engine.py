@@ -186,6 +186,9 @@ def compute_latents(
 
   It reads the whole cache, or the states of its slots; with `late` both as
   they were so many tokens ago, when no latents may have been inserted since.
+
+  Raises:
+    UserError: a coprocessor with an attention bias, which no cache keeps.
   """
   point = dict(last=last, position=position, spec=spec, late=late)
   laid = lay_point(tokens, documents, **point)
