@@ -53,7 +53,7 @@ def make(out: pathlib.Path, tree: pathlib.Path, config: str) -> None:
 
     run(
       "main",
-      f"--config={config or tree / 'configs/quickstart.py'}",
+      f"--config={config or tree / 'configs/quickstart_text.py'}",
       "--workdir=run",
       "--config.optimizer.steps=100",
       "--config.optimizer.warmup=20",
