@@ -25,6 +25,7 @@ _REQUIRED = [
   "numpy>=1.26",
   "tensorboardX>=2.6",
   "tqdm>=4.66",
+  "huggingface_hub>=1.0",
   "matplotlib>=3.8",
   "absl-py>=2.1",
   "etils[epath]>=1.9",

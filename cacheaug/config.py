@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_dict
 
 from cacheaug.augment import coprocessor
 from cacheaug.augment.point_sampling import Draw
+from cacheaug.augment.terms import Terms
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
@@ -94,6 +95,25 @@ def base() -> ConfigDict:
   # one to the next; stride 0: all at one point. See augment/rounds.py.
   c.traces.rounds = 1
   c.traces.stride = 0
+  # W: rows after a point see the last W context tokens and the latents only,
+  # which stand for the context before them; 0: the whole context.
+  c.traces.window = 0
+  # Weight of ahead token y_j: decay ** (j - 1), scaled to a mean of 1.
+  c.traces.decay = 1.0
+
+  # Labels of latents: the intermediate results of answers, read off them by the
+  # frozen head (augment/terms.py). All sources in use must have some.
+  c.supervision = ConfigDict()
+  c.supervision.weight = 0.0  # of a label beside an ahead token, 0 for none
+  c.supervision.until = 0  # step at which the weight is down to 0; 0: it stays
+  # Whose rows they are read off: the 'decoder''s of the latents, or the
+  # 'coprocessor''s own.
+  c.supervision.at = "decoder"
+
+  # With traces.window: KL to the frozen decoder that sees the whole context.
+  c.teacher = ConfigDict()
+  c.teacher.weight = 0.0  # of it beside the nll, 0 for none
+  c.teacher.top = 32  # over its most likely tokens, renormalised
 
   c.data = ConfigDict()
   c.data.sources = ConfigDict()  # name -> see data/sources.py source_defaults
@@ -357,6 +377,7 @@ def layout_of(config: ConfigDict) -> Layout:
     kind=config.coprocessor.kind,
     rounds=config.traces.rounds,
     stride=config.traces.stride,
+    window=config.traces.window,
   )
 
 
@@ -375,6 +396,24 @@ def draw_of(config: ConfigDict) -> Draw:
   )
   draw.check(layout_of(config))
   return draw
+
+
+def terms_of(config: ConfigDict) -> Terms:
+  """What a config adds to the plain objective.
+
+  Raises:
+    UserError: the layout does not have it; names the keys.
+  """
+  terms = Terms(
+    supervision=config.supervision.weight,
+    supervision_until=config.supervision.until,
+    supervision_at=config.supervision.at,
+    teacher=config.teacher.weight,
+    teacher_top=config.teacher.top,
+    decay=config.traces.decay,
+  )
+  terms.check(layout_of(config))
+  return terms
 
 
 def lora_rank(config: ConfigDict) -> int:

@@ -58,7 +58,9 @@ def open_documents(path: str, field: str) -> Documents:
     raise UserError("--documents is missing: give a file of JSON lines")
   source = sources.source_defaults()
   source.kind, source.path, source.field = "jsonl", path, field
-  return sources.open_documents(source, label="documents")
+  documents = sources.open_documents(source, label="documents")
+  len(documents)  # Finds where they are, before anything is stored.
+  return documents
 
 
 def sort_out(

@@ -59,7 +59,7 @@ from cacheaug.evals.bootstrap import DocumentSums
 from cacheaug.evals.diagnose import Diagnosis
 from cacheaug.evals.perplexity import Batch
 from cacheaug.lm import LM
-from cacheaug.run import command, provenance
+from cacheaug.run import command, machine
 from cacheaug.run.files import refuse_remote
 from cacheaug.run.metrics import Progress
 from cacheaug.weights import trained
@@ -241,8 +241,8 @@ def describe(config: ConfigDict, path: str, found: LM) -> dict[str, Any]:
   decoder = f"{config.decoder.path} ({found.fingerprint})"
   where = {
     "activations": str(found.model.dtype),
-    "hardware": provenance.hardware(),
-    "commit": provenance.commit(),
+    "hardware": machine.hardware(),
+    "commit": machine.commit(),
   }
   if found.coprocessor is None:
     return {"decoder": decoder, "coprocessor": "none", **where}

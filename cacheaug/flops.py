@@ -48,6 +48,7 @@ class Sizes:
   kind: Kind = Kind.COPROCESSOR
   rounds: int = 1  # of latents a trace
   stride: int = 0  # k, tokens between them
+  window: int = 0  # W, context tokens that the decoder's rows see; 0: all
 
   @property
   def latent_rows(self) -> int:
@@ -92,6 +93,7 @@ def sizes_of(config: ConfigDict) -> Sizes:
     kind=Kind.of(config.coprocessor.kind),
     rounds=config.traces.rounds,
     stride=config.traces.stride,
+    window=config.traces.window,
   )
 
 
@@ -126,11 +128,13 @@ def _causal_pairs(rows: int, window: int | None = None) -> float:
   return w * (w + 1) / 2 + (rows - w) * w
 
 
-def _context_attention(model: ModelConfig, s: int) -> list[float]:
+def _context_attention(
+  model: ModelConfig, s: int, window: int | None = None
+) -> list[float]:
   """Forward FLOP of a context's causal attention, by layer."""
   return [
     _layer_per_pair(model)
-    * _causal_pairs(s, model.window if kind == SLIDING else None)
+    * _causal_pairs(s, model.window if kind == SLIDING else window)
     for kind in model.layer_kinds
   ]
 
@@ -213,6 +217,8 @@ def trace_attention(model: ModelConfig, sizes: Sizes) -> tuple[float, float]:
     first *= sizes.rounds
     for i in range(sizes.rounds if sizes.latent_rows else 0):
       first += n * i * (n + sizes.stride) * attention_per_pair(model)
+  if sizes.window:
+    layers = _context_attention(model, sizes.sequence, sizes.window)
   context = in_latents + sizes.decoder_rows * sum(layers)
   own = m * (first + pairs * attention_per_pair(model))
   return context / sizes.sequence, own

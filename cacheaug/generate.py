@@ -5,7 +5,8 @@
 Without --workdir and --decoder it is the tiny decoder that ships in the
 package, with its coprocessor. Without --prompt, --file and --problem each line
 that is typed, or comes through a pipe, is a prompt. One prompt's text is shown
-as it comes; several are one batch, shown at its end.
+as it comes; several are one batch, shown at its end. With --chat a prompt is a
+message to an instruct model, put into that model's own format.
 """
 
 import itertools
@@ -67,6 +68,9 @@ flags.DEFINE_string(
   "gate", "", "latents only where it says so: entropy:NATS, head:DIR[:NATS]"
 )
 flags.DEFINE_multi_string("insert_after", [], "and after this text, one token")
+flags.DEFINE_bool(
+  "chat", False, "prompts are messages to an instruct model, in its own format"
+)
 flags.DEFINE_bool("compare", False, "the frozen decoder beside the augmented")
 flags.DEFINE_bool("trace", False, "say where latents went, or a gate said no")
 flags.DEFINE_string("store", "", "of cacheaug.deliberate: where to read on")
@@ -126,18 +130,28 @@ def prompts_of(prompts: list[str], file: str) -> list[str]:
     raise UserError("--prompt and --file: give one of the two")
   if any(not prompt for prompt in prompts):
     raise UserError("--prompt is empty: give at least one character")
+  for prompt in prompts:
+    check_text("--prompt", prompt)
   if not file:
     return list(prompts)
   try:
-    text = pathlib.Path(file).expanduser().read_text(encoding="utf-8")
+    text = pathlib.Path(file).expanduser().read_text(encoding="utf-8-sig")
   except OSError as e:
     raise UserError(f"--file={file}: cannot be read ({e.strerror})") from e
   except UnicodeDecodeError as e:
     raise UserError(f"--file={file}: not UTF-8 text") from e
-  lines = [line for line in text.splitlines() if line.strip()]
+  lines = [line for line in text.split("\n") if line.strip()]
   if not lines:
     raise UserError(f"--file={file}: holds no prompt; give one a line")
   return lines
+
+
+def check_text(name: str, text: str) -> None:
+  """Refuses bytes that are no text: Python hands them on as surrogates."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as e:
+    raise UserError(f"{name} is not UTF-8 text: {ascii(text)[:60]}") from e
 
 
 def problem_of(text: str, seed: int) -> Problem:
@@ -243,9 +257,18 @@ def _column(text: str) -> list[str]:
 
 
 def _answer(
-  lm: LM, prompts: list[str], options: dict, problem: Problem | None = None
-) -> None:
-  """Prints the continuations of one batch; of a problem its answer, too."""
+  lm: LM,
+  prompts: list[str],
+  options: dict,
+  *,
+  shown: list[str],
+  problem: Problem | None = None,
+) -> list[str]:
+  """Prints the continuations of one batch, each after what is shown of it.
+
+  Returns:
+    The continuations; none with --compare.
+  """
   values, traces = flags.FLAGS, []
   if values.compare:
     for prompt in prompts:
@@ -253,37 +276,58 @@ def _answer(
       lines += [explain(lm, problem)] if problem else []
       print("\n".join([f"prompt: {prompt}", *lines]))
       print("\n".join([*(traces if values.trace else []), ""]), flush=True)
-    return
+    return []
   writer = lm.writer(prompts, **options)
   if len(prompts) == 1:
-    print(prompts[0], end="", flush=True)
+    print(shown[0], end="", flush=True)
     for _, piece in writer.pieces(1):
       print(piece, end="", flush=True)
     print()
-  for prompt, done in zip(prompts, writer.complete(), strict=True):
+  completions = writer.complete()
+  for begin, done in zip(shown, completions, strict=True):
     if len(prompts) > 1:
-      print(f"{prompt}{done.text}\n", flush=True)
+      print(f"{begin}{done.text}\n", flush=True)
     for line in trace(lm, done) if values.trace else ():
       print(line, flush=True)
   if problem:
     print(explain(lm, problem), flush=True)
+  return [done.text for done in completions]
+
+
+def _first_messages(lm: LM, texts: list[str]) -> list[str]:
+  """Each text as the first message of a conversation of its own."""
+  return [lm.render([{"role": "user", "content": text}]) for text in texts]
 
 
 def _converse(lm: LM, options: dict) -> None:
-  """Each line that comes is a prompt, until there are no more."""
-  typed = sys.stdin.isatty()
+  """Each line that comes is a prompt, until there are no more.
+
+  With --chat the lines and their answers are one conversation.
+  """
+  typed, chat = sys.stdin.isatty(), flags.FLAGS.chat
   if typed:
     print("A line is a prompt; an empty one ends.", file=sys.stderr)
+  messages: list[dict[str, str]] = []
   while True:
     print("> " * typed, end="", flush=True)
-    line = sys.stdin.readline()
-    prompt = line.rstrip("\n")
-    if not line or (typed and not prompt):
+    try:
+      line = sys.stdin.readline()
+    except UnicodeDecodeError as e:
+      raise UserError("standard input is not UTF-8 text") from e
+    text = line.rstrip("\n").removeprefix("\ufeff")
+    if not line or (typed and not text):
       return
     try:
-      if not prompt:
+      if not text:
         raise UserError("a prompt is empty: give at least one character")
-      _answer(lm, [prompt], options)
+      check_text("a prompt", text)
+      if chat:
+        asked = [*messages, {"role": "user", "content": text}]
+        answers = _answer(lm, [lm.render(asked)], options, shown=[""])
+        answer = {"role": "assistant", "content": "".join(answers)}
+        messages = [*asked, answer] if answers else []
+      else:
+        _answer(lm, [text], options, shown=[text])
     except UserError as e:
       if not typed:
         raise
@@ -298,6 +342,11 @@ def main() -> None:
       raise UserError(f"--{flag} {use}: leave out --latents=off")
   if values.gate and values.store:
     raise UserError("--gate and --store: latents of a store are there already")
+  if values.chat and values.store:
+    raise UserError("--chat and --store: a store holds plain texts")
+  for name in ("stop", "insert_after"):
+    for text in getattr(values, name):
+      check_text(f"--{name}", text)
   prompts, problem = prompts_of(values.prompt, values.file), None
   if values.problem:
     if prompts:
@@ -331,8 +380,12 @@ def main() -> None:
     stop=values.stop,
     gate=values.gate,
   )
+  shown = prompts
+  if values.chat:
+    shown = [f"{prompt}\n" for prompt in prompts]
+    prompts = _first_messages(lm, prompts)
   if prompts:
-    _answer(lm, prompts, options, problem)
+    _answer(lm, prompts, options, shown=shown, problem=problem)
   else:
     _converse(lm, options)
 

@@ -5,6 +5,7 @@
   lm = lm.with_coprocessor("runs/gemma2b")          # a run, or an export
   lm.generate(["Natalia sold clips to"])            # augments once, at the end
   for _, piece in lm.stream(["Once upon"]): ...     # the same, as it comes
+  lm.chat([{"role": "user", "content": "Hi"}])      # an instruct model's answer
   lm.nll(tokens, points=[[17, 63]], ahead=16)       # [B, M, A] nats
   context = lm.augment(lm.prefill(tokens))
   lm.decode(context, max_new_tokens=32)             # [B, 32] tokens
@@ -26,7 +27,8 @@ import numpy as np
 from cacheaug.augment import objective
 from cacheaug.augment.point_sampling import Draw
 from cacheaug.augment.traces import Layout
-from cacheaug.data import tokenizers
+from cacheaug.data import chat, tokenizers
+from cacheaug.data.chat import Messages, Rendered
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
 from cacheaug.inference import arguments, gates, padding
@@ -123,6 +125,44 @@ class LM:
         "beside the weights, or use prefill and decode with tokens"
       )
     return tokenizers.with_special(self.tokenizer, text)
+
+  def render(self, messages: Messages, **variables: Any) -> Rendered:
+    """A conversation as the text that an instruct model was tuned on.
+
+    Args:
+      messages: [{"role": "user", "content": "..."}, ...].
+      **variables: of `data.chat.render`: add_generation_prompt, tools, ...
+
+    Returns:
+      A prompt: `generate` and `encode` read its special tokens.
+
+    Raises:
+      UserError: no tokenizer or no chat template, or messages that it refuses.
+    """
+    if self.tokenizer is None:
+      self.encode("")  # refuses
+    return chat.render(
+      self.tokenizer.chat_templates,
+      messages,
+      special_tokens=self.tokenizer.special_tokens,
+      **variables,
+    )
+
+  def chat(
+    self, messages: Messages, max_new_tokens: int = 128, **options: Any
+  ) -> str:
+    """The model's answer to a conversation.
+
+    Args:
+      messages: as of `render`.
+      max_new_tokens: at least 1.
+      **options: as of `generate`.
+
+    Raises:
+      UserError: as of `render` and `generate`.
+    """
+    prompt = self.render(messages)
+    return self.generate([prompt], max_new_tokens, **options)[0]
 
   def prefill(self, tokens: Tokens) -> Context:
     """The decoder reads contexts.

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from cacheaug import config as configs
 from cacheaug import sharding, trainable
-from cacheaug.augment import objective, point_sampling
+from cacheaug.augment import objective, point_sampling, terms
 from cacheaug.augment.objective import Sums
 from cacheaug.errors import UserError
 from cacheaug.model.transformer import Params, Transformer
@@ -106,7 +106,7 @@ def make_step(
   k = config.optimizer.accumulation
   decay = config.optimizer.average
 
-  def loss(params, frozen, decoder, batch):
+  def loss(params, frozen, decoder, step, batch):
     whole = trainable.effective(config, params, frozen, decoder)
     if config.objective == "language_model":
       adapts = configs.lora_rank(config) > 0  # and so leaves the head alone
@@ -114,17 +114,27 @@ def make_step(
         config, model, whole, batch, frozen_head=adapts
       )
     else:
-      spec = configs.layout_of(config)
-      nll, tokens = sums(model, decoder, whole, batch, batch["points"], spec)
-    return nll.sum(), (nll, tokens)
+      args = model, decoder, whole, batch, batch["points"]
+      layout, added = configs.layout_of(config), configs.terms_of(config)
+      if added.on:
+        total, plain, extras = terms.coprocessor_loss(
+          *args, layout, terms=added, step=step
+        )
+        return total, (*plain, extras)
+      nll, tokens = sums(*args, layout)
+    return nll.sum(), (nll, tokens, {})
 
   def step(state, decoder, batch, key, reset):
     batch = add_points(config, batch, key, state.step)
     gradient = partial(
-      jax.grad(loss, has_aux=True), state.params, state.frozen, decoder
+      jax.grad(loss, has_aux=True),
+      state.params,
+      state.frozen,
+      decoder,
+      state.step,
     )
     with sharding.placing(mesh):
-      grads, (nll, tokens) = summed(gradient, batch, k)
+      grads, (nll, tokens, extras) = summed(gradient, batch, k)
     count = jnp.maximum(tokens.sum(), 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -136,6 +146,7 @@ def make_step(
     metrics = {
       "loss": nll.sum() / count,
       "batch": (nll, tokens),
+      "terms": extras,
       "running": running,
       "gradient_norm": optax.tree.norm(grads),
       "parameter_norm": optax.tree.norm(params),
@@ -270,6 +281,8 @@ def log_step(
     "parameter_norm": float(metrics["parameter_norm"]),
     "batch_loss": mean(metrics["batch"]),  # this step's tokens
   }
+  for name, sums in metrics["terms"].items():
+    line[f"{name}_loss"] = mean(sums)  # of this step, unweighted
   seconds, (rows, length) = times["step_time"], batch["tokens"].shape
   speed = {
     **times,

@@ -29,6 +29,7 @@ from ml_collections import config_flags
 
 from cacheaug.errors import UserError
 from cacheaug.run import command
+from cacheaug.run.files import expanded, refuse_remote
 
 
 def main() -> None:
@@ -50,11 +51,8 @@ def main() -> None:
     config_flags.get_override_values(flag),
     pattern=values.only,
   )
-  directory = Path(values.workdir or f"runs/sweeps/{_name(file)}")
-  if "://" in str(directory):
-    raise UserError(
-      f"--workdir={directory}: a sweep's own directory must be on a disk here"
-    )
+  refuse_remote(values.workdir, "--workdir")
+  directory = Path(expanded(values.workdir or f"runs/sweeps/{_name(file)}"))
   runs = rows.runs_of(built, directory.absolute())
   if values.plan_only:
     print(plan.table(built, runs), plan.commands(runs), sep="\n")

@@ -241,6 +241,7 @@ def report(
       params=params,
       decoder_fingerprint=fingerprint,
       source=config.decoder.path,
+      draw=configs.draw_of(config),
       lora_rank=rank,
       report=transformers_files.report_of(workdir),
     )

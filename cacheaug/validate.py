@@ -4,6 +4,7 @@ A line names the key, its value and what would do. Keys that `config.base` does
 not have are refused in config.py.
 """
 
+import math
 import os
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.kernels import dispatch
 from cacheaug.model import lora, transformer
-from cacheaug.model.config import ModelConfig
+from cacheaug.model.config import SLIDING, ModelConfig
 from cacheaug.run import files, profiling
 
 OBJECTIVES = ("coprocessor", "language_model")
@@ -38,6 +39,17 @@ _POSITIVE = (
   "checkpoint.keep",
   "watchdog.host_seconds",
   *_EVAL_POSITIVE,
+)
+_NOT_NEGATIVE = (
+  "watchdog.seconds",
+  "data.retries",
+  "data.workers",
+  "eval.context",
+  "eval.problems",
+  "lora.alpha",
+  "optimizer.clip",
+  "optimizer.eps",
+  "optimizer.weight_decay",
 )
 
 
@@ -67,9 +79,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
       f"optimizer.average={config.optimizer.average} must be from 0 (none) to "
       "below 1"
     )
-  for key in ("watchdog.seconds", "data.retries", "eval.context"):
-    if configs.at(config, key) < 0:
-      raise UserError(f"{key}={configs.at(config, key)} must be 0 or more")
+  _check_numbers(config)
   _check_places(config)
   profiling.parse_steps(config.profile)
   optim.make_schedule(config.optimizer, config.optimizer.steps)
@@ -156,6 +166,18 @@ def _check_traces(config: ConfigDict) -> None:
       f"traces.law='stratified' wants data.sequence={s} to be a multiple of "
       f"traces.count={draw.count}"
     )
+  added = configs.terms_of(config).on
+  if added and config.objective != "coprocessor":
+    raise UserError(
+      f"{added[0]}={configs.at(config, added[0])} is of latents' training, "
+      f"objective={config.objective!r} has no frozen decoder to go by: leave "
+      "it out"
+    )
+  if spec.window >= s:
+    raise UserError(
+      f"traces.window={spec.window} hides nothing of sequences of "
+      f"data.sequence={s}: lower it, or 0 for no window"
+    )
   needed, more = spec.context_needed + spec.reach, ""
   if spec.stride:
     more = f", traces.rounds={spec.rounds} and traces.stride={spec.stride}"
@@ -213,6 +235,12 @@ def check_model(config: ConfigDict, model: ModelConfig) -> None:
   if rank := configs.lora_rank(config):
     name = f"{config.objective}.lora_rank"
     lora.check(model, rank, tuple(config.lora.kernels), label=name)
+  w = config.traces.window
+  if w and SLIDING in model.layer_kinds and w < model.window:
+    raise UserError(
+      f"traces.window={w} is less than the {model.window} tokens that the "
+      "decoder's sliding layers see (window): raise it, or 0 for no window"
+    )
   s, n = config.data.sequence, 0
   # 'insert' puts latents, and what follows them, behind the context.
   if config.objective == "coprocessor" and (
@@ -228,6 +256,29 @@ def check_model(config: ConfigDict, model: ModelConfig) -> None:
       f"data.sequence={s}{more} exceeds the decoder's {model.max_positions} "
       "positions (max_positions): lower it"
     )
+
+
+def _check_numbers(config: ConfigDict) -> None:
+  """Refuses numbers that no key can have a use for.
+
+  Raises:
+    UserError: naming the key.
+  """
+  for key, value in configs.leaves(config):
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f"{key}={value} must be a finite number")
+    # Steps, rows and tokens are counted in 32 bits on the devices.
+    bits = 63 if key == "seed" else 31
+    if isinstance(value, int) and not -(2**bits) <= value < 2**bits:
+      raise UserError(f"{key}={value} does not fit {bits + 1} bits: lower it")
+  for key in _NOT_NEGATIVE:
+    if configs.at(config, key) < 0:
+      raise UserError(f"{key}={configs.at(config, key)} must be 0 or more")
+  for key in ("optimizer.b1", "optimizer.b2"):
+    if not 0 <= configs.at(config, key) < 1:
+      raise UserError(
+        f"{key}={configs.at(config, key)} must be from 0 to below 1"
+      )
 
 
 def _check_places(config: ConfigDict) -> None:

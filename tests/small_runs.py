@@ -98,10 +98,9 @@ class Steps:
   @staticmethod
   def _quick(jitted, *arguments):
     # Not above: --config loads this file without the tests on its path.
-    import tolerances
+    import compiling
 
-    options = tolerances.jit.keywords["compiler_options"]
-    return jitted.lower(*arguments).compile(compiler_options=options)
+    return jitted.lower(*arguments).compile(compiler_options=compiling.OPTIONS)
 
   def _arguments(self, step: int) -> tuple:
     batch = sharding.put_global(

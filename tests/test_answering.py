@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import tolerances
 
-from cacheaug import lm as lm_module
 from cacheaug.augment.traces import Layout
 from cacheaug.data.tokenizers import ByteTokenizer
 from cacheaug.errors import UserError
-from cacheaug.inference import engine, padding
+from cacheaug.inference import padding
 from cacheaug.inference.sampling import Sampling
 from cacheaug.lm import LM, Coprocessor
-from cacheaug.projects.lm_eval import answering
 from cacheaug.projects.lm_eval.answering import (
   AUGMENTED,
   FROZEN,
@@ -28,30 +26,6 @@ CONTEXTS = [
 ]
 CONTINUATIONS = [" x", " x + 1\n", "int(i)"]
 NEW = 6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-  """Compiles this module's programs without optimisation."""
-  patch = pytest.MonkeyPatch()
-  said = ("model", "sampling", "stop_ids", "pause_ids", "scored")
-  for module, name, static in (
-    (answering, "_read", ("model", "keep_states")),
-    (answering, "_augment", ("model", "spec")),
-    (answering, "_loglikelihood", ("model",)),
-    (answering, "_running", ("model", "spec")),
-    (lm_module, "_read", ("model", "keep_states")),
-    (lm_module, "_nll", ("model", "spec")),
-    (engine, "start", ("model", "max_new_tokens", "latents")),
-    (engine, "insert", ("model", "spec")),
-    (engine, "advance", said),
-  ):
-    function = getattr(module, name).__wrapped__
-    patch.setattr(
-      module, name, tolerances.jit(function, static_argnames=static)
-    )
-  yield
-  patch.undo()
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ import threading
 import jax
 import numpy as np
 import pytest
-import test_generate_engine
-import tolerances
 from test_generate import N, embed, model_and_params, prompts, spec_of
 from test_generate_engine import (
   NEW,
@@ -26,25 +24,7 @@ from cacheaug.projects.background import worker
 from cacheaug.projects.background.session import BackgroundSession
 from cacheaug.projects.background.worker import Limits, Worker
 
-quick = test_generate_engine.quick  # a fixture of this module too
 SPEC = spec_of("replace")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_too(quick):
-  """The same for what this adds to the engine."""
-  patch = pytest.MonkeyPatch()
-  for module, name, static in (
-    (background, "snapshot", ("model", "spec")),
-    (background, "land", ("model", "spec")),
-    (worker, "_outputs", "model"),
-  ):
-    function = getattr(module, name).__wrapped__
-    patch.setattr(
-      module, name, tolerances.jit(function, static_argnames=static)
-    )
-  yield
-  patch.undo()
 
 
 @pytest.fixture

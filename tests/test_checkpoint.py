@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -367,7 +368,8 @@ def _process_main(index, port, directory):
 def _start(*args, devices):
   root = Path(__file__).resolve().parent.parent
   environment = os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+    + compiling.FLAGS,
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(root),
   }

@@ -206,7 +206,7 @@ def test_resumed_packing_equals_uninterrupted(
   names = set(_files(cut))
   assert "meta.json" not in names and "train-00002.array_record" in names
   assert not shards.is_complete(cut)
-  (cut / "left-over.tmp").write_text("half a shard")
+  (cut / ".tmp-left-over").write_text("half a shard")
   monkeypatch.setattr(shards, "write_json", write)
   done.clear()
   monkeypatch.setattr(
@@ -334,7 +334,7 @@ def test_a_directory_that_cannot_be_written(tmp_path, texts):
 def test_a_disk_that_is_full(tmp_path, texts, monkeypatch):
   # What the writer says when it cannot write, here for a missing directory.
   absent = tmp_path / "absent" / "x.tmp"
-  monkeypatch.setattr(shards, "_temporary", lambda path: absent)
+  monkeypatch.setattr(shards.files, "temporary", lambda path: absent)
   with pytest.raises(errors.UserError, match="data.cache_dir") as raised:
     _pack(_documents(tmp_path / "in", texts), tmp_path / "cache")
   assert "\n" not in str(raised.value)

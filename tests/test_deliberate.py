@@ -104,6 +104,7 @@ def test_a_batch_comes_back_bit_for_bit(lm, tmp_path):
     np.testing.assert_array_equal(lm.decode(back, NEW), lm.decode(context, NEW))
 
 
+@pytest.mark.usefixtures("as_users_compile_here")
 def test_decoding_from_the_store_is_decoding_right_after(
   either, tmp_path, infos
 ):

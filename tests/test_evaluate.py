@@ -293,7 +293,7 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path):
 
 def test_a_decoders_run_is_refused(tmp_path, monkeypatch):
   decoder = trained.Run(tmp_path, config_of(tmp_path), None, {}, "", 1)
-  monkeypatch.setattr(evaluate.export, "read_run", lambda _: decoder)
+  monkeypatch.setattr(evaluate.trained, "read_run", lambda _: decoder)
   with pytest.raises(UserError, match="holds a decoder"):
     evaluate.open_config(str(tmp_path), "", None)
 

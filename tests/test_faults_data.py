@@ -1,7 +1,9 @@
 """Faults that users of neighbouring projects met: tokens, text files, packing.
 
 Each test fails without its cure. The neighbours of a fault that were tried are
-its parameters.
+its parameters. Bytes on the command line that are no text (8) are in
+test_generate_command.py, chat templates (39) in test_chat.py, streaming (36) in
+test_generate_text.py.
 """
 
 import bz2

@@ -516,10 +516,8 @@ def test_an_export_to_a_bucket_and_back(bucket, tmp_path, monkeypatch):
   export.export_run(tmp_path / "run", tmp_path / "local")
   export.export_run(tmp_path / "run", f"{bucket}/export")
   local = small_runs.contents(tmp_path / "local")
-  sent = {
-    p.name: p.read_bytes() for p in epath.Path(f"{bucket}/export").iterdir()
-  }
-  assert sent == local
+  sent = {k: epath.Path(f"{bucket}/export/{k}").read_bytes() for k in local}
+  assert sent == local and len(sent) > 2
   assert not (tmp_path / "gs:").exists()
   # Read again: by itself, and as a command or lm.with_coprocessor does.
   near = coprocessor_files.load_coprocessor(tmp_path / "local")
@@ -725,3 +723,42 @@ def test_a_batch_has_one_checksum_on_any_devices(tmp_path, devices):
   # Control: the same rows in another order are another batch.
   other = {k: v[::-1].copy() for k, v in batch.items()}
   assert batch_checksum(placed(other)) != found[0]
+
+
+# --- numbers that cannot be -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("seed", 2**64),
+    ("optimizer.steps", 2**40),
+    ("optimizer.learning_rate", float("inf")),
+    ("optimizer.b2", 1.0),
+    ("optimizer.weight_decay", -0.1),
+    ("optimizer.clip", float("nan")),
+    ("optimizer.multipliers", {"": float("inf")}),
+    ("data.sources.text.weight", float("nan")),
+    ("lora.alpha", -1.0),
+    ("data.workers", -1),
+  ],
+)
+def test_numbers_that_cannot_be_are_refused_by_name(tmp_path, key, value):
+  from cacheaug import validate
+
+  config = small_runs.get_config(str(tmp_path))
+  validate.check_config(config, 1)
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError) as caught:
+    validate.check_config(config, 1)
+  assert _line(caught).startswith(key)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**40, 0])
+def test_any_seed_of_64_bits_will_do(tmp_path, seed):
+  from cacheaug import validate
+
+  config = small_runs.get_config(str(tmp_path))
+  config.seed = seed
+  validate.check_config(config, 1)
+  jax.random.key(config.seed)

@@ -34,6 +34,7 @@ def same(one, other):
   return one.ids == other.ids and one.nll.tobytes() == other.nll.tobytes()
 
 
+@pytest.mark.usefixtures("as_users_compile_here")
 def test_thresholds_beyond_all_are_always_and_never(lm):
   always, frozen = complete(lm), complete(lm, latents=False)
   for a, b in zip(complete(lm, gate="entropy:-inf"), always, strict=True):

@@ -1,12 +1,16 @@
 """`python -m cacheaug.generate`."""
 
 import dataclasses
+import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 
 import cacheaug
 from cacheaug.errors import UserError
@@ -169,7 +173,8 @@ def test_a_problem_is_a_prompt_with_its_answer(command, capsys):
   options = dict(max_new_tokens=1, sampling=Sampling())
   flags.FLAGS(["generate"])
   try:
-    command._answer(found, [problem.question], options, problem)
+    prompts = [problem.question]
+    command._answer(found, prompts, options, shown=prompts, problem=problem)
   finally:
     flags.FLAGS.unparse_flags()
   out = capsys.readouterr().out
@@ -207,3 +212,82 @@ def test_a_decoder_without_a_tokenizer(command, tmp_path):
     lm.generate(["abc"], latents=False)
   with pytest.raises(UserError, match="is 0 tokens of this decoder's"):
     command.plan_of(lm, ["0"], 0, ["a"])
+
+
+@pytest.mark.parametrize(
+  "given, stdin, words",
+  [
+    (["--prompt=caf\udce9"], "", "--prompt is not UTF-8 text"),
+    (["--prompt=ab cd", "--prompt=\udce9"], "", "--prompt is not UTF-8 text"),
+    (["--prompt=ab cd", "--stop=\udce9"], "", "--stop is not UTF-8 text"),
+    (["--prompt=a", "--insert_after=\udce9"], "", "--insert_after is not UTF"),
+    ([], b"caf\xe9\n", "standard input is not UTF-8 text"),
+    ([], "caf\udce9\n", "a prompt is not UTF-8 text"),
+  ],
+)
+def test_8_bytes_that_are_no_text_are_one_line(
+  command, monkeypatch, given, stdin, words
+):
+  values = flags.FLAGS
+  saved = flagsaver.save_flag_values(values)
+  try:
+    values(["generate", *given], known_only=True)
+    source = (
+      io.StringIO(stdin)
+      if isinstance(stdin, str)
+      else io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
+    )
+    monkeypatch.setattr(sys, "stdin", source)
+    monkeypatch.setattr(
+      command, "open_lm", lambda *_: cacheaug.load("shipped:nano")
+    )
+    with pytest.raises(UserError, match=words) as raised:
+      command.main()
+    assert str(raised.value).isascii()
+  finally:
+    flagsaver.restore_flag_values(saved, values)
+
+
+def test_8_files_and_pipes_may_begin_with_a_mark(command, tmp_path):
+  path = tmp_path / "prompts"
+  path.write_bytes(b"\xef\xbb\xbf" + "one\r\ntwo\u2028still two\n".encode())
+  assert command.prompts_of([], str(path)) == ["one", "two\u2028still two"]
+
+
+def test_chat_is_a_conversation(command, monkeypatch, tmp_path, capsys):
+  shutil.copytree(pretrained.resolve("shipped:nano"), tmp_path / "nano")
+  (tmp_path / "nano" / "chat_template.jinja").write_text(
+    "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant: {% endif %}"
+  )
+  lm = cacheaug.load(str(tmp_path / "nano"))
+  rendered = []
+
+  def render(messages):
+    rendered.append([dict(m) for m in messages])
+    return lm.render(messages)
+
+  double = mock.Mock(wraps=lm, coprocessor=None, render=render)
+  monkeypatch.setattr(command, "open_lm", lambda *_: double)
+  first = [{"role": "user", "content": "Hi"}]
+  answer = lm.chat(first, 6)
+  saved = flagsaver.save_flag_values(flags.FLAGS)
+  common = ["generate", "--chat", "--max_new_tokens=6"]
+  try:
+    flags.FLAGS([*common, "--prompt=Hi", "--prompt=Go on"])
+    command.main()
+    both = lm.generate([lm.render(first), lm.render(rendered[1])], 6)
+    assert capsys.readouterr().out == f"Hi\n{both[0]}\n\nGo on\n{both[1]}\n\n"
+    flagsaver.restore_flag_values(saved, flags.FLAGS)
+    flags.FLAGS(common)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nAnd?\n"))
+    command.main()
+  finally:
+    flagsaver.restore_flag_values(saved, flags.FLAGS)
+  second = [
+    *first,
+    {"role": "assistant", "content": answer},
+    {"role": "user", "content": "And?"},
+  ]
+  assert rendered[2:] == [first, second]
+  assert capsys.readouterr().out == f"{answer}\n{lm.chat(second, 6)}\n"

@@ -21,31 +21,13 @@ from tolerances import HIDDEN, close, far, make_coprocessor
 
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
-from cacheaug.inference import engine, padding
+from cacheaug.inference import padding
 from cacheaug.inference.sampling import Sampling
 from cacheaug.inference.session import Plan, Session
 from cacheaug.model import decode_rows, transformer
 from cacheaug.model.static_cache import SlotCache
 
 NEW = 6  # as in test_generate, whose functions these are
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-  """Compiles the engine's programs without optimisation."""
-  patch = pytest.MonkeyPatch()
-  for name, static in (
-    ("start", ("model", "max_new_tokens", "latents")),
-    ("insert", ("model", "spec")),
-    ("advance", ("model", "sampling", "stop_ids", "pause_ids", "scored")),
-    ("end", ()),
-  ):
-    function = getattr(engine, name).__wrapped__
-    patch.setattr(
-      engine, name, tolerances.jit(function, static_argnames=static)
-    )
-  yield
-  patch.undo()
 
 
 @functools.cache

@@ -8,6 +8,8 @@ from cacheaug.errors import UserError
 from cacheaug.inference.sampling import Sampling
 from cacheaug.inference.session import Plan
 
+pytestmark = pytest.mark.usefixtures("as_users_compile")
+
 PROMPTS = [
   "def main(argv):\n  for name in argv[1:]:\n    print(",
   "a=4;b=a+3;c=b-2;d=c+6;e=d+1;f=e-3;f=",

@@ -1,5 +1,6 @@
 """Every kind of coprocessor at work: decoding, files, steps, refusals."""
 
+import dataclasses
 import functools
 import json
 
@@ -11,7 +12,6 @@ import safetensors.numpy
 import small_runs
 import tolerances
 from test_generate import PAD, N, model_and_params, prompts
-from test_generate_engine import quick  # noqa: F401, a fixture
 from tolerances import (
   LOSS,
   MATTERS,
@@ -60,9 +60,10 @@ def scorer(kind):
   return run
 
 
-def teacher_forced(kind, scheme, prompt, said):
+def teacher_forced(kind, scheme, prompt, said, **changes):
   """nll [A] of what was said, all of it in one pass over the whole text."""
   _, _, coproc, spec = setup(kind, scheme)
+  spec = dataclasses.replace(spec, **changes)
   text = [*prompt, *said]
   padded = max(map(len, prompts())) + NEW
   tokens = np.full((1, padded), PAD, np.int32)
@@ -105,6 +106,21 @@ def test_decoding_says_what_the_whole_text_would_score(kind, scheme):
   plain = session(kind, coproc=None, spec=None)
   plain.run(NEW)
   far(plain.nll(), nll)
+
+
+@pytest.mark.parametrize("kind", ["pause", "handover"])
+def test_a_window_hides_in_decoding_what_it_hides_in_training(kind):
+  window = N + 1
+  spec = dataclasses.replace(setup(kind)[3], window=window)
+  one = session(kind, spec=spec)
+  said, nll = one.run(NEW), one.nll()
+  for i, prompt in enumerate(prompts()):
+    args = kind, "replace", prompt, said[i]
+    close(teacher_forced(*args, window=window), nll[i], NLL)
+    if len(prompt) > window + 1:
+      far(teacher_forced(*args), nll[i])
+  with pytest.raises(UserError, match="traces.window=.*inserted once"):
+    session(kind, spec=spec, plan=Plan(at=(0, 2)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -26,25 +26,6 @@ PROMPTS = ["def f(x):\n", "import os\n", "for i in range(10): print(i"]
 NEW = 5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-  """Compiles this module's programs without optimisation."""
-  patch = pytest.MonkeyPatch()
-  for module, name, static in (
-    (lm, "_read", ("model",)),
-    (lm, "_augment", ("model", "spec")),
-    (lm, "_decode", ("model", "max_new_tokens", "stop_ids")),
-    (lm, "_nll", ("model", "spec")),
-    (generate, "greedy", ("model", "spec", "max_new_tokens", "stop_id")),
-  ):
-    function = getattr(module, name).__wrapped__
-    patch.setattr(
-      module, name, tolerances.jit(function, static_argnames=static)
-    )
-  yield
-  patch.undo()
-
-
 def save(directory, decoder, spec=SPEC, **changes):
   """A random exported coprocessor for a loaded decoder."""
   options = dict(

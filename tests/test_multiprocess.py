@@ -17,6 +17,12 @@ def _metrics(workdir: Path) -> list[dict]:
   return [json.loads(line) for line in lines]
 
 
+def _batches(workdir: Path) -> list[str]:
+  """The checksum of each step's rows."""
+  lines = (workdir / "speed.jsonl").read_text().splitlines()
+  return [json.loads(line)["batch"] for line in lines]
+
+
 def _several(
   tmp_path: Path, workdir: Path, *arguments: str, processes: int = 2
 ) -> list:
@@ -40,6 +46,46 @@ def _several(
     )
     for i in range(processes)
   ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("what", ["text", "workdir"])
+def test_hosts_that_do_not_share_end_in_one_line(tmp_path, what):
+  """Before the first step, each of them with the same line."""
+  places = [tmp_path / "host0", tmp_path / "host1"]
+  for place in places:
+    small_runs.get_config(str(place))
+  pair = []
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+  if what == "text":
+    text = (places[1] / "text.txt").read_text()
+    (places[1] / "text.txt").write_text(text[: len(text) // 2])
+  for i, place in enumerate(places):
+    workdir = place if what == "workdir" else tmp_path
+    pair.append(
+      small_runs.start(
+        place,
+        f"--workdir={workdir}/run",
+        "--multihost",
+        "--config.mesh.fsdp=2",
+        JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+        JAX_NUM_PROCESSES="2",
+        JAX_PROCESS_ID=str(i),
+      )
+    )
+  wanted = {
+    "text": "data.sources.text differs between processes: 60 documents",
+    "workdir": "process 1 does not see what process 0 writes there",
+  }
+  for process in pair:
+    status, _, err = small_runs.finish(process)
+    lines = [k for k in err.splitlines() if k.startswith("error:")]
+    assert status == 1 and len(lines) == 1 and wanted[what] in lines[0], err
+    assert "Traceback" not in err
+  assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
 @pytest.mark.slow
@@ -81,6 +127,7 @@ def test_two_processes_equal_one_and_one_and_four_resume_them(tmp_path):
     ):
       assert status == 0 and "resumed from step 3" in err, err
       assert ("perplexity" in out) == (process is several[0])
+    assert _batches(resumed) == _batches(tmp_path / "run")
     again = _metrics(resumed)
     assert again[:3] == two[:3]
     for name in ("loss", "baseline_loss", "gradient_norm"):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import small_runs
 from packed import DOCUMENTS, STARTS_AT, S, note
-from test_generate_engine import quick  # noqa: F401, a fixture
 from tolerances import (
   GRADIENT,
   LOSS,

@@ -12,26 +12,14 @@ from test_generate import N, model_and_params, naive, prompts, spec_of
 from test_generate_engine import NEW, coproc_of
 
 from cacheaug.errors import UserError
-from cacheaug.inference import context
 from cacheaug.inference.sampling import Sampling
 from cacheaug.inference.session import Plan
 from cacheaug.model import decode_rows
-from cacheaug.projects.background import serve
 from cacheaug.projects.background.serve import Server
 from cacheaug.projects.background.worker import Worker
 
-quick, quick_too = test_background.quick, test_background.quick_too
 warnings = test_background.warnings
 B = 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_read(quick):
-  patch = pytest.MonkeyPatch()
-  read = tolerances.jit(context.read, static_argnames="model")
-  patch.setattr(serve, "_read", read)
-  yield
-  patch.undo()
 
 
 def server(worker=None, **options):

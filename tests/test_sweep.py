@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import compiling
 import pytest
 import small_sweep
 
@@ -274,7 +275,7 @@ def _command(*arguments):
   done = subprocess.run(
     [sys.executable, "-m", "cacheaug.sweep", *arguments],
     cwd=Path(__file__).resolve().parent.parent,
-    env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    env=os.environ | {"XLA_FLAGS": compiling.FLAGS},
     capture_output=True,
     text=True,
     timeout=280,

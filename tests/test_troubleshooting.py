@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 import cacheaug
 from cacheaug import build, sharding, step, validate
 from cacheaug import config as configs
-from cacheaug.data import pipeline, tokenizers
+from cacheaug.data import pipeline, record_files, shards, tokenizers
 from cacheaug.errors import UserError
-from cacheaug.run import checkpoint, command
+from cacheaug.run import agreement, checkpoint, command, lock, metrics
 from cacheaug.run import workdir as workdirs
 from cacheaug.weights import pretrained, published
 
@@ -143,6 +143,58 @@ def one_document(config, directory):
   _batches(config)
 
 
+def compressed(config, directory):
+  (directory / "text.txt").write_bytes(b"\x28\xb5\x2f\xfd\x04\x00")
+  _batches(config)
+
+
+def columns(config, directory):
+  (directory / "text.txt").write_bytes(b"PAR1\x15\x00")
+  _batches(config)
+
+
+def an_array(config, directory):
+  (directory / "text.txt").write_text('[{"text": "a"}, {"text": "b"}]')
+  config.data.sources.text.kind = "jsonl"
+  config.data.validation_fraction = 0.0
+  _batches(config)
+
+
+def answers_beyond_the_row(config, directory):
+  line = json.dumps({"q": "long " * 20, "a": "7"})
+  (directory / "text.txt").write_text("\n".join([line] * 9))
+  config.data.answers_only = True
+  source = config.data.sources.text
+  source.kind, source.field, source.answer_field = "jsonl", "q", "a"
+  _batches(config)
+
+
+def open_files(config, directory, monkeypatch):
+  def full(*_):
+    raise RuntimeError("open: Too many open files")
+
+  for i in range(60):
+    text = f"text {i} of some length\n---\n"
+    with (directory / "text.txt").open("a") as file:
+      file.write(text)
+  monkeypatch.setattr(shards, "_IN_MEMORY_BYTES", 0)
+  monkeypatch.setattr(record_files, "open_reader", full)
+  monkeypatch.setattr(
+    record_files.resource, "getrlimit", lambda _: (1024, 4096)
+  )
+  tokenizer = tokenizers.load("byte")
+  batches = pipeline.open_batches(config.data, tokenizer, split="train", seed=0)
+  try:
+    batches.at(0)
+  except UserError as error:  # Without the cache's own name.
+    name = next((directory / "cache").iterdir()).name
+    raise UserError(str(error).replace(name, "...")) from error
+
+
+def no_chat_template(config, directory):
+  cacheaug.load("shipped:nano").chat([{"role": "user", "content": "Hi"}])
+
+
 def no_permission(config, directory, monkeypatch):
   monkeypatch.setattr(workdirs.os, "access", lambda *_: False)
   workdirs.check(config, str(directory / "run"))
@@ -156,6 +208,52 @@ def no_space(config, directory, monkeypatch):
   with checkpoint.Checkpoints(directory / "run", keep=1, save_every=1) as saves:
     saves.save(1, {"x": jnp.zeros(2)}, {})
     saves.wait()
+
+
+def no_space_for_metrics(config, directory):
+  with metrics.MetricWriter(directory / "run") as writer:
+    (directory / "run" / "metrics.jsonl").unlink()
+    (directory / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    writer.write(1, {"loss": 1.0})
+
+
+def two_trainers(config, directory):
+  (directory / "run").mkdir()
+  beat = {"state": "training", "pid": 4711, "host": "node3"}
+  (directory / "run" / "heartbeat.json").write_text(json.dumps(beat))
+  with lock.Lock(directory / "run") as first:
+    first.acquire()
+    with lock.Lock(directory / "run") as second:
+      second.acquire()
+
+
+def fewer_steps(config, directory):
+  workdirs.claim(config, str(directory / "run"))
+  (directory / "run" / "metrics.jsonl").write_text('{"step": 2}\n')
+  config.optimizer.steps = 60
+  workdirs.check(config, str(directory / "run"))
+
+
+def hosts_that_differ(config, directory, monkeypatch):
+  texts = [
+    "data.sources.text\t60 documents in 33 rows (1a2b3c4d)",
+    "data.sources.text\t30 documents in 17 rows (5e6f7a8b)",
+  ]
+  monkeypatch.setattr(agreement.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(agreement, "exchange", lambda _: texts)
+  agreement.check(dict)
+
+
+def hosts_that_share_nothing(config, directory, monkeypatch):
+  monkeypatch.setattr(workdirs.jax, "process_count", lambda: 2)
+  answers = iter([["a"], [""], [""], ["seen", ""]])
+  monkeypatch.setattr(agreement, "exchange", lambda _: next(answers))
+  workdirs.claim(config, str(directory / "run"))
+
+
+def weights_in_a_bucket(config, directory):
+  config.decoder.path = "gs://bucket/gemma-2-2b"
+  validate.check_config(config, 1)
 
 
 def another_experiment(config, directory):
@@ -236,4 +334,5 @@ def test_message_is_quoted(provoke, tmp_path, monkeypatch):
 def test_full_device_is_quoted():
   assert _quoted(command._LESS_MEMORY)
   assert _quoted(command._RESTART)
+  assert _quoted(command._NO_ROOM)
   assert not _quoted("out of device memory: buy another")

@@ -3,8 +3,8 @@
 How a batch's `tokens` [B, S] get from the command to the loss, a line a call:
 
    1  main.main                        the command line, and errors as one line
-   2  train.run                        mesh, data, model, state, restore, loop
-   3  data.pipeline: batches.at        tokens, documents [B, S] of one step
+   2  train.train                      mesh, data, model, state, restore, loop
+   3  pipeline.Batches.iterate         tokens, documents [B, S] of one step
    4  step.make_step: step             jitted: loss, gradient, update
    5  step.add_points                  points p [B, M], and lateness
    6    point_sampling.sample_points   where latents stand

@@ -162,9 +162,20 @@ def latents(
   given: Given | None = None,  # rows of the block that were run before
 ) -> jax.Array:  # z [B, M, N, D]
   """Pass 2: all latents of all traces in one forward call."""
-  out = outputs(model, params, cache, traces, copied, given)
+  hidden = hidden_states(model, params, cache, traces, copied, given)
+  return to_latents(params, hidden, traces, copied, repeated)
+
+
+def to_latents(
+  params: Params,
+  hidden: jax.Array,  # [B, M, N, D] of `hidden_states`
+  traces: Traces,
+  copied: jax.Array,  # [B, M, N, D], as of `latents`, these two
+  repeated: jax.Array | None = None,
+) -> jax.Array:  # z [B, M, N, D]
+  """The second half of `latents`."""
   place = copied if repeated is None else repeated
-  return combine(place, out, traces.start == "harmless")
+  return combine(place, project(params, hidden), traces.start == "harmless")
 
 
 def outputs(
@@ -176,13 +187,27 @@ def outputs(
   given: Given | None = None,
 ) -> jax.Array:  # [B, M, N, D]
   """What is trained contributes to z; `combine` makes z of it."""
+  return project(
+    params, hidden_states(model, params, cache, traces, copied, given)
+  )
+
+
+def hidden_states(
+  model: Transformer,
+  params: Params,
+  cache: KVCache,  # of `source_cache`
+  traces: Traces,
+  copied: jax.Array,  # [B, M, N, D], as of `latents`
+  given: Given | None = None,
+) -> jax.Array:  # [B, M, N, D]
+  """The network's last hidden states; of a pause, which has none, its input."""
   x = input_rows(params, traces, copied)
   if not traces.kind.network:
     return x
   rows = traces.latent_rows
   if traces.kind.reads_states:
     rows = rows.replace(starts=None)  # gradients of what is read are wanted
-  hidden = transformer.run_blocks(
+  return transformer.run_blocks(
     model,
     params["transformer"],
     x,
@@ -191,6 +216,13 @@ def outputs(
     trained=True,
     given=given,
   )
+
+
+def project(
+  params: Params,
+  hidden: jax.Array,  # [..., D] of `hidden_states`
+) -> jax.Array:  # [..., D]
+  """Hidden states times the harmless start's projection, where there is one."""
   if "latent_projection" not in params:
     return hidden
   projection = params["latent_projection"].astype(hidden.dtype)

@@ -49,11 +49,23 @@ _REFUSALS = {
     "coprocessor.kind={kind!r}: diagnostics are of latents that are "
     "embeddings, this kind hands over keys and values; give --nodiagnostics"
   ),
+  "labels": (
+    "supervision.weight: coprocessor.kind={kind!r} hands over keys and values, "
+    "off which no head reads a label; set it to 0, or the kind to {able}"
+  ),
+  "labels_of_its_own": (
+    "supervision.at='coprocessor': coprocessor.kind={kind!r} has no rows that "
+    "a head could read; set it to 'decoder', or the kind to {able}"
+  ),
   "dense": (
     "coprocessor.kind={kind!r}: there is no dense way to compute it; compare "
     "kind {able}"
   ),
 }
+
+
+_PAUSE = "store diagnostics labels"
+_STATES = "late diagnostics labels labels_of_its_own"
 
 
 class Kind(enum.StrEnum):
@@ -73,10 +85,10 @@ class Kind(enum.StrEnum):
   # fmt: off
   #             name           network      kv     states does
   COPROCESSOR = "coprocessor", _WHOLE,      False, False, " ".join(_REFUSALS)
-  PAUSE       = "pause",       (),          False, False, "store diagnostics"
+  PAUSE       = "pause",       (),          False, False, _PAUSE
   PREFIX      = "prefix",      (),          True,  False, ""
   HANDOVER    = "handover",    ("blocks",), True,  False, "store"
-  ACTIVATIONS = "activations", _WHOLE,      False, True,  "late diagnostics"
+  ACTIVATIONS = "activations", _WHOLE,      False, True,  _STATES
   # fmt: on
 
   def __new__(cls, name, network, latents_are_kv, reads_states, does):

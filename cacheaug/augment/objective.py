@@ -47,13 +47,25 @@ def decoder_pass(
   laid: Traces,
 ) -> jax.Array:  # [B, M, A] nats
   """Pass 3: negative log-likelihood of every ahead token."""
+  # Rows from the last latent's on predict.
+  hidden = decoder_states(model, decoder, cache, z, laid, z.shape[2] - 1)
+  return rows_nll(model, decoder, hidden, laid.targets)
+
+
+def decoder_states(
+  model: Transformer,
+  decoder: Params,
+  cache: KVCache,
+  z: jax.Array,  # [B, M, N, D]
+  laid: Traces,
+  first: int,  # rows before this one are not asked for
+) -> jax.Array:  # [B, M, R - first, D]
+  """The hidden states of pass 3."""
   ahead = transformer.embed(model, decoder, laid.ahead)
   x = jnp.concatenate([z.astype(ahead.dtype), ahead], axis=2)
-  # Rows from the last latent's on predict.
-  predicting = transformer.run_blocks(
-    model, decoder, x, laid.rows, cache, wanted=z.shape[2] - 1
+  return transformer.run_blocks(
+    model, decoder, x, laid.rows, cache, wanted=first
   )
-  return rows_nll(model, decoder, predicting, laid.targets)
 
 
 def rows_nll(
@@ -98,16 +110,40 @@ def traces_nll(
   if reading is None:
     assert not laid.kind.reads_states, "give coprocessor.source_cache's"
     reading = cache
+  hidden, _ = traces_states(model, decoder, coproc, cache, laid, reading)
+  return rows_nll(model, decoder, hidden, laid.targets)
+
+
+def traces_states(
+  model: Transformer,
+  decoder: Params,
+  coproc: Params,
+  cache: KVCache,
+  laid: Traces,
+  source: KVCache,  # of coprocessor.source_cache
+  *,
+  latents_of: str | None = None,  # 'decoder', 'coprocessor'; None: not wanted
+) -> tuple[jax.Array, jax.Array | None]:  # [B, M, A, D], [B, M, N, D] or None
+  """Passes 2 and 3: hidden states that predict the targets, and the latents'.
+
+  With `latents_of` also the last hidden states of the latents' rows: those of
+  the decoder's pass or the coprocessor's own, of all rounds.
+  """
   if laid.rounds:
-    hidden = rounds.predicting(model, decoder, coproc, cache, laid)
-    return rows_nll(model, decoder, hidden, laid.targets)
+    return rounds.states(
+      model, decoder, coproc, cache, laid, latents_of=latents_of
+    )
   copied, repeated = embedded(model, decoder, laid)
   if laid.kind.latents_are_kv:
-    kv = kv_latents.latent_kv(model, coproc, reading, laid, copied)
-    hidden = kv_latents.predict(model, decoder, cache, kv, laid)
-    return rows_nll(model, decoder, hidden, laid.targets)
-  z = coprocessor.latents(model, coproc, reading, laid, copied, repeated)
-  return decoder_pass(model, decoder, cache, z, laid)
+    kv = kv_latents.latent_kv(model, coproc, source, laid, copied)
+    return kv_latents.predict(model, decoder, cache, kv, laid), None
+  own = coprocessor.hidden_states(model, coproc, source, laid, copied)
+  z = coprocessor.to_latents(coproc, own, laid, copied, repeated)
+  last = z.shape[2] - 1
+  if latents_of != "decoder":
+    return decoder_states(model, decoder, cache, z, laid, last), own
+  hidden = decoder_states(model, decoder, cache, z, laid, 0)
+  return hidden[:, :, last:], hidden[:, :, : last + 1]
 
 
 def embedded(

@@ -19,6 +19,8 @@ LAWS = ("uniform", "stratified")
 
 # The names on disk, of exports and of stores, that older versions gave.
 _ON_DISK = {"positions": "scheme"}
+# Fields that came after stores did: see `to_entries`.
+_ONLY_IF_SET = ("window",)
 # What every version has written; the rest came later.
 REQUIRED = (
   *("latents", "ahead", "start", "mask_documents"),
@@ -81,6 +83,8 @@ def to_entries(layout: Layout, draw: Draw) -> dict[str, Any]:
   for part in (layout, draw):
     for field in dataclasses.fields(part):
       value = getattr(part, field.name)
+      if field.name in _ONLY_IF_SET and value == field.default:
+        continue
       value = str(value) if isinstance(value, str) else value
       entries[_ON_DISK.get(field.name, field.name)] = value
   return entries

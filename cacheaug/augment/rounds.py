@@ -165,25 +165,26 @@ def masks(layout: Layout, i: int) -> tuple[np.ndarray, np.ndarray]:
   return reading[: given + n, : given + n], decoding
 
 
-def predicting(
+def states(
   model: Transformer,
   decoder: Params,
   coproc: Params,
   cache: KVCache,
   laid: Traces,  # of `lay_out`, of several rounds
-) -> jax.Array:  # [B, M, reach, D]
-  """Passes 2 and 3 of every round: hidden states that predict the targets."""
-  given, found = None, []
+  *,
+  latents_of: str | None = None,  # as of objective.traces_states
+) -> tuple[jax.Array, jax.Array]:  # [B, M, reach, D], [B, M, rounds N, D]
+  """Passes 2 and 3 of every round: `objective.traces_states`."""
+  given, found, latents = None, [], []
   for this in laid.rounds:
     n = this.copied.shape[-1]
-    z = coprocessor.latents(
-      model,
-      coproc,
-      cache,
-      laid.replace(latent_rows=this.latent_rows),
-      transformer.embed(model, decoder, this.copied),
-      given=given,
+    first = 0 if latents_of == "decoder" else n - 1
+    rows = laid.replace(latent_rows=this.latent_rows)
+    copied = transformer.embed(model, decoder, this.copied)
+    hidden = coprocessor.hidden_states(
+      model, coproc, cache, rows, copied, given
     )
+    z = coprocessor.to_latents(coproc, hidden, rows, copied)
     fed = transformer.embed(model, decoder, this.fed)
     out = transformer.run(
       model,
@@ -191,12 +192,16 @@ def predicting(
       jnp.concatenate([z.astype(fed.dtype), fed], axis=2),
       this.rows,
       cache,
-      wanted=n - 1,
+      wanted=first,
       given=given,
     )
-    found.append(out.hidden[:, :, : this.predicts])
+    if latents_of == "decoder":
+      hidden = out.hidden[:, :, :n]
+    latents.append(hidden)
+    last = n - 1 - first  # the last latent's row is the first that predicts
+    found.append(out.hidden[:, :, last : last + this.predicts])
     own = out.keys, out.values
     if given is not None:
       own = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 3), given, own)
     given = own
-  return jnp.concatenate(found, axis=2)
+  return jnp.concatenate(found, axis=2), jnp.concatenate(latents, axis=2)

@@ -40,7 +40,11 @@ rows (pass 2) then stand where those of a trace after p - d would; everything in
 the decoder's pass (positions, hidden entries, ahead tokens, targets) is that of
 a trace after p. Nothing of the d tokens between reaches the coprocessor.
 
-Kinds of coprocessor (coprocessor.py) that hand over keys and values in place
+A window W throws the rest of the context away at the point: the block sees the
+context tokens p-W+1 .. p, with keys and values as they were computed, and its
+latents, which have read the whole context and are to stand for what is gone.
+
+Kinds of coprocessor (kinds.py) that hand over keys and values in place
 of embeddings leave no last latent to predict y_1 from. Then a trace's block is
 N rows that are given and A that are run, x[p] again and y_1 .. y_{A-1}: x[p]
 stands where the last latent does and asks only, so that no row sees its keys
@@ -87,6 +91,7 @@ class Layout:
   kind: Kind = Kind.COPROCESSOR
   rounds: int = 1  # of latents a trace, see rounds.py
   stride: int = 0  # k, tokens between rounds; 0: all rounds at one point
+  window: int = 0  # W, context tokens that rows after a point see; 0: all
 
   def __post_init__(self):
     object.__setattr__(self, "kind", Kind.of(self.kind))
@@ -108,6 +113,20 @@ class Layout:
       )
     if self.rounds > 1:
       self.kind.check("rounds", rounds=self.rounds)
+    if self.window < 0:
+      raise UserError(f"traces.window={self.window} must be 0 (off) or more")
+    if self.window and self.rounds > 1:
+      raise UserError(
+        f"traces.window={self.window} with traces.rounds={self.rounds}: the "
+        "later rounds would read what is thrown away; set one of them to "
+        "window=0 or rounds=1"
+      )
+    if self.window and self.window < self.context_needed:
+      raise UserError(
+        f"traces.window={self.window} is less than the {self.context_needed} "
+        f"tokens that coprocessor.latents={self.latents} stand on: raise it, "
+        "or 0 for no window"
+      )
 
   @property
   def latents_are_kv(self) -> bool:
@@ -227,15 +246,21 @@ def lay_out(
   segments = segments_of(documents, layout.mask_documents)
   segment, starts = at(segments, p), at(starts_of(segments), p)
 
-  def rows(positions, limits):
+  def rows(positions, limits, first_visible=None):
     here = jnp.broadcast_to(segment, positions.shape)
-    return Rows(positions, here, limits, starts=starts)
+    return Rows(
+      positions, here, limits, starts=starts, first_visible=first_visible
+    )
 
   first = 0 if layout.latents_are_kv else 1  # x[p] is run again, or not
   row_positions = jnp.concatenate(
     [latent_positions, p + shift + jnp.arange(first, a)[None, None]], -1
   )
-  block = rows(row_positions, p - n if layout.positions == "replace" else p)
+  block = rows(
+    row_positions,
+    p - n if layout.positions == "replace" else p,
+    p - layout.window + 1 if layout.window else None,
+  )
   if layout.latents_are_kv:
     block = block.replace(order=asked_again(layout)[None, None])
   return Traces(
@@ -280,8 +305,9 @@ def dense_mask(
   for m, p in enumerate(points):
     first = s + m * r
     seen = p - layout.latents if layout.positions == "replace" else p
+    begin = max(p - layout.window + 1, 0) if layout.window else 0
     for i in range(r):
-      for k in range(seen + 1):
+      for k in range(begin, seen + 1):
         mask[first + i, k] = real[k] and segments[k] == segments[p]
       mask[first + i, first : first + i + 1] = True
     if layout.latents_are_kv:  # x[p] again asks only

@@ -31,6 +31,10 @@ _END = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
+class Rendered(str):
+  """A conversation as text; what spells a special token in it means that."""
+
+
 def find_templates(directory: pathlib.Path) -> dict[str, str]:
   """Reads the chat templates that lie beside a tokenizer.
 
@@ -88,7 +92,7 @@ def render(
   add_generation_prompt: bool = True,
   continue_final_message: bool = False,
   **variables: Any,
-) -> str:
+) -> Rendered:
   """The text of a conversation.
 
   Args:
@@ -102,7 +106,7 @@ def render(
     **variables: further ones that the template knows: tools, documents, ...
 
   Returns:
-    The text; text that spells a special token means that token.
+    The text. Nothing is to be put before it: a template spells its BOS.
 
   Raises:
     UserError: no template, messages that it refuses, or one that is broken.
@@ -132,7 +136,7 @@ def render(
       f"chat: the model's template fails on these messages "
       f"({type(error).__name__}: {_line(error)})"
     ) from error
-  return _cut(text) if continue_final_message else text
+  return Rendered(_cut(text) if continue_final_message else text)
 
 
 def _choose(templates: Mapping[str, str], tools: Any) -> str:

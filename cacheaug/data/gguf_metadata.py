@@ -1,7 +1,7 @@
 """What stands before the data of a GGUF file: key-value pairs, and tensors.
 
 The `gguf` library's reader makes four arrays a vocabulary entry, 11 seconds
-for Gemma's 262,144; this takes well below one. The format:
+for Gemma's 262,144; this takes 0.2. The format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 

@@ -28,6 +28,7 @@ import numpy as np
 from cacheaug import errors
 from cacheaug.data import shards as packed
 from cacheaug.data import sources, tokenizers
+from cacheaug.run import files
 
 # Part of the address: raise it when the bytes of a cache change.
 _FORMAT = 2
@@ -357,8 +358,7 @@ def _lock(
       # Two processes may then do the same work; renames keep it whole.
       yield
       return
-    for stale in directory.glob("*.tmp"):  # Of a process that was killed.
-      stale.unlink(missing_ok=True)
+    files.remove_temporary(directory)  # of a process that was killed
     yield
 
 

@@ -16,13 +16,13 @@ import json
 import pathlib
 import sys
 import typing
-import uuid
 import zlib
 
 import numpy as np
 
 from cacheaug import errors
 from cacheaug.data import record_files
+from cacheaug.run import files
 
 SPLITS = ("train", "validation")
 ANSWER = 1 << 30  # above every number of a document
@@ -150,7 +150,7 @@ def write_records(path: pathlib.Path, records: list[bytes]) -> dict[str, int]:
   """Writes an ArrayRecord file by rename; returns its size and checksum."""
   from array_record.python import array_record_module
 
-  temporary = _temporary(path)
+  temporary = files.temporary(path)
   try:
     # Random access reads a whole group: one record each.
     writer = array_record_module.ArrayRecordWriter(
@@ -203,15 +203,9 @@ def json_path(directory: pathlib.Path, shard: int) -> pathlib.Path:
   return directory / f"shard-{shard:05d}.json"
 
 
-def _temporary(path: pathlib.Path) -> pathlib.Path:
-  return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-
-
 def write_json(path: pathlib.Path, entries: dict[str, typing.Any]) -> None:
   """Writes a JSON file by rename, so that it is whole or absent."""
-  temporary = _temporary(path)
-  temporary.write_text(json.dumps(entries))
-  temporary.replace(path)
+  files.write_whole(path, json.dumps(entries).encode())
 
 
 def read_shard_json(

@@ -11,7 +11,7 @@ import pathlib
 from typing import Protocol
 
 from cacheaug import errors
-from cacheaug.data import gguf_tokenizer, tokenizer_json
+from cacheaug.data import chat, gguf_tokenizer, tokenizer_json
 from cacheaug.data.tokenizer_json import HuggingFaceTokenizer, well_formed
 
 
@@ -69,7 +69,12 @@ class Tokenizer(Protocol):
 
 
 def with_special(tokenizer: Tokenizer, text: str) -> list[int]:
-  """Ids of a whole text, as `transformers` gives by default."""
+  """Ids of a whole text, as `transformers` gives by default.
+
+  A rendered conversation brings its special tokens itself.
+  """
+  if isinstance(text, chat.Rendered):
+    return tokenizer.encode(text, parse_special=True)
   return [*tokenizer.prefix, *tokenizer.encode(text), *tokenizer.suffix]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from cacheaug.errors import UserError
+from cacheaug.run.files import expanded
 
 FROZEN, AUGMENTED = "frozen", "augmented"
 COLUMNS = (
@@ -229,7 +230,7 @@ def read_csv(path: str | epath.Path) -> dict[_Key, _Sums]:
   Raises:
     UserError: no such file, or one of another form; names file and line.
   """
-  path = epath.Path(path)
+  path = expanded(path)
   for below in ("documents.csv", "report/documents.csv"):
     if (path / below).is_file():
       path = path / below

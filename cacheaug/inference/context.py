@@ -102,6 +102,8 @@ def augment(
   positions = latents.positions
   if spec.positions == "replace":
     cache = cache.hide_after(positions[:, 0] - 1)
+  if spec.window:
+    cache = cache.hide_before(position - spec.window)
   if latents.kv is not None:
     cache = cache.concat(latents.kv)
     hidden = engine.rerun_last_token(model, decoder, cache, latents)

@@ -271,6 +271,9 @@ def write_latents(
   cache, positions = state.cache, latents.positions
   if spec.positions == "replace":
     cache = cache.hide_after(jnp.where(on, positions[:, 0] - 1, NO_LIMIT))
+  if spec.window:
+    first = state.position - spec.window
+    cache = cache.hide_before(jnp.where(on, first, -NO_LIMIT))
   segments = jnp.broadcast_to(on[:, None].astype(jnp.int32), positions.shape)
   slot = state.latent_slot(count, spec.latents)
   if latents.kv is not None:

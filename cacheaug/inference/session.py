@@ -186,6 +186,11 @@ class Session:
       self._due += [self._told + n for n in plan.steps(max_new_tokens)]
       self._rounds, self._room = plan.rounds, plan.room(max_new_tokens)
       latents, pause_ids = self._room * spec.latents, plan.after
+      if spec.window and self._room > 1:
+        raise UserError(
+          f"traces.window={spec.window}: latents are inserted once, as what "
+          "they stand for is hidden then; leave out every, after and before"
+        )
     self._options = dict(
       sampling=sampling,
       stop_ids=stop_ids or (-1,),

@@ -52,6 +52,62 @@ def token_nll(
   return out.reshape(targets.shape)
 
 
+def soft_nll(
+  logits_of: LogitsOf,
+  hidden: jax.Array,  # [B, ..., D]
+  tokens: jax.Array,  # [B, ..., C] candidates
+  weights: jax.Array,  # [B, ..., C] that sum to 1
+  *,
+  vocab_size: int,  # V
+  shards: int = 1,
+) -> jax.Array:  # [B, ...] nats, float32
+  """Cross-entropy of each row with a distribution over C candidates.
+
+  `token_nll` of the candidates, weighted; arguments as there. Chunks' logits
+  are computed again in the backward pass.
+  """
+
+  def chunk(hidden, targets):
+    tokens, weights = targets
+    logits = logits_of(hidden)
+    mine = jnp.take_along_axis(logits, tokens, -1)
+    return jax.nn.logsumexp(logits, -1) - (weights * mine).sum(-1)
+
+  targets = tokens, jax.lax.stop_gradient(weights)
+  return _by_rows(jax.checkpoint(chunk), hidden, targets, vocab_size, shards)
+
+
+def top_tokens(
+  logits_of: LogitsOf,
+  hidden: jax.Array,  # [B, ..., D]
+  top: int,  # C
+  *,
+  vocab_size: int,  # V
+  shards: int = 1,
+) -> tuple[jax.Array, jax.Array]:  # [B, ..., C] each
+  """The C most likely tokens of each row; their probabilities, summing to 1."""
+
+  def chunk(hidden, _):
+    logits, tokens = jax.lax.top_k(logits_of(hidden), min(top, vocab_size))
+    return tokens, jax.nn.softmax(logits)
+
+  return _by_rows(chunk, hidden, (), vocab_size, shards)
+
+
+def _by_rows(function, hidden, targets, vocab_size, shards):
+  """`_in_chunks` of any leading axes; targets are a tree of [B, ..., C]."""
+  b, rows = hidden.shape[0], hidden.shape[:-1]
+  size = max(CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size)
+  size = max(1, size // max(1, b // shards))
+
+  def flat(x):
+    return x.reshape(b, -1, x.shape[-1])
+
+  args = flat(hidden), jax.tree.map(flat, targets)
+  out = _in_chunks(function, size, *args)
+  return jax.tree.map(lambda x: x.reshape(*rows, *x.shape[2:]), out)
+
+
 def _nll(logits_of, hidden, targets):
   """Nll, and what its gradient needs."""
   logits = logits_of(hidden)
@@ -96,8 +152,8 @@ def _frozen(logits_of, size, hidden, targets):
 
 
 def _in_chunks(function, size, hidden, targets):
-  """Function of [B, t, D] and [B, t], in turns over T."""
-  t = targets.shape[1]
+  """Function of [B, t, D] and a tree of [B, t, ...], in turns over T."""
+  t = hidden.shape[1]
   if t <= size:
     return function(hidden, targets)
   turns = -(-t // size)
@@ -112,5 +168,6 @@ def _in_chunks(function, size, hidden, targets):
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], turns * size, *x.shape[3:])[:, :t]
 
-  out = jax.lax.map(lambda a: function(*a), (split(hidden), split(targets)))
+  parts = split(hidden), jax.tree.map(split, targets)
+  out = jax.lax.map(lambda a: function(*a), parts)
   return jax.tree.map(join, out)

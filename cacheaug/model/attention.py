@@ -48,6 +48,7 @@ class Rows:
   limits: jax.Array  # [B, M, R] or [B, M, 1] int32
   order: jax.Array | None = None  # [B, M, R, R] bool
   starts: jax.Array | None = None  # [B, M, R] or [B, M, 1] int32
+  first_visible: jax.Array | None = None  # [B, M, R] or [B, M, 1] int32
 
   @classmethod
   def plain(cls, positions: jax.Array, segments: jax.Array) -> "Rows":
@@ -105,7 +106,11 @@ def context_mask(
     window,
     causal=False,
   )
-  return seen & (cache.positions[:, None, None, :] <= rows.limits[..., None])
+  at = cache.positions[:, None, None, :]
+  seen &= at <= rows.limits[..., None]
+  if rows.first_visible is not None:
+    seen &= at >= rows.first_visible[..., None]
+  return seen
 
 
 def block_mask(
@@ -170,6 +175,8 @@ def _interval(
 ) -> tuple[jax.Array, jax.Array]:  # [B, M, R] each
   """What `context_mask` says as slots start <= s < stop, given rows.starts."""
   start = jnp.broadcast_to(rows.starts, rows.positions.shape)
+  if rows.first_visible is not None:
+    start = jnp.maximum(start, rows.first_visible)
   if window is not None:
     start = jnp.maximum(start, rows.positions - window + 1)
   stop = jnp.where(rows.segments != 0, rows.limits + 1, 0)

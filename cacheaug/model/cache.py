@@ -46,3 +46,8 @@ class KVCache:
     """Empties every slot at a position beyond `limits` [B]."""
     keep = self.positions <= limits[:, None]
     return self.replace(segments=jnp.where(keep, self.segments, 0))
+
+  def hide_before(self, limits: jax.Array) -> "KVCache":
+    """Empties every slot at a position before `limits` [B]."""
+    keep = self.positions >= limits[:, None]
+    return self.replace(segments=jnp.where(keep, self.segments, 0))

@@ -84,6 +84,11 @@ class SlotCache:
     keep = self.positions <= limits[:, None]
     return self.replace(segments=jnp.where(keep, self.segments, 0))
 
+  def hide_before(self, limits: jax.Array) -> "SlotCache":
+    """Empties every slot at a position before `limits` [B]."""
+    keep = self.positions >= limits[:, None]
+    return self.replace(segments=jnp.where(keep, self.segments, 0))
+
   def join(
     self,
     positions: jax.Array,  # [B, R]

@@ -119,6 +119,8 @@ def parse(argv: list[str], description: str) -> None:
     print(flags.FLAGS.main_module_help())
     print(_config_help(argv))
     sys.exit(0)
+  # Shells leave the tilde of `--config=~/a.py` as it is.
+  argv = [_expanded(argument) for argument in argv]
   try:
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS:
@@ -132,6 +134,13 @@ def parse(argv: list[str], description: str) -> None:
     raise UserError(explain(argv, e)) from e
   if len(rest) > 1:
     raise UserError(f"{rest[1]!r} is not a flag: write --key=value")
+
+
+def _expanded(argument: str) -> str:
+  name, equals, value = argument.partition("=")
+  if name.lstrip("-") != "config" or not value.startswith("~"):
+    return argument
+  return f"{name}{equals}{os.path.expanduser(value)}"
 
 
 def explain(argv: list[str], error: Exception) -> str:

@@ -1,16 +1,14 @@
 """Files that are whole or absent, on a disk or on object storage (gs://)."""
 
 import contextlib
-import csv
 import errno
 import glob
-import io
 import os
 import pathlib
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from etils import epath
@@ -95,6 +93,11 @@ def refuse_remote(path: str | os.PathLike, label: str) -> None:
 # --- writing ----------------------------------------------------------------
 
 
+def temporary(path: pathlib.Path) -> pathlib.Path:
+  """A name beside `path` to write to, before that is renamed to `path`."""
+  return path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+
+
 def write_whole(
   path: str | os.PathLike,
   data: bytes | Callable[[BinaryIO], None],
@@ -117,9 +120,9 @@ def write_whole(
       _upload(epath.Path(path), data)
     return
   path = pathlib.Path(path)
-  temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+  beside = temporary(path)
   try:
-    with temporary.open("xb") as file:
+    with beside.open("xb") as file:
       if callable(data):
         data(file)
       else:
@@ -127,12 +130,12 @@ def write_whole(
       file.flush()
       if sync:
         os.fsync(file.fileno())
-    temporary.replace(path)
+    beside.replace(path)
   finally:
     with contextlib.suppress(OSError):
-      temporary.unlink()
+      beside.unlink()
   if sync:
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _upload(path: epath.Path, data: bytes | Callable) -> None:
@@ -147,7 +150,7 @@ def _upload(path: epath.Path, data: bytes | Callable) -> None:
       shutil.copyfileobj(file, target, 1 << 24)
 
 
-def _sync_directory(directory: pathlib.Path) -> None:
+def sync_directory(directory: pathlib.Path) -> None:
   """Returns when the names in a directory are on the disk."""
   opened = os.open(directory, os.O_RDONLY)
   try:
@@ -174,21 +177,6 @@ def remove_temporary(directory: epath.Path) -> None:
   for path in pathlib.Path(directory).glob(f"{TEMPORARY}*"):
     with contextlib.suppress(OSError):
       path.unlink()
-
-
-def csv_bytes(names: Sequence[str], rows: Iterable[Sequence]) -> bytes:
-  """A table as CSV: a line of column names, then the rows."""
-  out = io.StringIO()
-  writer = csv.writer(out, lineterminator="\n")
-  writer.writerow(names)
-  writer.writerows(rows)
-  return out.getvalue().encode()
-
-
-def csv_records(rows: Sequence[Mapping[str, object]]) -> bytes:
-  """Dictionaries of the same keys as CSV; b'' where there are none."""
-  names = list(rows[0]) if rows else []
-  return csv_bytes(names, ([row[k] for k in names] for row in rows))
 
 
 # --- errors -----------------------------------------------------------------

@@ -1,8 +1,14 @@
-"""What one accelerator can do at most, from its maker's data sheet."""
+"""The machine and the code that figures come from, and what chips can do."""
 
 import dataclasses
+import os
+import platform
+import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +75,34 @@ def peak_flops(devices: Iterable[Any]) -> float | None:
   """FLOP/s of all devices together; None where one's peak is unknown."""
   chips = [of_device_kind(device.device_kind) for device in devices]
   return None if None in chips else sum(chip.flops for chip in chips)
+
+
+def commit() -> str:
+  """The checkout's commit, '+ changes' if it has any; 'unknown' without git."""
+
+  def git(*arguments):
+    return subprocess.run(
+      ["git", *arguments],
+      cwd=Path(__file__).resolve().parent.parent,  # the package's folder
+      capture_output=True,
+      text=True,
+      check=True,
+      timeout=20,
+    ).stdout.strip()
+
+  try:
+    found = git("rev-parse", "--short=10", "HEAD")
+    # Of the package alone: results lie in checkouts, too.
+    return found + (" + changes" if git("status", "--porcelain", ".") else "")
+  except (OSError, subprocess.SubprocessError):
+    return "unknown"
+
+
+def hardware() -> str:
+  """Devices, processor cores, versions."""
+  devices = jax.devices()
+  return (
+    f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} processor "
+    f"cores, {platform.machine()}, Python {platform.python_version()}, jax "
+    f"{jax.__version__}"
+  )

@@ -32,7 +32,7 @@ from cacheaug.weights import safetensors_io as files
 from cacheaug.weights.leaves import Leaf
 
 FORMAT = "cacheaug-coprocessor-1"
-WEIGHTS = "coprocessor.safetensors"
+WEIGHTS = files.COPROCESSOR
 # What latents are for the decoder: input embeddings, or keys and values.
 VARIANTS = {False: "embeddings", True: "cache"}  # by Kind.latents_are_kv
 _NO_DRAW = Draw()

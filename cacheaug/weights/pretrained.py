@@ -1,8 +1,10 @@
 """A decoder from wherever it is: each function takes what `resolve` returns.
 
-a directory    Hugging Face's layout (huggingface.py)
-               Google's checkpoints of Gemma-2 (google_gemma.py)
-shipped:NAME   a directory in the package
+- a directory in Hugging Face's layout (huggingface.py), or one of Google's
+  checkpoints of Gemma-2 (google_gemma.py)
+- FILE.gguf, llama.cpp's format, dequantised (gguf_io.py)
+- ORG/NAME, a repository of the Hugging Face hub (hub.py)
+- shipped:NAME, a directory in the package
 """
 
 import pathlib
@@ -12,14 +14,16 @@ from typing import Any
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params
-from cacheaug.weights import gguf_io, google_gemma, huggingface
+from cacheaug.weights import gguf_io, google_gemma, hub, huggingface
 
 SHIPPED = "shipped:"
 _ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 
 
 def resolve(path: str) -> pathlib.Path:
-  """The directory or file that `path` names.
+  """The directory or file that `path` names; downloads what is on the hub.
+
+  What exists here is taken before a repository of the same name.
 
   Raises:
     UserError: there is none.
@@ -32,13 +36,12 @@ def resolve(path: str) -> pathlib.Path:
       raise UserError(f"{path}: no such decoder in the package ({known})")
     return found
   found = pathlib.Path(path).expanduser()
-  if gguf_io.is_gguf(found) and not found.is_dir():
-    if not found.exists():
-      raise UserError(f"{path}: no such file of weights")
+  if found.is_dir() or (gguf_io.is_gguf(found) and found.is_file()):
     return found
-  if not found.is_dir():
-    raise UserError(f"{path}: no such directory of weights")
-  return found
+  if hub.is_spec(path):
+    return hub.download(path)
+  kind = "file" if gguf_io.is_gguf(found) else "directory"
+  raise UserError(f"{path}: no such {kind} of weights")
 
 
 def _format(path: pathlib.Path) -> ModuleType:

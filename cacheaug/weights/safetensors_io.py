@@ -19,6 +19,7 @@ from cacheaug.run.files import disk_errors, write_whole
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+COPROCESSOR = "coprocessor.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _DTYPES = {
   "F64": np.dtype(np.float64),

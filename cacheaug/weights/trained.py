@@ -22,7 +22,7 @@ from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import checkpoint, files
 from cacheaug.run import workdir as workdirs
 from cacheaug.run.checksum import leaf_name
-from cacheaug.weights import coprocessor_files, leaves, pretrained
+from cacheaug.weights import coprocessor_files, hub, leaves, pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +200,11 @@ def _directory(path: str) -> epath.Path:
   with files.reading(path):
     if directory.is_dir():
       return directory
+  if hub.is_spec(path):
+    return files.expanded(hub.download(path))
   raise UserError(
-    f"{path}: no such directory; give an exported coprocessor or a run's "
-    "workdir"
+    f"{path}: no such directory; give an exported coprocessor, a run's "
+    "workdir, or a repository of the hub"
   )
 
 

@@ -31,7 +31,7 @@ from cacheaug.model.cache import KVCache
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.projects.context_store.store import Entry, Identity, Store
-from cacheaug.run.checksum import leaf_checksum
+from cacheaug.run.checksum import checksums
 from cacheaug.weights import leaves
 
 
@@ -135,14 +135,9 @@ def _read_on(
 
 def _checksum(params: Params) -> list:
   flat = leaves.flatten(params)
-  sums = np.asarray(_checksums(list(flat.values())))
+  sums = checksums(flat.values())
   shapes = [[k, str(x.dtype), *x.shape] for k, x in flat.items()]
   return [shapes, sums.tolist()]
-
-
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> jax.Array:
-  return jnp.stack([leaf_checksum(x) for x in leaves])
 
 
 # Fields of ModelConfig that came after the first stores. At its default such a

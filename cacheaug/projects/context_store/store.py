@@ -41,11 +41,11 @@ import safetensors.numpy
 from absl import logging
 
 from cacheaug.errors import UserError, one_line
+from cacheaug.run import files
 
 FORMAT = "cacheaug-context-1"
 _NAME = re.compile(r"(\d{8})-([0-9a-f]{32})-([0-9a-f]{64})\.safetensors")
 _OWNER = re.compile(r"[0-9a-f]{16}")
-_TEMPORARY = ".tmp-"
 _STALE = 3600.0  # seconds since a temporary file was last written to
 _DTYPES = {
   "F32": np.dtype(np.float32),
@@ -130,7 +130,8 @@ class Store:
     """
     if max_bytes < 0:
       raise UserError(f"max_bytes={max_bytes} must be 0 (no limit) or more")
-    self.directory = pathlib.Path(directory).expanduser()
+    files.refuse_remote(directory, "store")
+    self.directory = pathlib.Path(files.expanded(directory))
     self.max_bytes = max_bytes
     self.evicted = 0
     try:
@@ -148,7 +149,8 @@ class Store:
     Raises:
       UserError: no such directory.
     """
-    if not pathlib.Path(directory).expanduser().is_dir():
+    files.refuse_remote(directory, "store")
+    if not files.expanded(directory).is_dir():
       raise UserError(
         f"{directory}: no such store; fill one by python -m cacheaug.deliberate"
       )
@@ -176,8 +178,8 @@ class Store:
     try:
       if not path.parent.is_dir():
         path.parent.mkdir(exist_ok=True)
-        _sync(self.directory)
-      _commit(path, data)
+        files.sync_directory(self.directory)
+      files.write_whole(path, data, sync=True)
     except OSError as e:
       raise UserError(f"{path}: cannot be written ({e.strerror})") from e
     self._evict(path)
@@ -287,7 +289,7 @@ class Store:
 
   def _clean(self) -> None:
     """Removes what killed writers have left."""
-    for path in self._below(lambda name: name.startswith(_TEMPORARY)):
+    for path in self._below(lambda name: name.startswith(files.TEMPORARY)):
       with contextlib.suppress(OSError):
         if time.time() - path.stat().st_mtime > _STALE:
           path.unlink()
@@ -363,32 +365,9 @@ def _digest(text: str, arrays: dict[str, np.ndarray]) -> str:
   return found.hexdigest()
 
 
-def _commit(path: pathlib.Path, data: bytes) -> None:
-  """A file that is there as a whole, whatever happens, or not at all."""
-  temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
-  try:
-    with temporary.open("xb") as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
-  _sync(path.parent)
-
-
-def _sync(directory: pathlib.Path) -> None:
-  """Renames in a directory are on the disk only after this."""
-  opened = os.open(directory, os.O_RDONLY)
-  try:
-    os.fsync(opened)
-  finally:
-    os.close(opened)
-
-
 def _remove(path: pathlib.Path, inode: int) -> None:
   """Removes the file that was read, and not one that came in its place."""
-  aside = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
+  aside = path.with_name(f"{files.TEMPORARY}{secrets.token_hex(8)}")
   with contextlib.suppress(OSError):
     path.rename(aside)
     if aside.stat().st_ino != inode:

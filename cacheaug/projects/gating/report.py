@@ -18,7 +18,6 @@ inference/gates.py). At the end come the flags with which
 
 import dataclasses
 import functools
-import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -39,6 +38,7 @@ from cacheaug.evals.bootstrap import resample
 from cacheaug.inference import gates
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import command
+from cacheaug.run.files import refuse_remote
 from cacheaug.weights import trained
 
 SHARES = tuple(range(0, 101, 10))  # percent
@@ -295,9 +295,10 @@ def main() -> None:
     raise UserError("decoder.path is empty: a random decoder gains nothing")
   if not 0 < values.share < 100:
     raise UserError(f"--share={values.share:g} must be between 0 and 100")
-  out = values.out or (workdir and str(pathlib.Path(workdir) / "gate"))
+  out = values.out or (workdir and f"{workdir.rstrip('/')}/gate")
   if not out:
     raise UserError("--out is missing: a directory for the gate's head")
+  refuse_remote(out, "--out")
   found = build.load(config.decoder.path).with_coprocessor(path)
   config.eval.sequences = values.sequences
   spec, coproc = found.coprocessor.spec, found.coprocessor.params

@@ -108,10 +108,9 @@ class AugmentedLM(TemplateLM):
       latents = AUGMENTED in answerer.columns
     self.column = AUGMENTED if latents else FROZEN
     self._tokenizer = answerer.lm.tokenizer
+    self._chat = False
     # A context comes with each of its continuations, for each column.
-    self._encoded = functools.lru_cache(1 << 14)(
-      lambda text: tuple(answerer.lm.encode(text))
-    )
+    self._encoded = functools.lru_cache(1 << 14)(self._encode)
 
   @property
   def eot_token_id(self) -> int:
@@ -132,14 +131,64 @@ class AugmentedLM(TemplateLM):
     self, string: str, add_special_tokens: bool | None = None, **_: Any
   ) -> list[int]:
     """Tokens, a BOS first where the tokenizer has one."""
+    if add_special_tokens is False and self._chat:
+      return self._tokenizer.encode(string, parse_special=True)
     if add_special_tokens is False:
       return self._tokenizer.encode(string)
     return list(self._encoded(string))
 
+  def _encode(self, text: str) -> tuple[int, ...]:
+    if not self._chat:
+      return tuple(self.answerer.lm.encode(text))
+    ids = self._tokenizer.encode(text, parse_special=True)
+    # As lm_eval's own class: a BOS where the template has spelled none.
+    if not text.startswith(self._tokenizer.spell(self.prefix_token_id)):
+      ids = [*self._tokenizer.prefix, *ids, *self._tokenizer.suffix]
+    return tuple(ids)
+
+  def chat_template(self, chat_template: bool | str = False) -> str | None:
+    """The template that lm_eval notes among its results."""
+    name = chat_template if isinstance(chat_template, str) else "default"
+    templates = self._tokenizer.chat_templates
+    return (templates.get(name) or "") if chat_template else None
+
+  def apply_chat_template(
+    self,
+    chat_history: list[dict[str, str]],
+    add_generation_prompt: bool = True,
+  ) -> str:
+    """The conversation in the model's own format.
+
+    From then on, text that spells a special token means it.
+
+    Raises:
+      UserError: a decoder without a chat template.
+    """
+    if not self._chat:
+      self._chat = True
+      self._encoded.cache_clear()
+    options = dict(
+      add_generation_prompt=add_generation_prompt,
+      continue_final_message=not add_generation_prompt,
+    )
+    lm = self.answerer.lm
+    try:
+      return str(lm.render(chat_history, **options))
+    except UserError:
+      # As lm_eval's own class: some templates know no system message.
+      without = [m for m in chat_history if m["role"] != "system"]
+      if len(without) == len(chat_history):
+        raise
+      return str(lm.render(without, **options))
+
   def loglikelihood(
     self, requests: list[Instance], disable_tqdm: bool = False
   ) -> list[tuple[float, bool]]:
-    """(log-probability in nats, every token the most likely) of each."""
+    """(log-probability in nats, every token the most likely) of each.
+
+    Raises:
+      UserError: a request that is all empty.
+    """
     for context, continuation in (r.args for r in requests):
       if not continuation and not context:
         raise UserError(

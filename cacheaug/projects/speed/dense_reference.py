@@ -116,8 +116,15 @@ def _order(rows: Rows) -> jax.Array:
 
 def _one_block(rows: Rows) -> Rows:
   limits = jnp.broadcast_to(rows.limits, rows.positions.shape)
+  first = rows.first_visible
+  if first is not None:
+    first = _flat(jnp.broadcast_to(first, rows.positions.shape))
   return Rows(
-    _flat(rows.positions), _flat(rows.segments), _flat(limits), _order(rows)
+    _flat(rows.positions),
+    _flat(rows.segments),
+    _flat(limits),
+    _order(rows),
+    first_visible=first,
   )
 
 
@@ -133,6 +140,8 @@ def _with_context(
   at = positions[:, None]
   causal = jnp.broadcast_to(jnp.tri(s, dtype=bool), (b, 1, s, s))
   seen = at[:, :, None] <= block.limits[..., None]
+  if block.first_visible is not None:
+    seen &= at[:, :, None] >= block.first_visible[..., None]
   unseen = jnp.zeros((b, 1, s, q), bool)
   order = jnp.concatenate(
     [

@@ -15,6 +15,7 @@ from typing import IO
 
 from cacheaug.errors import UserError
 from cacheaug.projects.sweep.rows import Run
+from cacheaug.run.workdir import read_config
 
 COMMAND = (sys.executable, "-m", "cacheaug.main")
 # In the sweep's directory, beside its runs' own.
@@ -46,13 +47,13 @@ def finished(run: Run) -> bool:
   """
   try:
     beat = json.loads((run.workdir / "heartbeat.json").read_text())
-    there = json.loads((run.workdir / "config.json").read_text())
-  except (OSError, ValueError):
+    saved = json.loads(read_config(run.workdir).to_json())
+  except (OSError, ValueError, UserError):
     return False
-  here = json.loads(run.config.to_json())
-  said = beat.get("state"), beat.get("step")
-  return said == ("finished", here["optimizer"]["steps"]) and all(
-    there.get(key) == here[key] for key in ("eval", "export")
+  config = json.loads(run.config.to_json())
+  phase = beat.get("state"), beat.get("step")
+  return phase == ("finished", config["optimizer"]["steps"]) and all(
+    saved[key] == config[key] for key in ("eval", "export")
   )
 
 
