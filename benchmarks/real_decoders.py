@@ -214,9 +214,9 @@ def nll(sides: Sides) -> dict[str, Any]:
   )
 
 
-def _continue(sides: Sides, row: np.ndarray, new: int) -> list[int]:
-  """Most likely tokens after one prompt [S], by transformers."""
-  tokens = torch.tensor(row[None]).long()
+def _continue(sides: Sides, rows: Any, new: int) -> list[list[int]]:
+  """Most likely tokens after prompts [B, S], by transformers."""
+  tokens = torch.tensor(np.asarray(rows)).long()
   with torch.no_grad():
     out = sides.theirs.generate(
       tokens,
@@ -228,7 +228,7 @@ def _continue(sides: Sides, row: np.ndarray, new: int) -> list[int]:
       eos_token_id=[],
       pad_token_id=0,
     )
-  return out[0, len(row) :].tolist()
+  return out[:, tokens.shape[1] :].tolist()
 
 
 def _gap(sides: Sides, context: list[int], chosen: int, other: int) -> float:
@@ -239,21 +239,18 @@ def _gap(sides: Sides, context: list[int], chosen: int, other: int) -> float:
 
 
 def greedy(sides: Sides) -> dict[str, Any]:
-  """Compares most likely continuations, one prompt at a time."""
+  """Compares most likely continuations, of prompts of one length at once."""
   lm, new = sides.ours, _NEW.value
-  rows = sequences(lm, _PROMPTS.value, _PROMPT)
-  equal, parted = 0, []
-  for i, row in enumerate(rows):
-    a = lm.decode(lm.prefill([row.tolist()]), new, stop_ids=())[0].tolist()
-    b = _continue(sides, row, new)
-    equal += a == b
+  rows = sequences(lm, _PROMPTS.value, _PROMPT).tolist()
+  ours = lm.decode(lm.prefill(rows), new, stop_ids=()).tolist()
+  theirs = _continue(sides, rows, new)
+  parted = []
+  for i, (row, a, b) in enumerate(zip(rows, ours, theirs, strict=True)):
     if a != b:
       at = next(k for k in range(new) if a[k] != b[k])
-      context = row.tolist() + b[:at]
-      parted.append(
-        dict(prompt=i, at=at, gap=_gap(sides, context, b[at], a[at]))
-      )
-    print(f"greedy: {i + 1} of {len(rows)} prompts, {equal} equal", flush=True)
+      gap = _gap(sides, row + b[:at], b[at], a[at])
+      parted.append(dict(prompt=i, at=at, gap=gap))
+  equal = len(rows) - len(parted)
   return dict(prompts=len(rows), new_tokens=new, equal=equal, parted=parted)
 
 
@@ -266,7 +263,7 @@ def ragged(sides: Sides) -> dict[str, Any]:
   alone = [
     lm.decode(lm.prefill([p]), new, stop_ids=())[0].tolist() for p in prompts
   ]
-  theirs = [_continue(sides, np.array(p), new) for p in prompts]
+  theirs = [_continue(sides, [p], new)[0] for p in prompts]
   return dict(
     prompts=len(prompts),
     lengths=_RAGGED,
@@ -302,9 +299,7 @@ def speed(sides: Sides) -> dict[str, Any]:
     "prefill": timed(lambda: jax.block_until_ready(lm.prefill(rows.tolist()))),
     "prefill, transformers": timed(their_prefill),
     "decoding": timed(lambda: lm.decode(contexts, new, stop_ids=())),
-    "decoding, transformers": timed(
-      lambda: _continue(sides, rows[0, :_PROMPT], new)
-    ),
+    "decoding, transformers": timed(lambda: _continue(sides, short, new)),
   }
   found = turns.take(ways, _REPEATS.value)
   counts = {"prefill": 512, "decoding": new}

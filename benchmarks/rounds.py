@@ -54,8 +54,12 @@ def by_way(
   found: LM, batches: list, again: Layout, seed: int
 ) -> dict[str, list]:
   """Rows of `report` by way and token after the first point."""
-  single = dataclasses.replace(again, rounds=1, stride=0, ahead=again.reach)
-  moved = again.reach - again.ahead  # tokens from the first point to the last
+  single = dataclasses.replace(
+    again, rounds=1, stride=0, ahead=again.tokens_predicted
+  )
+  moved = (
+    again.tokens_predicted - again.ahead
+  )  # tokens from the first point to the last
   parts: dict[tuple[str, int], list] = {}
   for batch in batches:
     args = found.model, found.decoder, found.coprocessor.params
@@ -68,7 +72,7 @@ def by_way(
     fresh = np.pad(once, ((0, 0), (0, moved), (0, 0)))[:, moved:]
     # The same contexts for all: those with room for the whole chain.
     keep = weights[..., -1] > 0
-    for j in range(again.reach):
+    for j in range(again.tokens_predicted):
       columns = {"once": once[..., j], "again": chain[..., j]}
       if moved and j >= moved:
         columns["fresh"] = fresh[..., j - moved]
@@ -119,7 +123,9 @@ def measure(
   plans = {
     "frozen": None,
     "once": Plan(),
-    "again": Plan(before=before if again.stride else (), rounds=again.at_once),
+    "again": Plan(
+      before=before if again.stride else (), rounds=again.rounds_per_point
+    ),
   }
   for name in run_report.source_names(config):
     batches = list(run_report.held_out(config, found.tokenizer, name))

@@ -163,7 +163,7 @@ def _laid_out(config, batch):
   """The step's traces, as the peer takes them."""
   key = jax.random.key(config.seed)
   points = stepping.add_points(config, batch, key, 0)["points"]
-  laid = traces.lay_out(
+  laid = traces.layout_traces(
     batch["tokens"], batch["documents"], points, configs.layout_of(config)
   )
 
@@ -174,7 +174,7 @@ def _laid_out(config, batch):
     {
       "rows": rows(laid.rows),
       "latent_rows": rows(laid.latent_rows),
-      "copied": laid.copied,
+      "copied": laid.input_tokens,
       "ahead": laid.ahead,
       "targets": laid.targets,
       "weights": laid.weights,

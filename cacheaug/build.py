@@ -100,6 +100,20 @@ def describe_decoder(config: ConfigDict) -> dict[str, str]:
   return {"decoder.path": agreement.of_directory(pretrained.resolve(path))}
 
 
+def name_decoder(config: ConfigDict, fingerprint: str) -> str:
+  """The decoder for a report: where it is from, which, and whether quantised.
+
+  A dequantised decoder's fingerprint is of the weights as they are used.
+  """
+  path = config.decoder.path
+  if not path:
+    return f"random ({fingerprint})"
+  kinds = pretrained.quantisation(pretrained.resolve(path))
+  return (
+    f"{path} ({fingerprint}{f', dequantised from {kinds}' if kinds else ''})"
+  )
+
+
 def load_decoder(
   config: ConfigDict, model: Transformer, mesh: jax.sharding.Mesh
 ) -> tuple[Params | None, str]:
@@ -144,7 +158,7 @@ def load_initial(
     found = trained.open_coprocessor(path, model.config, decoder)
   except UserError as e:
     raise UserError(f"coprocessor.init={path!r}: {e}") from e
-  trainable.check_initial(config, found.spec, found.fingerprint, fingerprint)
+  validate.check_initial(config, found.spec, found.fingerprint, fingerprint)
   make = partial(coprocessor.init_boxed, model, configs.layout_of(config))
   boxed = jax.eval_shape(make, jax.random.key(0))
   host = jax.device_get(found.params)

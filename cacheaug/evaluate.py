@@ -190,7 +190,7 @@ def adapt(config: ConfigDict, found: LM) -> Layout:
   config.traces.rounds, config.traces.stride = spec.rounds, spec.stride
   validate.check_eval(config, spec)
   validate.check_model(config, found.model.config)
-  return spec.reaching(config.eval.ahead)
+  return spec.with_horizon(config.eval.ahead)
 
 
 def evaluate(

@@ -51,20 +51,40 @@ class Sizes:
   window: int = 0  # W, context tokens that the decoder's rows see; 0: all
 
   @property
+  def network(self) -> bool:
+    """The coprocessor has a network."""
+    return bool(self.kind.network)
+
+  @property
+  def kv(self) -> bool:
+    """Latents are keys and values: the decoder runs x[p] in their place."""
+    return self.kind.latents_are_kv
+
+  @property
+  def kv_only(self) -> bool:
+    """The network's last layer stops at its keys and values."""
+    return self.kv and self.network
+
+  @property
+  def states(self) -> bool:
+    """The network reads the decoder's hidden states, a context of its own."""
+    return self.kind.reads_states
+
+  @property
   def latent_rows(self) -> int:
     """Rows of one sequence in the coprocessor's pass."""
-    if not self.kind.network:
+    if not self.network:
       return 0
     return self.traces * self.rounds * self.latents
 
   @property
   def decoder_rows(self) -> int:
     """Rows of one sequence in the decoder's second pass."""
-    latents = 0 if self.kind.latents_are_kv else self.rounds * self.latents
-    return self.traces * (latents + self.reach)
+    latents = 0 if self.kv else self.rounds * self.latents
+    return self.traces * (latents + self.tokens_predicted)
 
   @property
-  def reach(self) -> int:
+  def tokens_predicted(self) -> int:
     """Tokens that one trace predicts."""
     return self.stride * (self.rounds - 1) + self.ahead
 
@@ -151,7 +171,7 @@ def context_pass(model: ModelConfig, sizes: Sizes) -> Cost:
   Of kind 'activations' to its end: the hidden states are what is read.
   """
   s = sizes.sequence
-  if sizes.kind is Kind.ACTIVATIONS:
+  if sizes.states:
     attention = sum(_context_attention(model, s))
     return Cost(s * body_per_row(model), 0.0, attention)
   return Cost(
@@ -174,9 +194,9 @@ def structured(
   rows = sizes.latent_rows * (3 + again)
   body = (rows + sizes.decoder_rows * (2 + again)) * body_per_row(model)
   attention = 3 * (context + own)
-  if sizes.kind is Kind.HANDOVER:
+  if sizes.kv_only:
     body -= rows * _unused_per_row(model)
-  elif sizes.kind is Kind.ACTIVATIONS:
+  elif sizes.states:
     s, layers = sizes.sequence, _context_attention(model, sizes.sequence)
     per_row = body_per_row(model) - _unused_per_row(model)
     body += s * (3 + again) * per_row
@@ -184,7 +204,7 @@ def structured(
   return scaled(
     sizes.batch,
     first.body + body,
-    3 * sizes.traces * sizes.reach * logits_per_row(model),
+    3 * sizes.traces * sizes.tokens_predicted * logits_per_row(model),
     first.attention + attention,
   )
 
@@ -204,16 +224,16 @@ def trace_attention(model: ModelConfig, sizes: Sizes) -> tuple[float, float]:
   in_latents = sizes.latent_rows * sum(layers)
   first = _causal_pairs(n) if sizes.latent_rows else 0.0
   first *= attention_per_pair(model)
-  if sizes.kind is Kind.HANDOVER:  # the last layer's rows ask nothing
+  if sizes.kv_only:  # the last layer's rows ask nothing
     in_latents -= sizes.latent_rows * layers[-1]
     first -= _causal_pairs(n) * _layer_per_pair(model)
   # Every row sees all N where they are keys and values, x[p] again none.
-  if sizes.kind.latents_are_kv:
+  if sizes.kv:
     pairs = a * n + _causal_pairs(a - 1)
   else:
     # The rows of all rounds are one triangle; a round's latents attend to those
     # of the rounds before it (all, though with 'replace' some are hidden).
-    pairs = _causal_pairs(sizes.rounds * n + sizes.reach)
+    pairs = _causal_pairs(sizes.rounds * n + sizes.tokens_predicted)
     first *= sizes.rounds
     for i in range(sizes.rounds if sizes.latent_rows else 0):
       first += n * i * (n + sizes.stride) * attention_per_pair(model)
@@ -242,7 +262,7 @@ def of_step(config: ConfigDict, model: ModelConfig) -> Cost:
     cost, rows = language_model(model, sizes), sizes.sequence
   else:
     cost, rows = useful(model, sizes), sizes.latent_rows
-    if sizes.kind is Kind.ACTIVATIONS:
+    if sizes.states:
       rows += sizes.sequence
   rank = configs.lora_rank(config)
   if not rank:
@@ -264,17 +284,17 @@ def augmentation(model: ModelConfig, sizes: Sizes) -> Cost:
   """
   n, s = sizes.latents, sizes.sequence
   one = dataclasses.replace(sizes, traces=1, ahead=1)
-  kv = sizes.kind.latents_are_kv  # the decoder runs x[p] alone
+  kv = sizes.kv  # the decoder runs x[p] alone
   seen, rows = _seen(model, s), one.latent_rows + (1 if kv else n)
   body = rows * body_per_row(model)
   attention = rows * seen + (one.latent_rows > 0) * _own(model, n)
   per_pair = attention_per_pair(model)
   attention += n * per_pair if kv else _own(model, n)
-  if sizes.kind is Kind.HANDOVER:
+  if sizes.kv_only:
     body -= n * _unused_per_row(model)
     attention -= n * _seen_by_layer(model, s)[-1]
     attention -= _causal_pairs(n) * _layer_per_pair(model)
-  elif sizes.kind is Kind.ACTIVATIONS:
+  elif sizes.states:
     # All but the last layer of its own, and the decoder's last.
     body += s * body_per_row(model)
     attention += sum(_context_attention(model, s))

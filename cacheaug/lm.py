@@ -372,10 +372,8 @@ class LM:
     return self._read(*padding.pad_left(rows, self._pad_id, padded)), plan
 
   def _read(self, tokens: np.ndarray, documents: np.ndarray) -> Context:
-    coproc = self.coprocessor
-    keep = (
-      {"keep_states": True} if coproc and coproc.spec.kind.reads_states else {}
-    )
+    spec = self.coprocessor and self.coprocessor.spec
+    keep = {"keep_states": True} if generate.reads_states(spec) else {}
     return _read(self.model, self._layers, tokens, documents, **keep)
 
   def nll(
@@ -411,7 +409,7 @@ class LM:
     if latents:
       coproc, spec = self._coprocessor().params, self.coprocessor.spec
     points = self._points(points, tokens.shape, ahead, spec if latents else 0)
-    layout = spec.reaching(ahead)
+    layout = spec.with_horizon(ahead)
     nll = _nll(self.model, self.decoder, coproc, tokens, points, layout)
     return np.asarray(nll)
 

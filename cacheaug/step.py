@@ -1,6 +1,6 @@
 """One training step: state, loss, gradients, update, its line of metrics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -8,7 +8,6 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -16,10 +15,7 @@ from cacheaug import config as configs
 from cacheaug import sharding, trainable
 from cacheaug.augment import objective, point_sampling, terms
 from cacheaug.augment.objective import Sums
-from cacheaug.errors import UserError
 from cacheaug.model.transformer import Params, Transformer
-from cacheaug.run.checksum import batch_checksum
-from cacheaug.run.metrics import MetricWriter, memory_peak
 
 Batch = dict[str, jax.Array]  # tokens, documents [B, S], maybe answers
 Summed = TypeVar("Summed")
@@ -52,7 +48,11 @@ def init_state(
   `initial` is the trained coprocessor that coprocessor.init names, if any.
   """
   key = jax.random.fold_in(key, 2**31 - 1)  # no step's key
-  ahead = configs.layout_of(config).reach if configs.draws_points(config) else 1
+  ahead = (
+    configs.layout_of(config).tokens_predicted
+    if configs.draws_points(config)
+    else 1
+  )
   params, frozen = trainable.init(
     config, model, key, decoder, initial, boxed=boxed
   )
@@ -243,79 +243,3 @@ def summed(function: Callable[[Batch], Summed], batch: Batch, k: int) -> Summed:
     return jax.tree.map(jnp.add, total, function(part)), None
 
   return jax.lax.scan(body, zeros, parts)[0]
-
-
-def log_step(
-  config: ConfigDict,
-  writer: MetricWriter,
-  floor: float | None,
-  step: int,
-  metrics: Mapping[str, Any],
-  baseline: Sums | None,
-  batch: Mapping[str, jax.Array],
-  times: Mapping[str, float],
-) -> dict[str, float]:
-  """Writes one line of metrics; returns what the progress line shows.
-
-  Args:
-    config: of the run.
-    writer: of the line.
-    floor: seconds that the devices' peak would need, where it is known.
-    step: steps taken.
-    metrics: of make_step.
-    baseline: the frozen decoder's sums over this step's tokens, where there
-      is one.
-    batch: this step's, [B, S] each.
-    times: of profiling.Clock.
-  """
-  metrics, baseline = jax.device_get((metrics, baseline))
-  running = metrics["running"]
-
-  def mean(sums):
-    return float(sums[0].sum() / max(sums[1].sum(), 1.0))
-
-  line = {
-    "loss": mean(running),  # mean since the last line
-    "nll": running[0] / np.maximum(running[1], 1.0),
-    "gradient_norm": float(metrics["gradient_norm"]),
-    "parameter_norm": float(metrics["parameter_norm"]),
-    "batch_loss": mean(metrics["batch"]),  # this step's tokens
-  }
-  for name, sums in metrics["terms"].items():
-    line[f"{name}_loss"] = mean(sums)  # of this step, unweighted
-  seconds, (rows, length) = times["step_time"], batch["tokens"].shape
-  speed = {
-    **times,
-    "tokens_per_second": rows * length / seconds,
-    "memory_peak": memory_peak(),
-    "batch": batch_checksum(batch),  # the same on any number of devices
-  }
-  if floor:
-    speed["mfu"] = floor / seconds
-  shown = {"loss": line["loss"]}
-  if baseline is not None:
-    line["baseline_loss"] = mean(baseline)  # frozen decoder, the same tokens
-    shown["against_frozen"] = line["batch_loss"] - line["baseline_loss"]
-  if config.objective == "coprocessor":
-    speed["traces_per_second"] = rows * config.traces.count / seconds
-  writer.write(step, line, speed)
-  return shown
-
-
-def check_finite(step: int, metrics: dict[str, Any]) -> None:
-  """Stops the run at a number that is not finite; nothing is overwritten.
-
-  The new parameters are looked at too: the loss of their own step may still
-  be finite, and a checkpoint of them would be beyond use.
-
-  Raises:
-    UserError: naming the number, the step and its batch.
-  """
-  for name in ("loss", "gradient_norm", "parameter_norm"):
-    if not np.isfinite(metrics[name]):
-      raise UserError(
-        f"{name} is {metrics[name]} at step {step} (batch {step - 1} of the "
-        "data): stopped, the last checkpoint is kept; start anew in another "
-        "--workdir with a lower optimizer.learning_rate or a longer "
-        "optimizer.warmup"
-      )

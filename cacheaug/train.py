@@ -31,13 +31,16 @@ from cacheaug.run import workdir as workdirs
 from cacheaug.run.checkpoint import Checkpoints
 from cacheaug.run.heartbeat import Heartbeat
 from cacheaug.run.lock import Lock
-from cacheaug.run.metrics import MetricWriter, Progress
+from cacheaug.run.metrics import (
+  MetricWriter,
+  Progress,
+  check_finite,
+  log_step,
+)
 from cacheaug.run.preemption import StopOnSignal
 from cacheaug.step import (
   abstract_state,
-  check_finite,
   init_state,
-  log_step,
   make_baseline,
   make_step,
 )
@@ -151,7 +154,7 @@ def _train(config: ConfigDict, workdir: str, lock: Lock) -> None:
           shown = log(step, metrics, baseline, batch, times)
           progress.update(step, **shown)
       trace.after(step, state)
-      stopping = stop.asked(step)
+      stopping = stop.requested(step)
       if stopping or step % config.checkpoint.every == 0 or step == steps:
         with clock.part("checkpoint"):
           heartbeat.beat(step, "saving")
@@ -172,7 +175,7 @@ def _train(config: ConfigDict, workdir: str, lock: Lock) -> None:
     config, params, state.frozen, decoder, lora.merge
   )
   text = report(config, workdir, model, decoder, params, tokenizer, fingerprint)
-  heartbeat.say("finished")
+  heartbeat.enter_phase("finished")
   if text:
     print(text)  # last: whoever should read it may be gone
 
@@ -201,7 +204,7 @@ def report(
   model = model.clone(attention=dispatch.Kernel(model.attention.name))
   rank = configs.lora_rank(config)
   meta = {
-    "decoder": f"{config.decoder.path or 'random'} ({fingerprint})",
+    "decoder": build.name_decoder(config, fingerprint),
     "LoRA rank": rank or "none, all is trained",
     "steps": config.optimizer.steps,
     "sequences a step": config.data.batch,

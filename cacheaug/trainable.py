@@ -26,18 +26,9 @@ from ml_collections import ConfigDict
 from cacheaug import config as configs
 from cacheaug.augment import coprocessor
 from cacheaug.augment.kinds import Kind
-from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import lora, transformer
 from cacheaug.model.transformer import Params, Transformer
-
-# What of a trained coprocessor's layout a run that begins as it must share.
-_SHARED = (
-  ("kind", "coprocessor.kind"),
-  ("latents", "coprocessor.latents"),
-  ("start", "coprocessor.start"),
-  ("positions", "coprocessor.positions"),
-)
 
 
 def random_decoder(
@@ -142,38 +133,5 @@ def effective(
   adapted = {**base, "blocks": how(base["blocks"], params["lora"], scale)}
   if config.objective == "language_model":
     return adapted
-  parts = Kind.of(config.coprocessor.kind).network
-  return {"transformer": {k: adapted[k] for k in parts}, **own}
-
-
-def check_initial(
-  config: ConfigDict,
-  spec: Layout,
-  found: str,
-  wanted: str,
-) -> None:
-  """Refuses a trained coprocessor of another layout or decoder.
-
-  Args:
-    config: of the run that is to begin as it.
-    spec: its own.
-    found: fingerprint of the decoder that it was trained for.
-    wanted: of the run's decoder.
-
-  Raises:
-    UserError: naming the key.
-  """
-  path = config.coprocessor.init
-  for field, key in _SHARED:
-    theirs = getattr(spec, field)
-    ours = getattr(configs.layout_of(config), field)
-    if theirs != ours:
-      raise UserError(
-        f"coprocessor.init={path!r} was trained with {key}={theirs!r}, this "
-        f"config has {ours!r}: set --config.{key}={theirs}"
-      )
-  if found != wanted:
-    raise UserError(
-      f"coprocessor.init={path!r} was trained for decoder {found}, "
-      f"decoder.path holds {wanted}: give that decoder, or its own coprocessor"
-    )
+  kind = Kind.of(config.coprocessor.kind)
+  return {"transformer": kind.part(adapted), **own}

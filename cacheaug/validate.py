@@ -52,6 +52,14 @@ _NOT_NEGATIVE = (
   "optimizer.weight_decay",
 )
 
+# What of a trained coprocessor's layout a run that begins as it must share.
+_SHARED = (
+  ("kind", "coprocessor.kind"),
+  ("latents", "coprocessor.latents"),
+  ("start", "coprocessor.start"),
+  ("positions", "coprocessor.positions"),
+)
+
 
 def check_config(config: ConfigDict, devices: int) -> None:
   """Refuses what cannot run, before any device work.
@@ -139,12 +147,8 @@ def _check_start(config: ConfigDict) -> None:
 
 
 def _check_traces(config: ConfigDict) -> None:
-  kind, init = config.coprocessor.kind, config.coprocessor.init
-  if not Kind.of(kind).network and init == "scratch":
-    raise UserError(
-      f"coprocessor.init={init!r}: coprocessor.kind={kind!r} has no network "
-      "that could begin so; leave it 'decoder'"
-    )
+  if config.coprocessor.init == "scratch":
+    Kind.of(config.coprocessor.kind).check("scratch")
   s, spec = config.data.sequence, configs.layout_of(config)
   draw = configs.draw_of(config)
   points = s - draw.min_ahead - spec.context_needed + 1
@@ -178,7 +182,7 @@ def _check_traces(config: ConfigDict) -> None:
       f"traces.window={spec.window} hides nothing of sequences of "
       f"data.sequence={s}: lower it, or 0 for no window"
     )
-  needed, more = spec.context_needed + spec.reach, ""
+  needed, more = spec.context_needed + spec.tokens_predicted, ""
   if spec.stride:
     more = f", traces.rounds={spec.rounds} and traces.stride={spec.stride}"
   if needed > s:
@@ -295,6 +299,39 @@ def _check_places(config: ConfigDict) -> None:
   if files.is_remote(config.export):
     with files.reading(config.export, "export"):
       files.expanded(config.export).exists()
+
+
+def check_initial(
+  config: ConfigDict,
+  spec: Layout,
+  found: str,
+  wanted: str,
+) -> None:
+  """Refuses a trained coprocessor of another layout or decoder.
+
+  Args:
+    config: of the run that is to begin as it.
+    spec: its own.
+    found: fingerprint of the decoder that it was trained for.
+    wanted: of the run's decoder.
+
+  Raises:
+    UserError: naming the key.
+  """
+  path = config.coprocessor.init
+  for field, key in _SHARED:
+    theirs = getattr(spec, field)
+    ours = getattr(configs.layout_of(config), field)
+    if theirs != ours:
+      raise UserError(
+        f"coprocessor.init={path!r} was trained with {key}={theirs!r}, this "
+        f"config has {ours!r}: set --config.{key}={theirs}"
+      )
+  if found != wanted:
+    raise UserError(
+      f"coprocessor.init={path!r} was trained for decoder {found}, "
+      f"decoder.path holds {wanted}: give that decoder, or its own coprocessor"
+    )
 
 
 def _one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:

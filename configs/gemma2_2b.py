@@ -8,7 +8,7 @@ The paper's own batch, for a TPU slice, is configs/gemma2b.py; what is smaller
 here is the step: 64 sequences x 64 traces, a 32nd of the paper's.
 
 Weights: accept Gemma's licence at huggingface.co/google/gemma-2-2b, then
-`huggingface-cli download google/gemma-2-2b --local-dir=DIR`.
+`hf download google/gemma-2-2b --local-dir=DIR`.
 
 Text: C4's English part, prepared once as configs/gemma2b.py says, then
 --config.data.sources.c4.path=DATA/allenai__c4/en/VERSION; or your own files:

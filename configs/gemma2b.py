@@ -9,7 +9,7 @@ source of Python's standard library as text, 20 steps):
   python -m cacheaug.main --config=configs/gemma2b.py --config.runlocal=True
 
 Weights: accept Gemma's licence at huggingface.co/google/gemma-2-2b, then
-`huggingface-cli download google/gemma-2-2b --local-dir=DIR`; Kaggle has the
+`hf download google/gemma-2-2b --local-dir=DIR`; Kaggle has the
 same files (google/gemma-2, transformers, gemma-2-2b).
 
 Text: the paper's is Gemma-2's own pretraining mixture, which is not public.

@@ -6,7 +6,7 @@
 Anywhere, in under a minute, through the same code: --config.runlocal=True.
 
 Weights: accept Gemma's licence at huggingface.co/google/gemma-3-1b-pt, then
-`huggingface-cli download google/gemma-3-1b-pt --local-dir=DIR`.
+`hf download google/gemma-3-1b-pt --local-dir=DIR`.
 
 Text: C4's English part, prepared once as configs/gemma2b.py says, then
 --config.data.sources.c4.path=DATA/allenai__c4/en/VERSION; or your own files:

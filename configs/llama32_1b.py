@@ -6,7 +6,7 @@
 Anywhere, in under a minute, through the same code: --config.runlocal=True.
 
 Weights: accept Meta's licence at huggingface.co/meta-llama/Llama-3.2-1B, then
-`huggingface-cli download meta-llama/Llama-3.2-1B --local-dir=DIR`.
+`hf download meta-llama/Llama-3.2-1B --local-dir=DIR`.
 
 Text: C4's English part, prepared once as configs/gemma2b.py says, then
 --config.data.sources.c4.path=DATA/allenai__c4/en/VERSION; or your own files:

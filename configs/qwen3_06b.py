@@ -6,7 +6,7 @@
 Anywhere, in under a minute, through the same code: --config.runlocal=True.
 
 Weights: no licence to accept (Apache-2.0):
-`huggingface-cli download Qwen/Qwen3-0.6B-Base --local-dir=DIR`.
+`hf download Qwen/Qwen3-0.6B-Base --local-dir=DIR`.
 
 Text: C4's English part, prepared once as configs/gemma2b.py says, then
 --config.data.sources.c4.path=DATA/allenai__c4/en/VERSION; or your own files:

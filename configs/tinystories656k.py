@@ -9,7 +9,7 @@ Llama of 2 layers, 128 wide, 2,048 tokens) was trained by others, and it is the
 smallest whose sentences make sense.
 
 Weights:
-`huggingface-cli download raincandy-u/TinyStories-656K --local-dir=DIR`.
+`hf download raincandy-u/TinyStories-656K --local-dir=DIR`.
 Text: a file of TinyStories, a line <|endoftext|> between stories, as
 roneneldan/TinyStories has it; a megabyte (1,000 stories) is read several times.
 
@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
   """See the module docstring."""
   c = configs.base()
   c.decoder.how_to_get = (
-    "give the directory of TinyStories-656K: run `huggingface-cli download "
+    "give the directory of TinyStories-656K: run `hf download "
     "raincandy-u/TinyStories-656K --local-dir=DIR`, then "
     "--config.decoder.path=DIR; without weights, try --config.runlocal=True"
   )

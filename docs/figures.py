@@ -132,7 +132,7 @@ def _lay_out(documents, points, spec, delay=None) -> traces.Traces:
   # A word's token is its index, so tokens name words even if one is repeated.
   tokens = np.arange(len(documents))
   delay = None if delay is None else delay[None]
-  return traces.lay_out(
+  return traces.layout_traces(
     tokens[None], documents[None], points[None], spec, delay
   )
 

@@ -22,7 +22,9 @@ def least(model: ModelConfig, sizes: Sizes) -> Cost:
   if sizes.kind is Kind.ACTIVATIONS:  # the coprocessor's own context is trained
     context *= sizes.decoder_rows / (sizes.latent_rows + sizes.decoder_rows)
   cost = flops.structured(model, sizes)
-  predicting = sizes.traces * sizes.reach * flops.logits_per_row(model)
+  predicting = (
+    sizes.traces * sizes.tokens_predicted * flops.logits_per_row(model)
+  )
   return cost._replace(
     logits=cost.logits - sizes.batch * predicting,
     attention=cost.attention - sizes.batch * context,

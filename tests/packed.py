@@ -39,8 +39,8 @@ def setup(latents, start, scheme="insert", *, kind="coprocessor", **changes):
   return model, spec, make_params(model), coproc, tokens_of(model, 2, S)
 
 
-def lay_out(tokens, spec, points=POINTS, late=None):
-  run = jit(lambda: traces.lay_out(tokens, DOCUMENTS, points, spec, late))
+def layout_traces(tokens, spec, points=POINTS, late=None):
+  run = jit(lambda: traces.layout_traces(tokens, DOCUMENTS, points, spec, late))
   return run()
 
 

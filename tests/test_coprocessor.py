@@ -49,9 +49,9 @@ def fresh(start, source="decoder"):
 def latents(start, coproc):
   """(z, function of (soft, keys, copied) that gives z)."""
   model, spec, decoder, tokens = setup(start)
-  laid = traces.lay_out(tokens, DOCUMENTS, POINTS, spec)
+  laid = traces.layout_traces(tokens, DOCUMENTS, POINTS, spec)
   _, cache = objective.context_pass(model, decoder, tokens, DOCUMENTS, spec)
-  copied = transformer.embed(model, decoder, laid.copied)
+  copied = transformer.embed(model, decoder, laid.input_tokens)
 
   def z(soft, keys, copied):
     return coprocessor.latents(

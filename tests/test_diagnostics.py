@@ -225,7 +225,7 @@ def test_attention_mass_is_what_the_decoders_own_attention_gives(
   model, spec, decoder, _, text, place, out, valid = latents(scheme=scheme)
   tokens = text["tokens"]
   points = np.array([[-1, 8, 20], [-1, 8, 23]], np.int32)
-  laid = traces.lay_out(tokens, DOCUMENTS, points, spec)
+  laid = traces.layout_traces(tokens, DOCUMENTS, points, spec)
   z = latent_stats._at(place + out, points)
 
   @jit

@@ -59,7 +59,7 @@ def test_heartbeat_tells_step_state_and_what_is_saved(tmp_path):
     assert _read(tmp_path)["time"] == found["time"] >= round(began, 3)
   assert _read(tmp_path)["state"] == "reporting"
   assert _read(tmp_path)["saved"] == 9
-  beating.say("finished")
+  beating.enter_phase("finished")
   assert _read(tmp_path)["state"] == "finished"
   assert [p.name for p in tmp_path.iterdir()] == ["heartbeat.json"]
 
@@ -85,7 +85,9 @@ def test_each_process_has_a_file_of_its_own(tmp_path, monkeypatch):
 def test_steps_within_the_limit_do_not_end_the_run(tmp_path, monkeypatch):
   ended = []
   monkeypatch.setattr(
-    heartbeats.Heartbeat, "_give_up", lambda self, waited: ended.append(waited)
+    heartbeats.Heartbeat,
+    "_end_process",
+    lambda self, waited: ended.append(waited),
   )
   with heartbeats.Heartbeat(tmp_path, limit=2.0, every=0.02) as beating:
     for step in range(30):
@@ -149,10 +151,10 @@ def _failing(monkeypatch, waits_needed):
     source = self._source
 
     class Broken:
-      def __getitems__(self, rows):
+      def take(self, rows):
         if len(waits) < waits_needed:
           raise OSError(116, "Stale file handle")
-        return source.__getitems__(rows)
+        return source.take(rows)
 
     self._source = Broken()
     return take(self, rows)
@@ -253,7 +255,7 @@ def test_object_storage_without_its_package_says_what_to_install(monkeypatch):
   def missing(*_, **__):
     raise ImportError("Install gcsfs to access Google Storage")
 
-  monkeypatch.setattr(workdirs, "_begun", missing)
+  monkeypatch.setattr(workdirs, "_has_run", missing)
   config = small_runs.configs.base()
   with pytest.raises(UserError, match=r"pip install 'cacheaug\[gcs\]'"):
     workdirs.check(config, "gs://bucket/run")

@@ -172,7 +172,7 @@ def test_oracle(scheme, start, decoders, tmp_path):
   tokens = jnp.asarray(tokens, jnp.int32)
   documents = jnp.zeros_like(tokens)
   _, cache = context_pass(model, params, tokens, documents, spec)
-  laid = traces.lay_out(tokens, documents, jnp.asarray(points), spec)
+  laid = traces.layout_traces(tokens, documents, jnp.asarray(points), spec)
   got = traces_nll(model, params, coproc, cache, laid)
 
   want = oracle.traces_nll(

@@ -194,3 +194,17 @@ def test_environment_variables(server, tmp_path):
     env=env,
   )
   assert child.stdout.startswith(str(tmp_path / "home" / "hub"))
+
+
+_PAGE = " ".join((_ROOT / "docs" / "troubleshooting.md").read_text().split())
+
+
+@pytest.mark.parametrize(
+  "spec", ("gated/nano", "org/absent", "org/nano@v2", "org/pickled")
+)
+def test_messages_are_quoted(spec, server):
+  """In docs/troubleshooting.md, with HUB for where the server is."""
+  with pytest.raises(UserError) as error:
+    pretrained.resolve(spec)
+  line = str(error.value).replace(server.url.partition("//")[2], "HUB")
+  assert line in _PAGE

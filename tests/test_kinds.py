@@ -3,7 +3,9 @@
 As test_objective.py, which holds the paper's own kind to the same.
 """
 
+import ast
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from packed import (
   A,
   S,
   cut_off,
-  lay_out,
+  layout_traces,
   nll_at_start,
   one_at_a_time,
   with_gradient,
@@ -24,6 +26,7 @@ from packed import (
 from tolerances import GRADIENT, LOSS, NLL, close, close_trees, far
 
 from cacheaug.augment import coprocessor, kinds, objective, traces
+from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.attention import NO_LIMIT, Rows
 from cacheaug.model.cache import KVCache
@@ -55,7 +58,7 @@ def parallel(kind, start):
 
 def run_parallel(kind, start, scheme):
   _, spec, _, coproc, tokens = setup(kind, start, scheme)
-  laid = lay_out(tokens, spec)
+  laid = layout_traces(tokens, spec)
   w = laid.weights / laid.weights.sum()
   return laid, parallel(kind, start)(coproc, w, laid)
 
@@ -170,7 +173,7 @@ def dense(kind, start):
     segments = traces.segments_of(DOCUMENTS, True)
     args = model, decoder, tokens
     hidden, cache = transformer.prefill(*args, segments=segments)
-    copied = transformer.embed(model, decoder, laid.copied)
+    copied = transformer.embed(model, decoder, laid.input_tokens)
     soft = jnp.broadcast_to(coproc["soft_tokens"][None, None], copied.shape)
     reads, x = cache, soft + copied if harmless else soft
     if kind == "activations":
@@ -197,7 +200,7 @@ def dense(kind, start):
       rows = rows.replace(
         positions=take(rows.positions), segments=take(rows.segments)
       )
-      asked = jnp.concatenate([laid.copied[..., -1:], laid.ahead], -1)
+      asked = jnp.concatenate([laid.input_tokens[..., -1:], laid.ahead], -1)
       x = flat(embed(asked))
     out = transformer.run_blocks(model, decoder, x, rows, None, given=first)
     out = out[:, 0].reshape(2, m, -1, out.shape[-1])[:, :, -A:]
@@ -209,7 +212,7 @@ def dense(kind, start):
 
 def run_dense(kind, start, scheme):
   _, spec, _, coproc, tokens = setup(kind, start, scheme)
-  laid = lay_out(tokens, spec)
+  laid = layout_traces(tokens, spec)
   pairs = list(zip(DOCUMENTS, POINTS, strict=True))
   order = np.stack([traces.dense_mask(d, p, spec) for d, p in pairs])
   own = np.stack([traces.dense_latent_mask(d, p, spec) for d, p in pairs])
@@ -218,7 +221,7 @@ def run_dense(kind, start, scheme):
   # Slots in the order: context, all traces' latents, all the other rows.
   blocks = S + np.arange(POINTS.shape[1] * spec.rows).reshape(-1, spec.rows)
   index = np.concatenate([np.arange(S), *blocks[:, :N], *blocks[:, N:]])
-  if spec.latents_are_kv:
+  if spec.reruns:
     order = order[:, index][:, :, index]
   w = laid.weights / laid.weights.sum()
   return dense(kind, start)(
@@ -285,3 +288,59 @@ def test_harmless_replacement_begins_as_the_frozen_decoder(kind):
 )
 def test_other_starts_do_not(kind, scheme, start):
   far(*nll_at_start(start, scheme, kind))
+
+
+# --- one table ---------------------------------------------------------------
+
+_PACKAGE = Path(kinds.__file__).parents[1]
+_COLUMNS = {"network", "latents_are_kv", "reads_states", "does"}
+
+
+def asking(source):
+  """Lines of a file that read a column of the table or compare with a kind."""
+  lines = set()
+  for node in ast.walk(ast.parse(source)):
+    if not isinstance(node, ast.Attribute):
+      continue
+    of_table = isinstance(node.value, ast.Name) and node.value.id == "Kind"
+    of_kind = isinstance(node.value, ast.Attribute | ast.Name) and (
+      getattr(node.value, "attr", getattr(node.value, "id", "")) == "kind"
+    )
+    if (of_kind and node.attr in _COLUMNS) or (
+      of_table and node.attr.isupper()
+    ):
+      lines.add(node.lineno)
+  return lines
+
+
+def test_kinds_are_asked_for_in_few_places():
+  """Beside the default of a class, which asks nothing."""
+  found = []
+  for path in _PACKAGE.rglob("*.py"):
+    if path.name != "kinds.py":
+      text = path.read_text()
+      found += [
+        f"{path.relative_to(_PACKAGE)}:{line}"
+        for line in sorted(asking(text))
+        if "kind: Kind = " not in text.splitlines()[line - 1]
+      ]
+  assert len(found) <= 10, found
+
+
+def test_what_asks_for_a_kind_is_found():
+  assert asking("if x.kind.network:\n  pass\nif kind is Kind.PAUSE: pass") == {
+    1,
+    3,
+  }
+  assert not asking("x.kind.check('late')\ny = x.network")
+
+
+def test_every_kind_is_in_the_table_once():
+  assert kinds.NAMES == tuple(kind.value for kind in kinds.Kind)
+  with pytest.raises(UserError, match="coprocessor.kind='brake' is not one of"):
+    kinds.Kind.of("brake")
+  for kind in kinds.Kind:
+    assert kinds.Kind.of(kind.value) is kind
+    assert kind.part({"blocks": 1, "final_norm": 2, "embedder": 3}).keys() == (
+      set(kind.network)
+    )

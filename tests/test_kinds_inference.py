@@ -70,7 +70,7 @@ def teacher_forced(kind, scheme, prompt, said, **changes):
   tokens[0, : len(text)] = text
   documents = np.where(np.arange(padded) < len(text), 0, -1)[None]
   points = np.array([[len(prompt) - 1]], np.int32)
-  laid = traces.lay_out(tokens, documents, points, spec)
+  laid = traces.layout_traces(tokens, documents, points, spec)
   return np.asarray(scorer(kind)(coproc, tokens, documents, laid))[0, 0]
 
 
@@ -184,7 +184,7 @@ def test_export_round_trip(kind, start, tmp_path):
   )
   # Of another kind it is damaged: names the tensor.
   other = "prefix" if kind == "pause" else "pause"
-  variant = coprocessor_files.VARIANTS[Layout(1, 1, kind=other).latents_are_kv]
+  variant = kinds.Kind(other).variant
   entries |= {"kind": other, "variant": variant}
   (tmp_path / "config.json").write_text(json.dumps(entries))
   with pytest.raises(UserError, match="tensor|soft_tokens|prefix"):
@@ -294,11 +294,11 @@ def test_late_activations_are_those_of_the_shorter_text():
   @tolerances.jit
   def outputs(tokens):
     point = jnp.full((1, 1), tokens.shape[1] - 1)
-    laid = traces.lay_out(tokens, documents, point, spec, late[:, None])
+    laid = traces.layout_traces(tokens, documents, point, spec, late[:, None])
     args = model, decoder
     hidden, cache = objective.context_pass(*args, tokens, documents, spec)
     read = coprocessor.source_cache(model, coproc, cache, hidden, spec)
-    copied = transformer.embed(model, decoder, laid.copied)
+    copied = transformer.embed(model, decoder, laid.input_tokens)
     return coprocessor.outputs(model, coproc, read, laid, copied)
 
   np.testing.assert_array_equal(outputs(tokens), outputs(other))

@@ -48,7 +48,7 @@ def test_perplexity_at_a_lateness_is_the_objectives():
 
   @jit
   def nll(points, late):
-    laid = traces.lay_out(tokens, DOCUMENTS, points, spec, late)
+    laid = traces.layout_traces(tokens, DOCUMENTS, points, spec, late)
     _, cache = objective.context_pass(model, decoder, tokens, DOCUMENTS, spec)
     return objective.traces_nll(model, decoder, coproc, cache, laid)[:, 0]
 
@@ -115,7 +115,7 @@ def test_generation_inserts_late_latents_as_trained(start, scheme):
   assert position.tolist() == [12 + (N if scheme == "insert" else 0)] * 2
   for b, k in enumerate((12, 9)):
     row = np.concatenate([tokens[b, :k], [5]])[None].astype(np.int32)
-    laid = traces.lay_out(
+    laid = traces.layout_traces(
       row, 0 * row, np.array([[k - 1]]), spec, np.array([[d]])
     )
     _, cache = objective.context_pass(model, decoder, row, 0 * row, spec)

@@ -17,7 +17,7 @@ from packed import (
   STARTS_AT,
   A,
   S,
-  lay_out,
+  layout_traces,
   note,
   one_at_a_time,
   setup,
@@ -56,7 +56,7 @@ LATE = np.array([[0, 3, 1], [8, 4, 5]], np.int32)
 
 
 def lay(tokens, spec, late=LATE, points=POINTS):
-  return lay_out(tokens, spec, points, late)
+  return layout_traces(tokens, spec, points, late)
 
 
 # --- the layout -------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_pass_2_is_of_the_earlier_point_and_pass_3_of_the_later(scheme):
   late = lay(tokens, spec)
   here = lay(tokens, spec, None)
   earlier = lay(tokens, spec, None, np.where(POINTS < 0, -1, POINTS - LATE))
-  for name in ("latent_rows", "copied"):
+  for name in ("latent_rows", "input_tokens"):
     pairs = zip(
       jax.tree.leaves(getattr(late, name)),
       jax.tree.leaves(getattr(earlier, name)),
@@ -81,9 +81,9 @@ def test_pass_2_is_of_the_earlier_point_and_pass_3_of_the_later(scheme):
     jax.tree.map(
       np.testing.assert_array_equal, getattr(late, name), getattr(here, name)
     )
-  np.testing.assert_array_equal(late.repeated, here.copied)
-  assert here.repeated is None
-  assert (np.asarray(late.copied) != np.asarray(here.copied)).any()
+  np.testing.assert_array_equal(late.base_tokens, here.input_tokens)
+  assert here.base_tokens is None
+  assert (np.asarray(late.input_tokens) != np.asarray(here.input_tokens)).any()
 
 
 @pytest.mark.parametrize("scheme", traces.POSITIONS)
@@ -94,7 +94,7 @@ def test_fast_masks_are_the_dense_masks(scheme, together):
 
   @jit
   def fast():
-    laid = traces.lay_out(tokens, DOCUMENTS, POINTS, spec, LATE)
+    laid = traces.layout_traces(tokens, DOCUMENTS, POINTS, spec, LATE)
     segments = traces.segments_of(DOCUMENTS, spec.mask_documents)
     positions = jnp.broadcast_to(jnp.arange(S)[None], (2, S))
     nothing = jnp.zeros((1, 2, S, 1, 1))
@@ -256,8 +256,8 @@ def test_a_lateness_of_zero_is_none(scheme):
   """Bit for bit in the layout; XLA may fuse the rest otherwise."""
   _, spec, _, coproc, tokens = setup(N, "harmless", scheme)
   zero, none = lay(tokens, spec, 0 * LATE), lay(tokens, spec, None)
-  np.testing.assert_array_equal(zero.repeated, none.copied)
-  zero = zero.replace(repeated=None)
+  np.testing.assert_array_equal(zero.base_tokens, none.input_tokens)
+  zero = zero.replace(base_tokens=None)
   jax.tree.map(np.testing.assert_array_equal, zero, none)
 
 
@@ -276,7 +276,9 @@ def test_nothing_between_reaches_the_coprocessor(start):
   # All tokens differ and the head is untied: row t of the embedding's gradient
   # is the influence of token t and of nothing else.
   tokens = np.random.default_rng(0).permutation(37)[None, :S].astype(np.int32)
-  laid = jit(lambda: traces.lay_out(tokens, documents, points, spec, late))()
+  laid = jit(
+    lambda: traces.layout_traces(tokens, documents, points, spec, late)
+  )()
 
   @jit
   def influences(table):

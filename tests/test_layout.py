@@ -27,6 +27,7 @@ AFTERNOON = (
   "build.py",
   "config.py",
   "augment/traces.py",
+  "augment/kinds.py",
   "augment/coprocessor.py",
   "augment/objective.py",
   "trainable.py",
@@ -36,7 +37,6 @@ AFTERNOON = (
   "model/layers.py",
   "model/attention.py",
   "model/transformer.py",
-  "kernels/dispatch.py",
   "kernels/context_attention.py",
   "kernels/cross_entropy.py",
   "optim.py",
@@ -56,7 +56,7 @@ _ONLY = {
   "errors": set(),
   "run.files": {"errors"},
   "run.checksum": set(),
-  "kernels": set(),
+  "kernels": {"errors", "kernels"},
   "model": _MODEL,
   "augment": _MODEL,
   "optim": {"errors"},
@@ -70,7 +70,8 @@ _ONLY = {
   "step": _METHOD | {"run"},
   "weights": _MODEL | {"augment", "config", "trainable", "data", "run"},
   "inference": _MODEL | {"augment", "data", "weights"},
-  "evals": _MODEL | {"augment", "config", "data", "inference", "run"},
+  "evals": _MODEL
+  | {"augment", "config", "data", "inference", "run", "weights"},
   "lm": _MODEL | {"augment", "data", "inference", "weights"},
   "build": _METHOD | {"validate", "step", "data", "weights", "lm", "run"},
 }
@@ -353,3 +354,24 @@ def test_the_readme_names_the_afternoon_in_order():
 def test_the_root_is_small():
   files = list(PACKAGE.glob("*.py"))
   assert len(files) <= _ROOT_FILES, sorted(p.name for p in files)
+
+
+def _asked_by_name(tree: ast.AST) -> int:
+  """Places that compare with one kind of coprocessor, `Kind.NAME`."""
+  sides = [
+    side
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Compare)
+    for side in (node.left, *node.comparators)
+  ]
+  return sum(ast.unparse(side).startswith("Kind.") for side in sides)
+
+
+def test_kinds_are_a_table():
+  """What a kind does is its row; few places ask which kind it is."""
+  paths = [path for path in modules().values() if path.name != "kinds.py"]
+  asked = sum(_asked_by_name(ast.parse(p.read_text())) for p in paths)
+  assert asked <= 10, asked
+  # Control: such a place is seen, however it is written.
+  text = "a.kind is Kind.PAUSE or Kind.PREFIX == b or c in (1, 2)"
+  assert _asked_by_name(ast.parse(text)) == 2

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from packed import DOCUMENTS, A, S, lay_out, nll_at_start, note, setup
+from packed import DOCUMENTS, A, S, layout_traces, nll_at_start, note, setup
 from tolerances import HIDDEN, LOSS, MATTERS, close, far, jit, tokens_of
 
 from cacheaug.augment import coprocessor, objective
@@ -101,7 +101,7 @@ def frozen_hidden(model, decoder, tokens):
 def test_without_latents_hidden_states_are_the_frozen_decoders():
   """Bit for bit; to rounding in a program that also trains latents."""
   model, spec, decoder, coproc, tokens = setup(4, "harmless", "replace")
-  laid = lay_out(tokens, spec)
+  laid = layout_traces(tokens, spec)
   expected = frozen_hidden(model, decoder, tokens)
 
   @jit

@@ -14,7 +14,7 @@ from packed import (
   A,
   S,
   cut_off,
-  lay_out,
+  layout_traces,
   note,
   one_at_a_time,
   setup,
@@ -102,7 +102,7 @@ def dense(latents, start):
   @with_gradient
   def nll(coproc, laid, segments, order, latent_order):
     flat = lambda x: x.reshape(2, 1, -1, *x.shape[3:])  # noqa: E731
-    copied = transformer.embed(model, decoder, laid.copied)
+    copied = transformer.embed(model, decoder, laid.input_tokens)
     soft = jnp.broadcast_to(coproc["soft_tokens"][None, None], copied.shape)
     x = soft + copied if start == "harmless" else soft
     # The context's keys and values are the decoder's, hence a cache; all
@@ -141,7 +141,7 @@ def dense(latents, start):
 def run_parallel(latents, start, scheme, together=False):
   _, spec, _, coproc, tokens = setup(latents, start, scheme)
   spec = dataclasses.replace(spec, mask_documents=not together)
-  laid = lay_out(tokens, spec)
+  laid = layout_traces(tokens, spec)
   w = laid.weights / laid.weights.sum()
   return laid, parallel(latents, start, together)(coproc, w, laid)
 
@@ -149,7 +149,7 @@ def run_parallel(latents, start, scheme, together=False):
 def run_dense(latents, start, scheme, together=False):
   _, spec, _, coproc, tokens = setup(latents, start, scheme)
   spec = dataclasses.replace(spec, mask_documents=not together)
-  laid = lay_out(tokens, spec)
+  laid = layout_traces(tokens, spec)
   pairs = zip(DOCUMENTS, POINTS, strict=True)
   order = np.stack([traces.dense_mask(d, p, spec) for d, p in pairs])
   own = np.kron(np.eye(POINTS.shape[1]), np.tri(latents)).astype(bool)
@@ -203,7 +203,7 @@ def test_schemes_and_windows_and_caps_are_told_apart():
   losses = {s: run_parallel(latents, start, s)[1][0] for s in traces.POSITIONS}
   far(losses["insert"], losses["overlay"])
   far(losses["overlay"], losses["replace"])
-  laid = lay_out(tokens, setup(latents, start, "overlay")[1])
+  laid = layout_traces(tokens, setup(latents, start, "overlay")[1])
   for changes in (
     dict(window=6),
     dict(attention_softcap=0.0),
@@ -264,7 +264,7 @@ def test_tiles_equal_one_masked_softmax(law, monkeypatch):
 def test_gradient_of_the_context_is_refused():
   """Rather than wrong: it is a constant where tiles are skipped."""
   model, spec, decoder, coproc, tokens = setup(2, "harmless", "replace")
-  laid = lay_out(tokens, spec)
+  laid = layout_traces(tokens, spec)
 
   def loss(decoder):
     _, cache = transformer.prefill(model, decoder, tokens)
@@ -290,12 +290,12 @@ def test_causality_by_gradient(scheme):
   spec = Layout(n, A, scheme)
   decoder, coproc = make_params(model), make_coprocessor(model, spec)
   tokens = np.random.default_rng(0).permutation(37)[None, :S].astype(np.int32)
-  laid = jit(lambda: traces.lay_out(tokens, documents, points, spec))()
+  laid = jit(lambda: traces.layout_traces(tokens, documents, points, spec))()
 
   def nll(table, bump):
     params = decoder | {"embedder": {"embedding": table}}
     _, cache = objective.context_pass(model, params, tokens, documents, spec)
-    copied = transformer.embed(model, params, laid.copied)
+    copied = transformer.embed(model, params, laid.input_tokens)
     z = coprocessor.latents(model, coproc, cache, laid, copied) + bump
     return objective.decoder_pass(model, params, cache, z, laid)[0]
 

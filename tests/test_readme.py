@@ -312,7 +312,7 @@ def test_named_paths_exist(page):
   assert not _exists("cacheaug/none.py", page.parent)
 
 
-# Modules whose functions the pages name, as `traces.lay_out`.
+# Modules whose functions the pages name, as `traces.layout_traces`.
 _NAMED = {
   name: importlib.import_module(f"cacheaug.{where}")
   for name, where in {

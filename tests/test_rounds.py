@@ -71,7 +71,7 @@ def parallel(*case):
 
   @jit
   def run(coproc):
-    laid = rounds.lay_out(tokens, DOCUMENTS, POINTS, spec)
+    laid = rounds.layout_traces(tokens, DOCUMENTS, POINTS, spec)
 
     def loss(coproc):
       _, cache = objective.context_pass(model, decoder, tokens, DOCUMENTS, spec)
@@ -104,7 +104,7 @@ def in_order(x):
 def one_by_one(*case):
   """nll, loss and gradients by plain passes, each over a cache of its own."""
   model, spec, decoder, _, _ = setup(*case)
-  tokens, documents, after = prompts(spec.reach)
+  tokens, documents, after = prompts(spec.tokens_predicted)
   weights = in_order(parallel(*case)[0][1])
   b, s = tokens.shape
 
@@ -167,7 +167,7 @@ def one_by_one(*case):
 def decoded(*case, every=None, told=None):
   """nll [b m, T], told what to say, latents as Plan(every=k) puts them."""
   model, spec, decoder, coproc, _ = setup(*case)
-  tokens, documents, after = prompts(spec.reach)
+  tokens, documents, after = prompts(spec.tokens_predicted)
   after = after if told is None else told
   b, count = len(tokens), 0
   context = jit(lambda: generate.read(model, decoder, tokens, documents))()
@@ -175,7 +175,7 @@ def decoded(*case, every=None, told=None):
     model,
     context,
     jax.random.split(jax.random.key(0), b),
-    max_new_tokens=spec.reach,
+    max_new_tokens=spec.tokens_predicted,
     latents=N * spec.rounds,
   )
   stride = spec.stride if every is None else every
@@ -187,7 +187,7 @@ def decoded(*case, every=None, told=None):
     state = engine.insert(model, decoder, coproc, state, count, on, spec)
     count += 1
   state = engine.advance(
-    model, decoder, state, spec.reach, scored=True, forced=after
+    model, decoder, state, spec.tokens_predicted, scored=True, forced=after
   )
   np.testing.assert_array_equal(state.said, after)
   return np.asarray(state.nll)
@@ -199,9 +199,9 @@ def test_training_is_one_round_after_another(scheme, start, count, stride):
   (nll, weights), loss, grads = parallel(*case)
   expected, whole, expected_grads = one_by_one(*case)
   spec = setup(*case)[1]
-  assert nll.shape == (2, 3, spec.reach)
+  assert nll.shape == (2, 3, spec.tokens_predicted)
   left = np.array([3, 12, 9, 7])  # tokens of each one's document
-  inside = np.arange(spec.reach)[None] < left[:, None]
+  inside = np.arange(spec.tokens_predicted)[None] < left[:, None]
   np.testing.assert_array_equal(in_order(weights), inside)
   there = in_order(weights) > 0
   note("nll", close(in_order(nll)[there], expected[there], NLL))
@@ -228,7 +228,7 @@ def test_later_rounds_read_the_earlier_latents():
 
   @jit
   def gradient(coproc):
-    laid = rounds.lay_out(tokens, DOCUMENTS, POINTS, spec)
+    laid = rounds.layout_traces(tokens, DOCUMENTS, POINTS, spec)
     # Of the first round's rows the decoder's second pass sees none.
     assert not rounds.masks(spec, 1)[1][N:, :N].any()
     assert rounds.masks(spec, 1)[0][N:, :N].all()
@@ -236,11 +236,13 @@ def test_later_rounds_read_the_earlier_latents():
 
     def nll(extra):
       first = laid.rounds[0]
-      moved = laid.replace(rounds=(first.replace(copied=extra), laid.rounds[1]))
+      moved = laid.replace(
+        rounds=(first.replace(input_tokens=extra), laid.rounds[1])
+      )
       return objective.traces_nll(model, decoder, coproc, cache, moved)
 
-    other = (laid.rounds[0].copied + 1) % model.config.vocab_size
-    return nll(laid.rounds[0].copied), nll(other)
+    other = (laid.rounds[0].input_tokens + 1) % model.config.vocab_size
+    return nll(laid.rounds[0].input_tokens), nll(other)
 
   same, other = gradient(coproc)
   far(same, other)
@@ -254,7 +256,10 @@ def picture(spec, i, reading):
   labels = []
   for j in range(i + 1):
     word = "bcd"[spec.stride * j]
-    labels += [f"{word}'", *"cdef"[spec.stride * j :][: rounds.fed_in(spec, j)]]
+    labels += [
+      f"{word}'",
+      *"cdef"[spec.stride * j :][: rounds.tokens_fed(spec, j)],
+    ]
   order = rounds.masks(spec, i)[not reading]
   hides = spec.positions == "replace" and (i or not reading)
   context = np.tile(np.arange(4) < (1 if hides else 2), (len(order), 1))
@@ -307,13 +312,15 @@ def test_docstring_draws_the_masks():
 
 def test_reaching_is_as_far_as_asked():
   spec = Layout(N, A, rounds=3, stride=4)
-  assert spec.reach == 11
+  assert spec.tokens_predicted == 11
   for tokens in (1, 4, 5, 8, 9, 32):
-    some = spec.reaching(tokens)
-    assert some.reach == tokens and some.ahead >= 1 and some.rounds <= 3
+    some = spec.with_horizon(tokens)
+    assert (
+      some.tokens_predicted == tokens and some.ahead >= 1 and some.rounds <= 3
+    )
     assert some.rounds == 1 + sum(4 * i < tokens for i in (1, 2))
-  once = Layout(N, A, rounds=3).reaching(5)
-  assert (once.rounds, once.reach) == (3, 5)
+  once = Layout(N, A, rounds=3).with_horizon(5)
+  assert (once.rounds, once.tokens_predicted) == (3, 5)
 
 
 # --- in training ------------------------------------------------------------
@@ -380,7 +387,7 @@ def test_inserted_rounds_need_positions(tmp_path):
 def test_other_ways_refuse_rounds():
   _, spec, _, _, tokens = setup(*CASES[0])
   with pytest.raises(UserError, match="cannot come late"):
-    rounds.lay_out(tokens, DOCUMENTS, POINTS, spec, 0 * POINTS)
+    rounds.layout_traces(tokens, DOCUMENTS, POINTS, spec, 0 * POINTS)
   batch = {"tokens": tokens, "documents": DOCUMENTS}
   with pytest.raises(UserError, match="no dense way"):
     dense_reference.naive_loss(None, None, None, batch, POINTS, spec)
@@ -396,13 +403,15 @@ def test_flop_are_of_every_round(stride):
   common = dict(batch=1, sequence=S, traces=2, latents=N, ahead=A)
   sizes = flops.Sizes(**common, rounds=3, stride=stride)
   one = flops.Sizes(**common)
-  assert sizes.reach == spec.reach
+  assert sizes.tokens_predicted == spec.tokens_predicted
   # A block counts as N + A rows: the last one is predicted only.
   assert sizes.decoder_rows == 2 * (len(rounds.offsets(spec, 2)) + 1)
   own = 0
   for i in range(3):
     reading, decoding = rounds.masks(spec, i)
-    own += reading[-N:].sum() + decoding[-N - rounds.fed_in(spec, i) :].sum()
+    own += (
+      reading[-N:].sum() + decoding[-N - rounds.tokens_fed(spec, i) :].sum()
+    )
   own += len(decoding) + 1  # of the row that is only predicted
   per_row = sum(flops._context_attention(model, S)) / S  # noqa: SLF001
   pair = flops.attention_per_pair(model)
@@ -412,7 +421,7 @@ def test_flop_are_of_every_round(stride):
     context + 3 * (rows * per_row + 2 * own * pair)
   )
   ratio = flops.useful(model, sizes).logits / flops.useful(model, one).logits
-  assert ratio == pytest.approx(spec.reach / A)
+  assert ratio == pytest.approx(spec.tokens_predicted / A)
 
 
 # --- in decoding ------------------------------------------------------------
@@ -422,8 +431,8 @@ def test_sessions_insert_as_trained():
   """Plan(before=...) ends a chain at the prompt's end; rounds at one point."""
   for case in (CASES[2], CASES[4]):
     model, spec, decoder, coproc, _ = setup(*case)
-    tokens, documents, after = prompts(spec.reach)
-    told = spec.reach - spec.ahead
+    tokens, documents, after = prompts(spec.tokens_predicted)
+    told = spec.tokens_predicted - spec.ahead
     read = jit(functools.partial(generate.read, model))
     context = read(decoder, tokens, documents)
     before = tuple({told - spec.stride * i for i in range(spec.rounds)} - {0})
@@ -434,7 +443,7 @@ def test_sessions_insert_as_trained():
       max_new_tokens=spec.ahead,
       coproc=coproc,
       spec=spec,
-      plan=Plan(before=before, rounds=spec.at_once),
+      plan=Plan(before=before, rounds=spec.rounds_per_point),
       told=after[:, :told],
       scored=True,
     )

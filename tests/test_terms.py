@@ -152,13 +152,13 @@ def dense(added, **changes):
   """One sequence [context | all traces] under traces.dense_mask."""
   model, layout, decoder, _, batch = setup(**changes)
   tokens, m = batch["tokens"], POINTS.shape[1]
-  laid = traces.lay_out(tokens, DOCUMENTS, POINTS, layout)
+  laid = traces.layout_traces(tokens, DOCUMENTS, POINTS, layout)
   flat = lambda x: x.reshape(1, 1, -1, *x.shape[3:])  # noqa: E731
   segments = traces.segments_of(DOCUMENTS, True)
   order = traces.dense_mask(DOCUMENTS[0], POINTS[0], layout)[None, None]
 
   def states_of(coproc, which):
-    copied = transformer.embed(model, decoder, laid.copied)
+    copied = transformer.embed(model, decoder, laid.input_tokens)
     x = coproc["soft_tokens"][None, None] + copied
     _, cache = transformer.prefill(model, decoder, tokens, segments=segments)
     own = coprocessor.hidden_states(model, coproc, cache, laid, copied)

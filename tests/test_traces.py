@@ -177,7 +177,7 @@ def test_fast_masks_are_the_dense_mask(scheme, together):
 
   @jit
   def fast():
-    laid = traces.lay_out(TOKENS, DOCUMENTS, points, spec)
+    laid = traces.layout_traces(TOKENS, DOCUMENTS, points, spec)
     segments = traces.segments_of(DOCUMENTS, spec.mask_documents)
     positions = jnp.broadcast_to(jnp.arange(16)[None], (2, 16))
     nothing = jnp.zeros((1, 2, 16, 1, 1))
@@ -217,13 +217,13 @@ def test_fast_masks_are_the_dense_mask(scheme, together):
 def test_layout_of_one_trace(scheme, latents, ahead, limit):
   """N = 2, A = 3, after token 8 of sequence 0, worked by hand."""
   spec = Layout(2, 3, scheme)
-  laid = traces.lay_out(TOKENS, DOCUMENTS, np.array([[8], [7]]), spec)
+  laid = traces.layout_traces(TOKENS, DOCUMENTS, np.array([[8], [7]]), spec)
   assert laid.latent_rows.positions[0, 0].tolist() == latents
   assert laid.rows.positions[0, 0].tolist() == latents + ahead
   # The coprocessor reads the whole prefix whatever the latents stand for.
   assert laid.latent_rows.limits.tolist() == [[[8]], [[7]]]
   assert laid.rows.limits[0].tolist() == [[limit]]
-  assert laid.copied[0, 0].tolist() == [107, 108]
+  assert laid.input_tokens[0, 0].tolist() == [107, 108]
   assert laid.ahead[0, 0].tolist() == [109, 110]
   assert laid.targets[0, 0].tolist() == [109, 110, 111]
   assert laid.weights[0, 0].tolist() == [1, 1, 1]
@@ -236,7 +236,7 @@ def test_layout_of_one_trace(scheme, latents, ahead, limit):
 def test_weights_end_with_the_document_the_sequence_and_the_points():
   spec = Layout(1, 4)
   points = np.array([[-1, 5, 13], [0, 11, 12]], np.int32)
-  weights = traces.lay_out(TOKENS, DOCUMENTS, points, spec).weights
+  weights = traces.layout_traces(TOKENS, DOCUMENTS, points, spec).weights
   assert weights.tolist() == [
     [[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]],
     [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]],
@@ -310,7 +310,7 @@ def test_points_are_minus_one_where_too_few_are_valid():
   spec = Layout(2, 2)
   points = many(spec, Draw(4, min_ahead=2), documents, 10)
   assert (points[:, 0] == [-1, -1, 1, 2]).all() and (points[:, 1] == -1).all()
-  laid = traces.lay_out(np.zeros((2, 8), int), documents, points[0], spec)
+  laid = traces.layout_traces(np.zeros((2, 8), int), documents, points[0], spec)
   assert laid.weights.sum(-1).tolist() == [[0, 0, 2, 2], [0, 0, 0, 0]]
 
 

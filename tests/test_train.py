@@ -12,6 +12,7 @@ from cacheaug import step as stepping
 from cacheaug import train
 from cacheaug.errors import UserError
 from cacheaug.run import machine
+from cacheaug.run.metrics import check_finite
 
 
 def _bytes(tree):
@@ -71,9 +72,9 @@ def test_average_follows_the_parameters(tmp_path):
 def test_check_looks_at_loss_gradient_and_parameters(name, value):
   names = ("loss", "gradient_norm", "parameter_norm")
   fine = {k: np.float32(1) for k in names}
-  stepping.check_finite(3, fine)
+  check_finite(3, fine)
   with pytest.raises(UserError, match=rf"{name} is {value} at step 3"):
-    stepping.check_finite(3, fine | {name: np.float32(value)})
+    check_finite(3, fine | {name: np.float32(value)})
 
 
 def test_baseline_is_over_the_very_tokens_of_the_step(tmp_path):

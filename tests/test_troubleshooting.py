@@ -12,16 +12,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import safetensors.numpy
 import small_runs
 from ml_collections import ConfigDict
 
 import cacheaug
-from cacheaug import build, sharding, step, validate
+from cacheaug import build, sharding, validate
 from cacheaug import config as configs
-from cacheaug.data import pipeline, record_files, shards, tokenizers
+from cacheaug.data import (
+  gguf_metadata,
+  pipeline,
+  record_files,
+  shards,
+  tokenizers,
+)
 from cacheaug.errors import UserError
 from cacheaug.run import agreement, checkpoint, command, lock, metrics
 from cacheaug.run import workdir as workdirs
+from cacheaug.run.metrics import check_finite
 from cacheaug.weights import pretrained, published
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +57,7 @@ def no_config_json(config, directory):
 
 
 def another_family(config, directory):
-  _weights(directory, model_type="mistral")
+  _weights(directory, model_type="gpt2")
   pretrained.read_config(directory / "weights")
 
 
@@ -67,6 +75,38 @@ def names_that_do_not_match(config, directory):
 def shapes_that_do_not_match(config, directory):
   found = _weights(directory, hidden_size=96)
   _load(found)
+
+
+def another_head(config, directory):
+  found = _weights(directory)
+  path = found / "model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  head = tensors["model.embed_tokens.weight"] + 1
+  safetensors.numpy.save_file(tensors | {"lm_head.weight": head}, path)
+  _load(found)
+
+
+def a_wrapper(config, directory):
+  found = _weights(directory)
+  path = found / "model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  tensors = {f"_orig_mod.{name}": x for name, x in tensors.items()}
+  safetensors.numpy.save_file(tensors, path)
+  _load(found)
+
+
+def another_architecture(config, directory, monkeypatch):
+  _gguf(directory, monkeypatch, {"general.architecture": "mamba"})
+
+
+def a_part_of_a_file(config, directory, monkeypatch):
+  pair = {"general.architecture": "llama", "split.count": 3}
+  _gguf(directory, monkeypatch, pair)
+
+
+def _gguf(directory, monkeypatch, metadata):
+  monkeypatch.setattr(gguf_metadata, "read_all", lambda path: (metadata, {}))
+  pretrained.read_config(directory / "m.gguf")
 
 
 def pickled(config, directory):
@@ -298,7 +338,7 @@ def unknown_key(config, directory):
 
 def not_finite(config, directory):
   numbers = dict(loss=float("nan"), gradient_norm=1.0, parameter_norm=1.0)
-  step.check_finite(7, numbers)
+  check_finite(7, numbers)
 
 
 ERRORS = [

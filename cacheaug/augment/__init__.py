@@ -11,8 +11,8 @@ How a batch's `tokens` [B, S] get from the command to the loss, a line a call:
    7  step.summed                      in micro-batches
    8  step.make_step: loss             the trainable tree made whole
    9  objective.coprocessor_loss       the three passes
-  10    rounds.lay_out                 rows, targets and weights of M traces
-  11      traces.lay_out
+  10    rounds.layout_traces           rows, targets and weights of M traces
+  11      traces.layout_traces
   12    objective.context_pass         1: the frozen decoder's cache
   13      transformer.run
   14    objective.traces_nll

@@ -7,19 +7,20 @@ soft tokens; its last hidden states are the latents.
 A coprocessor's parameters are {transformer: {blocks, final_norm},
 soft_tokens [N, D]} and, with the harmless start, latent_projection [D, D].
 
-  as_is     input = soft token;            z = hidden
-  harmless  input = soft token + copied;   z = copied + hidden @ projection
+  as_is     input = soft token;          z = hidden
+  harmless  input = soft token + token;  z = token + hidden @ projection
 
-where copied is the decoder's own embedding of the context token p-N+1+i. The
-projection starts at zero, so the latents begin as the context's last N tokens
-said once more, and with positions 'replace' as exactly the frozen decoder.
-Latents that come late (traces.py) say again the tokens up to where they are
-inserted; those up to where the cache was read are the input.
+where token is the decoder's own embedding of the context token p-N+1+i. The
+projection starts at zero, so the latents begin as copies of the context's last
+N tokens, and with positions 'replace' the pair begins as exactly the frozen
+decoder. For latents that come late (traces.py), the token of the input is
+counted from where the cache was read (`input_tokens`), the token of z from
+where the latents are inserted (`base_tokens`).
 
 The other kinds (kinds.py) change this:
 
   activations  `source_cache` is a cache of the network's own.
-  pause        {soft_tokens} alone; z = soft token (+ copied).
+  pause        {soft_tokens} alone; z = soft token (+ token).
   handover     {transformer: {blocks}, soft_tokens}; see kv_latents.py.
   prefix       {prefix_keys, prefix_values}; see kv_latents.py.
 
@@ -66,8 +67,7 @@ def init_boxed(model: Transformer, layout: Layout, key: jax.Array) -> Params:
     return {name: param(key, init, *axes) for name, key in keys}
   tree, parts = {}, layout.kind.network
   if parts:
-    whole = transformer.init(model, body)
-    tree["transformer"] = {k: whole[k] for k in parts}
+    tree["transformer"] = layout.kind.part(transformer.init(model, body))
   at_zero = harmless and "final_norm" not in parts  # no projection
   axes = (None, layout.latents), ("D", c.width)
   tree["soft_tokens"] = param(soft, zeros if at_zero else normal, *axes)
@@ -107,8 +107,8 @@ def fewer(
 ) -> tuple[Params, Layout]:
   """The same coprocessor with fewer latents than it was trained for.
 
-  The last soft tokens (of a prefix, entries) are kept: counted from the point,
-  each then stands where it stood in training, and the last one is still last.
+  It keeps the last soft tokens, or the last entries of a prefix: counted from
+  the point, each then stands where it stood in training.
 
   Raises:
     UserError: less than one, or more than it was trained for.
@@ -157,25 +157,25 @@ def latents(
   params: Params,
   cache: KVCache,  # of `source_cache`
   traces: Traces,
-  copied: jax.Array,  # [B, M, N, D], the decoder's embeddings of traces.copied
-  repeated: jax.Array | None = None,  # [B, M, N, D], of traces.repeated
-  given: Given | None = None,  # rows of the block that were run before
+  inputs: jax.Array,  # [B, M, N, D], embeddings of traces.input_tokens
+  base: jax.Array | None = None,  # [B, M, N, D], of traces.base_tokens
+  given: Given | None = None,  # keys and values of rows that were run before
 ) -> jax.Array:  # z [B, M, N, D]
   """Pass 2: all latents of all traces in one forward call."""
-  hidden = hidden_states(model, params, cache, traces, copied, given)
-  return to_latents(params, hidden, traces, copied, repeated)
+  hidden = hidden_states(model, params, cache, traces, inputs, given)
+  return to_latents(params, hidden, traces, inputs, base)
 
 
 def to_latents(
   params: Params,
   hidden: jax.Array,  # [B, M, N, D] of `hidden_states`
   traces: Traces,
-  copied: jax.Array,  # [B, M, N, D], as of `latents`, these two
-  repeated: jax.Array | None = None,
+  inputs: jax.Array,  # [B, M, N, D], as of `latents`, these two
+  base: jax.Array | None = None,
 ) -> jax.Array:  # z [B, M, N, D]
   """The second half of `latents`."""
-  place = copied if repeated is None else repeated
-  return combine(place, project(params, hidden), traces.start == "harmless")
+  base = inputs if base is None else base
+  return combine(base, project(params, hidden), traces.start == "harmless")
 
 
 def outputs(
@@ -183,12 +183,12 @@ def outputs(
   params: Params,
   cache: KVCache,
   traces: Traces,
-  copied: jax.Array,  # [B, M, N, D], as of `latents`
+  inputs: jax.Array,  # [B, M, N, D], as of `latents`
   given: Given | None = None,
 ) -> jax.Array:  # [B, M, N, D]
-  """What is trained contributes to z; `combine` makes z of it."""
+  """The part of z that training changes; `combine` makes z of it."""
   return project(
-    params, hidden_states(model, params, cache, traces, copied, given)
+    params, hidden_states(model, params, cache, traces, inputs, given)
   )
 
 
@@ -197,12 +197,12 @@ def hidden_states(
   params: Params,
   cache: KVCache,  # of `source_cache`
   traces: Traces,
-  copied: jax.Array,  # [B, M, N, D], as of `latents`
+  inputs: jax.Array,  # [B, M, N, D], as of `latents`
   given: Given | None = None,
 ) -> jax.Array:  # [B, M, N, D]
-  """The network's last hidden states; of a pause, which has none, its input."""
-  x = input_rows(params, traces, copied)
-  if not traces.kind.network:
+  """The network's last hidden states; its input, where there is no network."""
+  x = input_rows(params, traces, inputs)
+  if "transformer" not in params:
     return x
   rows = traces.latent_rows
   if traces.kind.reads_states:
@@ -232,19 +232,19 @@ def project(
 def input_rows(
   params: Params,
   traces: Traces,
-  copied: jax.Array,  # [B, M, N, D], as of `latents`
+  inputs: jax.Array,  # [B, M, N, D], as of `latents`
 ) -> jax.Array:  # [B, M, N, D]
-  """The network's input; where there is none, what is added to `copied`."""
-  soft = params["soft_tokens"].astype(copied.dtype)[None, None]
-  if traces.start == "harmless" and traces.kind.network:
-    return soft + copied
-  return jnp.broadcast_to(soft, copied.shape)
+  """The network's input; without a network, what is added to `inputs`."""
+  soft = params["soft_tokens"].astype(inputs.dtype)[None, None]
+  if traces.start == "harmless" and "transformer" in params:
+    return soft + inputs
+  return jnp.broadcast_to(soft, inputs.shape)
 
 
 def combine(
-  copied: jax.Array,  # [..., D], embeddings where z is to stand
+  base: jax.Array,  # [..., D], embeddings of the tokens where z is to stand
   out: jax.Array,  # [..., D] of `outputs`
   harmless: bool,
 ) -> jax.Array:  # z [..., D]
-  """z; where latents come late, `copied` is of a later point than `out`."""
-  return copied + out if harmless else out
+  """Z. Of latents that come late, `base` is of a later point than `out`."""
+  return base + out if harmless else out

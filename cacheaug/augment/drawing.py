@@ -129,7 +129,7 @@ def draw_latents(
   """Whom the coprocessor's rows see, and where they stand."""
   delay, tokens = np.full_like(points, late), np.arange(len(words))
   one = (x[None] for x in (tokens, documents, points))
-  laid = traces.lay_out(*one, layout, delay[None])
+  laid = traces.layout_traces(*one, layout, delay[None])
   positions = np.asarray(laid.latent_rows.positions).ravel()
   mask = traces.dense_latent_mask(documents, points, layout, delay)
   labels = sum((latent_labels(words[p], layout.latents) for p in points), [])
@@ -141,13 +141,13 @@ def draw_latents(
 
 
 def describe(text: str, points: str, layout: Layout, late: int = 0) -> str:
-  """All that the command prints; the numbers are `traces.lay_out`'s."""
+  """All that the command prints; the numbers are `traces.layout_traces`'s."""
   words, documents = parse_text(text)
   where = parse_points(points, len(words))
   check_points(words, documents, where, layout, late)
   s, n = len(words), layout.latents
   # A word's token is its index, so tokens name words even if one is repeated.
-  laid = traces.lay_out(
+  laid = traces.layout_traces(
     np.arange(s)[None], documents[None], where[None], layout
   )
   positions = np.asarray(laid.rows.positions)[0]  # [M, R]

@@ -21,6 +21,7 @@ and `Kind.check` refuses it.
 """
 
 import enum
+from collections.abc import Mapping
 from typing import Any
 
 from cacheaug.errors import UserError
@@ -32,6 +33,10 @@ _REFUSALS = {
   "late": (
     "coprocessor.kind={kind!r} knows no late latents (only {able} do): set "
     "traces.late_max=0, ask for none"
+  ),
+  "scratch": (
+    "coprocessor.init='scratch': coprocessor.kind={kind!r} has no network that "
+    "could begin so; leave it 'decoder'"
   ),
   "rounds": (
     "traces.rounds={rounds}: coprocessor.kind={kind!r} knows one round only; "
@@ -65,7 +70,7 @@ _REFUSALS = {
 
 
 _PAUSE = "store diagnostics labels"
-_STATES = "late diagnostics labels labels_of_its_own"
+_STATES = "scratch late diagnostics labels labels_of_its_own"
 
 
 class Kind(enum.StrEnum):
@@ -87,7 +92,7 @@ class Kind(enum.StrEnum):
   COPROCESSOR = "coprocessor", _WHOLE,      False, False, " ".join(_REFUSALS)
   PAUSE       = "pause",       (),          False, False, _PAUSE
   PREFIX      = "prefix",      (),          True,  False, ""
-  HANDOVER    = "handover",    ("blocks",), True,  False, "store"
+  HANDOVER    = "handover",    ("blocks",), True,  False, "scratch store"
   ACTIVATIONS = "activations", _WHOLE,      False, True,  _STATES
   # fmt: on
 
@@ -114,6 +119,15 @@ class Kind(enum.StrEnum):
         f"coprocessor.kind={str(name)!r} is not one of {', '.join(NAMES)}"
       )
     return cls(name)
+
+  def part(self, transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a transformer's parameters that it trains; {} for none."""
+    return {name: transformer[name] for name in self.network}
+
+  @property
+  def variant(self) -> str:
+    """What latents are for the decoder, as an export's config.json says."""
+    return "cache" if self.latents_are_kv else "embeddings"
 
   def check(self, feature: str, **numbers: Any) -> None:
     """Refuses a feature that this kind does not have.

@@ -31,20 +31,20 @@ def latent_kv(
   params: Params,
   cache: KVCache,
   traces: Traces,
-  copied: jax.Array,  # [B, M, N, D], the decoder's embeddings of traces.copied
+  inputs: jax.Array,  # [B, M, N, D], embeddings of traces.input_tokens
 ) -> Given:  # keys, values [L, B, M, N, K, E]
   """Pass 2 of these kinds: the latents as keys and values, in place of z."""
-  if traces.kind.network:
-    own = transformer.run(
+  if "transformer" in params:
+    rows = transformer.run(
       model,
       params["transformer"],
-      coprocessor.input_rows(params, traces, copied),
+      coprocessor.input_rows(params, traces, inputs),
       traces.latent_rows,
       cache,
       trained=True,
       kv_only=True,
     )
-    return own.keys, own.values
+    return rows.keys, rows.values
   keys, values = (
     params[name].astype(model.dtype)[:, None, None]  # [L, 1, 1, N, K, E]
     for name in ("prefix_keys", "prefix_values")
@@ -52,19 +52,19 @@ def latent_kv(
   at = traces.latent_rows.positions  # [B, M, N]
   keys = rotate(keys, rope_of_layers(model.config, at))
   if traces.start == "harmless":
-    there, here, positions = _entries(cache, traces)
-    # To where the latents stand; by 'insert' these come later.
+    entry_keys, entry_values, positions = _entries(cache, traces)
+    # From the entries' positions to the latents', which 'insert' puts later.
     moved = rope_of_layers(model.config, at - positions, scaled=False)
-    keys, values = keys + rotate(there, moved), values + here
+    keys, values = keys + rotate(entry_keys, moved), values + entry_values
   return keys, jnp.broadcast_to(values, keys.shape)
 
 
 def _entries(cache, traces):
   """Keys and values [L, B, M, N, K, E] of p-N+1 .. p, positions [B, M, N].
 
-  In slots by the number of their tokens, as long as nothing stands between.
+  A token's slot is its index: nothing was inserted before the point.
   """
-  n = traces.copied.shape[-1]
+  n = traces.input_tokens.shape[-1]
   slots = traces.points[..., None] + jnp.arange(1 - n, 1)[None, None]
   slots = jnp.maximum(slots, 0)
 
@@ -84,6 +84,6 @@ def predict(
   traces: Traces,
 ) -> jax.Array:  # [B, M, A, D]
   """Pass 3 of these kinds: hidden states of x[p], run again, and y_1 .. ."""
-  tokens = jnp.concatenate([traces.copied[..., -1:], traces.ahead], -1)
+  tokens = jnp.concatenate([traces.input_tokens[..., -1:], traces.ahead], -1)
   x = transformer.embed(model, decoder, tokens)
   return transformer.run_blocks(model, decoder, x, traces.rows, cache, given=kv)

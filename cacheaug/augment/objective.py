@@ -8,15 +8,20 @@ Where latents are keys and values, passes 2 and 3 are kv_latents.py's. Traces of
 several rounds (rounds.py) do 2 and 3 again over what they left.
 
 The context rows never change, so their keys and values are constants of passes
-2 and 3: differentiating with respect to the coprocessor alone forms no gradient
-of them, and none of the decoder's weights.
+2 and 3: gradients are taken with respect to the coprocessor alone, and none is
+formed of the context or of the decoder's weights.
 """
 
 import jax
 import jax.numpy as jnp
 
-from cacheaug.augment import coprocessor, kv_latents, rounds, traces
-from cacheaug.augment.traces import Layout, Traces
+from cacheaug.augment import coprocessor, kv_latents, rounds
+from cacheaug.augment.traces import (
+  Layout,
+  Traces,
+  segments_of,
+  starts_of,
+)
 from cacheaug.kernels.cross_entropy import token_nll
 from cacheaug.model import transformer
 from cacheaug.model.cache import KVCache
@@ -34,8 +39,8 @@ def context_pass(
   layout: Layout,
 ) -> tuple[jax.Array, KVCache]:  # hidden [B, S, D], cache
   """Pass 1."""
-  segments = traces.segments_of(documents, layout.mask_documents)
-  starts = traces.starts_of(segments)
+  segments = segments_of(documents, layout.mask_documents)
+  starts = starts_of(segments)
   return transformer.read(model, decoder, tokens, segments, starts)
 
 
@@ -44,12 +49,12 @@ def decoder_pass(
   decoder: Params,
   cache: KVCache,
   z: jax.Array,  # [B, M, N, D]
-  laid: Traces,
+  traces: Traces,
 ) -> jax.Array:  # [B, M, A] nats
   """Pass 3: negative log-likelihood of every ahead token."""
   # Rows from the last latent's on predict.
-  hidden = decoder_states(model, decoder, cache, z, laid, z.shape[2] - 1)
-  return rows_nll(model, decoder, hidden, laid.targets)
+  hidden = decoder_states(model, decoder, cache, z, traces, z.shape[2] - 1)
+  return rows_nll(model, decoder, hidden, traces.targets)
 
 
 def decoder_states(
@@ -57,14 +62,14 @@ def decoder_states(
   decoder: Params,
   cache: KVCache,
   z: jax.Array,  # [B, M, N, D]
-  laid: Traces,
-  first: int,  # rows before this one are not asked for
+  traces: Traces,
+  first: int,  # the first row whose hidden state is needed
 ) -> jax.Array:  # [B, M, R - first, D]
   """The hidden states of pass 3."""
-  ahead = transformer.embed(model, decoder, laid.ahead)
+  ahead = transformer.embed(model, decoder, traces.ahead)
   x = jnp.concatenate([z.astype(ahead.dtype), ahead], axis=2)
   return transformer.run_blocks(
-    model, decoder, x, laid.rows, cache, wanted=first
+    model, decoder, x, traces.rows, cache, wanted=first
   )
 
 
@@ -93,8 +98,8 @@ def traces_nll(
   decoder: Params,
   coproc: Params,
   cache: KVCache,
-  laid: Traces,
-  reading: KVCache | None = None,
+  traces: Traces,
+  source: KVCache | None = None,
 ) -> jax.Array:  # [B, M, A] nats
   """Passes 2 and 3 over a cache already made.
 
@@ -103,15 +108,14 @@ def traces_nll(
     decoder: frozen parameters.
     coproc: the coprocessor's.
     cache: the decoder's, of `context_pass`.
-    laid: the traces, which say of which kind the coprocessor is.
-    reading: of coprocessor.source_cache, made once where there are many calls;
-      the decoder's cache by default, which kind 'activations' does not read.
+    traces: where latents stand, and the kind of the coprocessor.
+    source: of coprocessor.source_cache, made once for many calls; by default
+      the decoder's cache, which kind 'activations' does not read.
   """
-  if reading is None:
-    assert not laid.kind.reads_states, "give coprocessor.source_cache's"
-    reading = cache
-  hidden, _ = traces_states(model, decoder, coproc, cache, laid, reading)
-  return rows_nll(model, decoder, hidden, laid.targets)
+  if source is None:
+    source = cache
+  hidden, _ = traces_states(model, decoder, coproc, cache, traces, source)
+  return rows_nll(model, decoder, hidden, traces.targets)
 
 
 def traces_states(
@@ -119,40 +123,40 @@ def traces_states(
   decoder: Params,
   coproc: Params,
   cache: KVCache,
-  laid: Traces,
+  traces: Traces,
   source: KVCache,  # of coprocessor.source_cache
   *,
   latents_of: str | None = None,  # 'decoder', 'coprocessor'; None: not wanted
 ) -> tuple[jax.Array, jax.Array | None]:  # [B, M, A, D], [B, M, N, D] or None
   """Passes 2 and 3: hidden states that predict the targets, and the latents'.
 
-  With `latents_of` also the last hidden states of the latents' rows: those of
-  the decoder's pass or the coprocessor's own, of all rounds.
+  With `latents_of` also the last hidden states of the latents' rows of all
+  rounds: in the decoder's pass, or in the coprocessor's own.
   """
-  if laid.rounds:
+  if traces.rounds:
     return rounds.states(
-      model, decoder, coproc, cache, laid, latents_of=latents_of
+      model, decoder, coproc, cache, traces, latents_of=latents_of
     )
-  copied, repeated = embedded(model, decoder, laid)
-  if laid.kind.latents_are_kv:
-    kv = kv_latents.latent_kv(model, coproc, source, laid, copied)
-    return kv_latents.predict(model, decoder, cache, kv, laid), None
-  own = coprocessor.hidden_states(model, coproc, source, laid, copied)
-  z = coprocessor.to_latents(coproc, own, laid, copied, repeated)
+  inputs, base = embedded(model, decoder, traces)
+  if traces.reruns:  # over latents that are keys and values
+    kv = kv_latents.latent_kv(model, coproc, source, traces, inputs)
+    return kv_latents.predict(model, decoder, cache, kv, traces), None
+  own = coprocessor.hidden_states(model, coproc, source, traces, inputs)
+  z = coprocessor.to_latents(coproc, own, traces, inputs, base)
   last = z.shape[2] - 1
   if latents_of != "decoder":
-    return decoder_states(model, decoder, cache, z, laid, last), own
-  hidden = decoder_states(model, decoder, cache, z, laid, 0)
+    return decoder_states(model, decoder, cache, z, traces, last), own
+  hidden = decoder_states(model, decoder, cache, z, traces, 0)
   return hidden[:, :, last:], hidden[:, :, : last + 1]
 
 
 def embedded(
-  model: Transformer, decoder: Params, laid: Traces
+  model: Transformer, decoder: Params, traces: Traces
 ) -> tuple[jax.Array, jax.Array | None]:  # [B, M, N, D] each
-  """The decoder's embeddings of `laid.copied` and `laid.repeated`."""
+  """The decoder's embeddings of the traces' input tokens and base tokens."""
   return jax.tree.map(
     lambda tokens: transformer.embed(model, decoder, tokens),
-    (laid.copied, laid.repeated),
+    (traces.input_tokens, traces.base_tokens),
   )
 
 
@@ -171,11 +175,12 @@ def coprocessor_loss(
   is of point_sampling.sample_late; without it no trace is.
   """
   tokens, documents = batch["tokens"], batch["documents"]
-  laid = rounds.lay_out(tokens, documents, points, layout, batch.get("late"))
+  late = batch.get("late")
+  traces = rounds.layout_traces(tokens, documents, points, layout, late)
   hidden, cache = context_pass(model, decoder, tokens, documents, layout)
-  reading = coprocessor.source_cache(model, coproc, cache, hidden, layout)
-  nll = traces_nll(model, decoder, coproc, cache, laid, reading)
-  return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
+  source = coprocessor.source_cache(model, coproc, cache, hidden, layout)
+  nll = traces_nll(model, decoder, coproc, cache, traces, source)
+  return (nll * traces.weights).sum((0, 1)), traces.weights.sum((0, 1))
 
 
 def points_nll(
@@ -185,16 +190,16 @@ def points_nll(
   tokens: jax.Array,  # [B, S], each row one document
   points: jax.Array,  # [B, M]
   layout: Layout,
-) -> jax.Array:  # [B, M, reach] nats
-  """Nll of the tokens after each point, with latents there or without."""
+) -> jax.Array:  # [B, M, A] nats
+  """Nll of the tokens after each point, with latents after it or without."""
   documents = jnp.zeros_like(tokens)
   hidden, cache = context_pass(model, decoder, tokens, documents, layout)
   if coproc is not None:
-    laid = rounds.lay_out(tokens, documents, points, layout)
-    reading = coprocessor.source_cache(model, coproc, cache, hidden, layout)
-    return traces_nll(model, decoder, coproc, cache, laid, reading)
+    traces = rounds.layout_traces(tokens, documents, points, layout)
+    source = coprocessor.source_cache(model, coproc, cache, hidden, layout)
+    return traces_nll(model, decoder, coproc, cache, traces, source)
   nll = next_token_nll(model, decoder, hidden, tokens)
-  index = points[..., None] + jnp.arange(layout.reach)[None, None]
+  index = points[..., None] + jnp.arange(layout.tokens_predicted)[None, None]
   return jax.vmap(lambda row, i: row[i])(nll, index)
 
 
@@ -223,7 +228,7 @@ def plain_traces_loss(
 ) -> Sums:
   """`frozen_loss` of a decoder that is trained on those tokens itself."""
   tokens = batch["tokens"]
-  segments = traces.segments_of(batch["documents"], layout.mask_documents)
+  segments = segments_of(batch["documents"], layout.mask_documents)
   hidden = transformer.train_pass(model, params, tokens, segments)
   nll = next_token_nll(model, params, hidden, tokens, frozen=frozen_head)
   return _over_traces(nll, batch, points, layout)
@@ -237,13 +242,12 @@ def _over_traces(
 ) -> Sums:
   """Sums over the tokens that traces predict, each as often as they do."""
   tokens, documents = batch["tokens"], batch["documents"]
-  laid = rounds.lay_out(tokens, documents, points, layout)
-  index = (
-    jnp.maximum(points, 0)[..., None] + jnp.arange(layout.reach)[None, None]
-  )
+  traces = rounds.layout_traces(tokens, documents, points, layout)
+  index = jnp.maximum(points, 0)[..., None]
+  index += jnp.arange(layout.tokens_predicted)[None, None]
   index = jnp.minimum(index, tokens.shape[-1] - 2)
   nll = jax.vmap(lambda row, i: row[i])(nll, index)
-  return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
+  return (nll * traces.weights).sum((0, 1)), traces.weights.sum((0, 1))
 
 
 def next_token_nll(
@@ -271,11 +275,11 @@ def language_model_loss(
 
   With `answers` in the batch, over their tokens alone.
 
-  `frozen_head` gives the head (where tied, the embedding too as far as it is
-  one) no gradient.
+  `frozen_head` gives the head no gradient; a tied embedding then has one as an
+  embedding only.
   """
   tokens, documents = batch["tokens"], batch["documents"]
-  segments = traces.segments_of(documents, mask_documents)
+  segments = segments_of(documents, mask_documents)
   hidden = transformer.train_pass(model, params, tokens, segments)
   nll = next_token_nll(model, params, hidden, tokens, frozen=frozen_head)
   same = documents[:, 1:] == documents[:, :-1]

@@ -64,10 +64,11 @@ class Draw:
         "latents of several rounds cannot come late; set one of them to "
         "rounds=1 or late_max=0"
       )
-    if self.min_ahead > layout.reach:
+    if self.min_ahead > layout.tokens_predicted:
       raise UserError(
-        f"traces.min_ahead={self.min_ahead} exceeds the {layout.reach} tokens "
-        f"that a trace predicts (traces.ahead={layout.ahead})"
+        f"traces.min_ahead={self.min_ahead} exceeds the "
+        f"{layout.tokens_predicted} tokens that a trace predicts "
+        f"(traces.ahead={layout.ahead})"
       )
     if self.late_max:
       layout.kind.check("late")

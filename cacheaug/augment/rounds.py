@@ -36,7 +36,7 @@ the first round the whole context; N rows, here one, each round:
          1   # #              #
          2   #         #  #     #
 
-Positions, hidden entries and copied tokens are those of inference with
+Positions, hidden entries and inputs tokens are those of inference with
 Plan(every=k) (inference/engine.py), to which this is held in tests.
 """
 
@@ -62,69 +62,73 @@ class Round:
 
   latent_rows: Rows  # pass 2: G + N rows a trace
   rows: Rows  # pass 3: G + N + Q rows a trace
-  copied: jax.Array  # [B, M, N] tokens up to this round's point
+  input_tokens: jax.Array  # [B, M, N] tokens up to this round's point
   fed: jax.Array  # [B, M, Q] tokens that follow its latents
   predicts: int = flax.struct.field(pytree_node=False)  # tokens of `targets`
 
 
-def lay_out(
+def layout_traces(
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
   points: jax.Array,  # [B, M], -1 = no trace
   layout: Layout,
   late: jax.Array | None = None,  # [B, M] tokens; of one round only
 ) -> Traces:
-  """`traces.lay_out`, of as many rounds as the layout says.
+  """`traces.layout_traces`, of as many rounds as the layout says.
 
-  Of several, targets and weights are over all `layout.reach` tokens, `rounds`
-  says where rows stand, and the rows of the Traces itself are not used.
+  Of several rounds, targets and weights are over all the tokens predicted, rows
+  are those of `Traces.rounds`, and the rows of the Traces itself are not used.
 
   Raises:
     UserError: several rounds that come late.
   """
   if layout.rounds == 1:
-    return traces.lay_out(tokens, documents, points, layout, late)
+    return traces.layout_traces(tokens, documents, points, layout, late)
   if late is not None:
     raise UserError(
       f"traces.rounds={layout.rounds}: latents of several rounds cannot come "
       "late"
     )
-  whole = dataclasses.replace(layout, rounds=1, stride=0, ahead=layout.reach)
-  laid = traces.lay_out(tokens, documents, points, whole)
-  rounds = tuple(_round(tokens, laid, layout, i) for i in range(layout.rounds))
-  return laid.replace(rounds=rounds)
+  whole = dataclasses.replace(
+    layout, rounds=1, stride=0, ahead=layout.tokens_predicted
+  )
+  chains = traces.layout_traces(tokens, documents, points, whole)
+  rounds = tuple(
+    _round(tokens, chains, layout, i) for i in range(layout.rounds)
+  )
+  return chains.replace(rounds=rounds)
 
 
-def _round(tokens, laid, layout, i):
+def _round(tokens, chains, layout, i):
   n, k, hides = layout.latents, layout.stride, layout.positions == "replace"
-  p = jnp.maximum(laid.points, 0)[..., None]  # [B, M, 1]
+  p = jnp.maximum(chains.points, 0)[..., None]  # [B, M, 1]
   reading, decoding = masks(layout, i)
   at = offsets(layout, i)
-  before = len(at) - n - fed_in(layout, i)
+  before = len(at) - n - tokens_fed(layout, i)
 
   def rows(offsets, order, limits):
     positions = p + jnp.asarray(offsets)[None, None]
-    segments = laid.latent_rows.segments[..., :1]
+    segments = chains.latent_rows.segments[..., :1]
     return Rows(
       positions,
       jnp.broadcast_to(segments, positions.shape),
       limits,
       order=jnp.asarray(order)[None, None],
-      starts=laid.latent_rows.starts,
+      starts=chains.latent_rows.starts,
     )
 
-  copied = p + k * i + jnp.arange(1 - n, 1)[None, None]
-  copied = jnp.clip(copied, 0, tokens.shape[-1] - 1)
+  index = p + k * i + jnp.arange(1 - n, 1)[None, None]
+  index = jnp.clip(index, 0, tokens.shape[-1] - 1)
   return Round(
     latent_rows=rows(at[: before + n], reading, p - n if hides and i else p),
     rows=rows(at, decoding, p - n if hides else p),
-    copied=jax.vmap(lambda row, index: row[index])(tokens, copied),
-    fed=laid.targets[..., k * i : k * i + fed_in(layout, i)],
+    input_tokens=jax.vmap(lambda row, index: row[index])(tokens, index),
+    fed=chains.targets[..., k * i : k * i + tokens_fed(layout, i)],
     predicts=k if i < layout.rounds - 1 else layout.ahead,
   )
 
 
-def fed_in(layout: Layout, i: int) -> int:
+def tokens_fed(layout: Layout, i: int) -> int:
   """Q, tokens that the decoder reads in round i (from 0), after its latents.
 
   Of every round but the last all k, as the next one reads them.
@@ -140,7 +144,7 @@ def offsets(layout: Layout, i: int) -> np.ndarray:
     pushed = n * (j + 1) if layout.positions == "insert" else 0
     first = layout.stride * j + pushed
     found.append(np.arange(first - n + 1, first + 1))
-    found.append(first + 1 + np.arange(fed_in(layout, j)))
+    found.append(first + 1 + np.arange(tokens_fed(layout, j)))
   return np.concatenate(found).astype(np.int32)
 
 
@@ -152,7 +156,7 @@ def masks(layout: Layout, i: int) -> tuple[np.ndarray, np.ndarray]:
   are not in it: they compare positions and are the model's business.
   """
   n, at = layout.latents, offsets(layout, i)
-  sizes = [n + fed_in(layout, j) for j in range(i + 1)]
+  sizes = [n + tokens_fed(layout, j) for j in range(i + 1)]
   of_round = np.repeat(np.arange(i + 1), sizes)
   given = len(at) - sizes[-1]
   # Whether the latents of the round after an entry's own leave it.
@@ -170,21 +174,21 @@ def states(
   decoder: Params,
   coproc: Params,
   cache: KVCache,
-  laid: Traces,  # of `lay_out`, of several rounds
+  chains: Traces,  # of `layout_traces`, of several rounds
   *,
   latents_of: str | None = None,  # as of objective.traces_states
-) -> tuple[jax.Array, jax.Array]:  # [B, M, reach, D], [B, M, rounds N, D]
+) -> tuple[jax.Array, jax.Array]:  # [B, M, A, D], [B, M, rounds N, D]
   """Passes 2 and 3 of every round: `objective.traces_states`."""
   given, found, latents = None, [], []
-  for this in laid.rounds:
-    n = this.copied.shape[-1]
+  for this in chains.rounds:
+    n = this.input_tokens.shape[-1]
     first = 0 if latents_of == "decoder" else n - 1
-    rows = laid.replace(latent_rows=this.latent_rows)
-    copied = transformer.embed(model, decoder, this.copied)
+    rows = chains.replace(latent_rows=this.latent_rows)
+    inputs = transformer.embed(model, decoder, this.input_tokens)
     hidden = coprocessor.hidden_states(
-      model, coproc, cache, rows, copied, given
+      model, coproc, cache, rows, inputs, given
     )
-    z = coprocessor.to_latents(coproc, hidden, rows, copied)
+    z = coprocessor.to_latents(coproc, hidden, rows, inputs)
     fed = transformer.embed(model, decoder, this.fed)
     out = transformer.run(
       model,

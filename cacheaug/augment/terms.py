@@ -119,7 +119,8 @@ def coprocessor_loss(
     UserError: more labels than latents.
   """
   tokens, documents = batch["tokens"], batch["documents"]
-  traces = rounds.lay_out(tokens, documents, points, layout, batch.get("late"))
+  late = batch.get("late")
+  traces = rounds.layout_traces(tokens, documents, points, layout, late)
   hidden, cache = objective.context_pass(
     model, decoder, tokens, documents, layout
   )
@@ -135,7 +136,7 @@ def coprocessor_loss(
   )
   nll = objective.rows_nll(model, decoder, states, traces.targets)
   sums = (nll * traces.weights).sum((0, 1)), traces.weights.sum((0, 1))
-  along = decays(terms.decay, layout.reach)
+  along = decays(terms.decay, layout.tokens_predicted)
   total, extras = (sums[0] * along).sum(), {}
   if terms.teacher:
     divergence = teacher_divergence(

@@ -21,8 +21,9 @@ arXiv 2412.17747; rows are queries, primes are latents):
         e   # # # #              #  #
 
 Row b' predicts c, the row c after it predicts d, and so on: A predictions from
-R rows. `lay_out` makes rows, targets and weights for the fast path, which never
-forms this mask; `dense_mask` is the picture itself, for reference and drawing.
+R rows. `layout_traces` makes rows, targets and weights for the fast path, which
+never forms this mask; `dense_mask` is the picture itself, for reference and
+drawing.
 
 Schemes decide the positions (and so RoPE) of latents and ahead tokens, which
 the paper does not state:
@@ -129,9 +130,9 @@ class Layout:
       )
 
   @property
-  def latents_are_kv(self) -> bool:
-    """Latents are keys and values for the decoder, not embeddings."""
-    return self.kind.latents_are_kv
+  def reruns(self) -> int:
+    """1 where x[p] is run again, as latents that are keys and values ask."""
+    return int(self.kind.latents_are_kv)
 
   @property
   def stands_in(self) -> bool:
@@ -146,22 +147,21 @@ class Layout:
   def rows(self) -> int:
     """R, rows of one block in the decoder's pass.
 
-    N + A - 1. Where the N latents are keys and values, x[p] is run again: one
-    row more.
+    N + A - 1 and, where x[p] is run again, one more.
     """
-    return self.latents + self.ahead - (0 if self.latents_are_kv else 1)
+    return self.latents + self.ahead - 1 + self.reruns
 
   @property
-  def reach(self) -> int:
+  def tokens_predicted(self) -> int:
     """Tokens that one trace predicts, in all its rounds."""
     return self.stride * (self.rounds - 1) + self.ahead
 
   @property
-  def at_once(self) -> int:
+  def rounds_per_point(self) -> int:
     """Rounds at one point, one upon another."""
     return 1 if self.stride else self.rounds
 
-  def reaching(self, tokens: int) -> "Layout":
+  def with_horizon(self, tokens: int) -> "Layout":
     """The same for that many tokens after a point, no round beyond them."""
     rounds = self.rounds
     if self.stride:
@@ -188,15 +188,21 @@ class Traces:
   points: jax.Array  # [B, M], index of the last visible context token
   latent_rows: Rows  # pass 2: N rows a trace
   rows: Rows  # pass 3: R rows a trace, the first N given or run
-  copied: jax.Array  # [B, M, N] tokens x[p-N+1 .. p], of late ones up to p-d
+  input_tokens: jax.Array  # [B, M, N] x[p-N+1 .. p]; of late traces up to p-d
   ahead: jax.Array  # [B, M, A-1] tokens y_1 .. y_{A-1}
   targets: jax.Array  # [B, M, A] tokens y_1 .. y_A
   weights: jax.Array  # [B, M, A] float32, 0 where y_j is not in p's document
-  # [B, M, N] tokens x[p-N+1 .. p]; None: no trace is late, they are `copied`.
-  repeated: jax.Array | None = None
+  # [B, M, N] x[p-N+1 .. p]; None where no trace is late: the `input_tokens`.
+  base_tokens: jax.Array | None = None
   kind: Kind = flax.struct.field(pytree_node=False, default=Kind.COPROCESSOR)
   start: str = flax.struct.field(pytree_node=False, default="harmless")
   rounds: tuple[Any, ...] = ()  # of rounds.Round, where there are several
+
+  @property
+  def reruns(self) -> int:
+    """As of Layout: rows beside those of latents and ahead tokens."""
+    rows = self.rows.positions.shape[-1]
+    return rows - self.input_tokens.shape[-1] - self.ahead.shape[-1]
 
 
 def segments_of(documents: jax.Array, mask_documents: bool) -> jax.Array:
@@ -213,7 +219,7 @@ def starts_of(segments: jax.Array) -> jax.Array:
   return jax.lax.cummax(jnp.where(new, index, 0), axis=1)
 
 
-def lay_out(
+def layout_traces(
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
   points: jax.Array,  # [B, M], -1 = no trace
@@ -252,7 +258,7 @@ def lay_out(
       positions, here, limits, starts=starts, first_visible=first_visible
     )
 
-  first = 0 if layout.latents_are_kv else 1  # x[p] is run again, or not
+  first = 1 - layout.reruns
   row_positions = jnp.concatenate(
     [latent_positions, p + shift + jnp.arange(first, a)[None, None]], -1
   )
@@ -261,23 +267,23 @@ def lay_out(
     p - n if layout.positions == "replace" else p,
     p - layout.window + 1 if layout.window else None,
   )
-  if layout.latents_are_kv:
-    block = block.replace(order=asked_again(layout)[None, None])
+  if layout.reruns:
+    block = block.replace(order=rerun_mask(layout)[None, None])
   return Traces(
     points=points,
     latent_rows=rows(reading + shift, read - n if layout.stands_in else read),
     rows=block,
-    copied=at(tokens, reading),
+    input_tokens=at(tokens, reading),
     ahead=targets[..., :-1],
     targets=targets,
     weights=((points >= 0)[..., None] & same).astype(jnp.float32),
-    repeated=None if late is None else at(tokens, last),
+    base_tokens=None if late is None else at(tokens, last),
     kind=layout.kind,
     start=layout.start,
   )
 
 
-def asked_again(layout: Layout) -> jax.Array:  # [R, R] bool
+def rerun_mask(layout: Layout) -> jax.Array:  # [R, R] bool
   """Whom of its block each row sees, where the N latents are given.
 
   Itself and those before, but for row N, which only asks: x[p] run again.
@@ -310,7 +316,7 @@ def dense_mask(
       for k in range(begin, seen + 1):
         mask[first + i, k] = real[k] and segments[k] == segments[p]
       mask[first + i, first : first + i + 1] = True
-    if layout.latents_are_kv:  # x[p] again asks only
+    if layout.reruns:  # x[p] again asks only
       mask[:, first + layout.latents] = False
   return mask
 

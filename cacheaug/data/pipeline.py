@@ -7,8 +7,6 @@ does not depend on the number of processes.
 """
 
 import collections.abc
-import os
-import pathlib
 import sys
 import time
 import typing
@@ -17,7 +15,12 @@ import numpy as np
 from absl import logging
 
 from cacheaug import errors
-from cacheaug.data import packing, problem_rows, shards, sources, tokenizers
+from cacheaug.data import (
+  opening,
+  problem_rows,
+  shards,
+  tokenizers,
+)
 
 if typing.TYPE_CHECKING:
   import grain
@@ -29,9 +32,6 @@ Batch = dict[str, np.ndarray]
 # for the interpreter's lock.
 _THREADS = 2
 _PREFETCH = 16
-
-
-Rows = shards.PackedRows | problem_rows.ProblemRows
 
 
 class Examples(collections.abc.Sequence):
@@ -63,7 +63,7 @@ class Batches:
 
   def __init__(
     self,
-    parts: list[Rows],
+    parts: list[opening.Rows],
     weights: list[float],
     *,
     labels: list[str],
@@ -254,7 +254,7 @@ class _Steps:
 
 
 def _order(
-  parts: list[Rows], starts: np.ndarray, weights: list[float], seed: int
+  parts: list[opening.Rows], starts: np.ndarray, weights: list[float], seed: int
 ) -> "grain.MapDataset":
   """Endless shuffled, mixed row numbers; those of part k start at starts[k]."""
   import grain
@@ -322,7 +322,9 @@ def open_batches(
     raise errors.UserError("data.sources: no source with a weight above 0")
   return Batches(
     [
-      _open_rows(data_config, name, source, tokenizer, split=split, seed=seed)
+      opening.open_rows(
+        data_config, name, source, tokenizer, split=split, seed=seed
+      )
       for name, source in used.items()
     ],
     [float(source.weight) for source in used.values()],
@@ -336,80 +338,3 @@ def open_batches(
     answers=data_config.answers_only,
     results=data_config.results,
   )
-
-
-def _open_rows(
-  data_config: "ml_collections.ConfigDict",
-  name: str,
-  source: "ml_collections.ConfigDict",
-  tokenizer: tokenizers.Tokenizer,
-  *,
-  split: str,
-  seed: int,
-) -> Rows:
-  label = f"data.sources.{name}"
-  if source.kind == "problems":
-    return problem_rows.ProblemRows(
-      source,
-      tokenizer,
-      sequence=data_config.sequence,
-      split=split,
-      seed=seed,
-      label=label,
-      answers=data_config.answers_only,
-      results=data_config.results,
-    )
-  if data_config.results:
-    raise errors.UserError(
-      f"{label} has no results of steps, which data.results=True asks for: set "
-      f"it to False, or {label}.weight=0"
-    )
-  documents = sources.open_documents(source, label=label)
-  if data_config.answers_only and not documents.answered:
-    raise errors.UserError(
-      f"{label} has no answers, and data.answers_only=True learns from nothing "
-      f"else: give {label}.answer_field, or {label}.weight=0"
-    )
-  for _ in range(2):  # A damaged cache is dropped and packed again, once.
-    directory = packing.pack(
-      documents,
-      tokenizer,
-      sequence=data_config.sequence,
-      validation_fraction=data_config.validation_fraction,
-      cache_dir=_cache_dir(data_config.cache_dir),
-      workers=data_config.workers,
-      label=label,
-    )
-    rows = shards.open_rows(directory, split)
-    if rows is not None:
-      break
-  else:
-    raise errors.UserError(
-      f"{directory}: damaged again after packing; check the disk, or give "
-      "another data.cache_dir"
-    )
-  if data_config.answers_only and 0 < rows.num_documents == rows.num_lost:
-    raise errors.UserError(
-      f"{label}: no {split} answer begins within a row of data.sequence="
-      f"{data_config.sequence} tokens, so that nothing could be learned; raise "
-      "data.sequence, or shorten the questions"
-    )
-  if not len(rows):
-    raise errors.UserError(
-      f"{label}: no {split} documents with data.validation_fraction="
-      f"{data_config.validation_fraction}"
-    )
-  if split == "train" and rows.num_tokens < data_config.sequence:
-    raise errors.UserError(
-      f"{label}: {rows.num_tokens} training tokens are fewer than one row of "
-      f"data.sequence={data_config.sequence}; give more text or lower it"
-    )
-  return rows
-
-
-def _cache_dir(cache_dir: str) -> pathlib.Path:
-  if cache_dir:
-    return pathlib.Path(cache_dir).expanduser()
-  # An unset or empty variable means the default, by the XDG specification.
-  root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(root).expanduser() / "cacheaug"

@@ -120,6 +120,11 @@ class HuggingFaceTokenizer:
       default=-1,
     )
 
+  @property
+  def source(self) -> pathlib.Path:
+    """The file that the tokenizer came from."""
+    return self._path
+
   def __getstate__(self) -> dict[str, Any]:
     # The library's own pickle forgets `encode_special_tokens`.
     state = self.__dict__.copy()

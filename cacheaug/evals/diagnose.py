@@ -102,7 +102,9 @@ def diagnose(
       are keys and values.
   """
   # Of the first round's latents, as far as a trace of all rounds reaches.
-  spec = dataclasses.replace(spec, ahead=spec.reach, rounds=1, stride=0)
+  spec = dataclasses.replace(
+    spec, ahead=spec.tokens_predicted, rounds=1, stride=0
+  )
   check_kind(spec)
   harmless = spec.start == "harmless"
   layout = dict(spec=spec, context=context)

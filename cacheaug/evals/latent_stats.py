@@ -68,7 +68,7 @@ def contributions(
   reading = coprocessor.source_cache(model, coproc, cache, hidden, spec)
 
   def some(points):  # [B, m]
-    laid = traces.lay_out(tokens, documents, points, spec)
+    laid = traces.layout_traces(tokens, documents, points, spec)
     copied, _ = objective.embedded(model, decoder, laid)
     return copied, coprocessor.outputs(model, coproc, reading, laid, copied)
 
@@ -91,7 +91,7 @@ def latents_nll(
   _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
 
   def some(points):  # [B, m]
-    laid = traces.lay_out(tokens, documents, points, spec)
+    laid = traces.layout_traces(tokens, documents, points, spec)
     return objective.decoder_pass(model, decoder, cache, _at(z, points), laid)
 
   points = perplexity.points_of(documents, spec, context)
@@ -351,7 +351,7 @@ def mass_sums(
   _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
 
   def some(points):  # [B, m]
-    laid = traces.lay_out(tokens, documents, points, spec)
+    laid = traces.layout_traces(tokens, documents, points, spec)
     there = laid.weights[..., :-1]  # y_j is in the document
     mass = attention_mass(model, decoder, cache, _at(z, points), laid)
     # Of rows outside of the document it may be anything.

@@ -48,7 +48,9 @@ def point_weights(
   """
   s = documents.shape[-1]
   valid = point_sampling.valid_points(documents, spec, context)
-  target = jnp.arange(s)[:, None] + jnp.arange(1, spec.reach + 1)[None]
+  target = (
+    jnp.arange(s)[:, None] + jnp.arange(1, spec.tokens_predicted + 1)[None]
+  )
   there = jnp.take(documents, jnp.minimum(target, s - 1), axis=-1)
   same = (there == documents[..., None]) & (target < s)[None]
   return (valid[..., None] & same).astype(jnp.float32)
@@ -98,7 +100,7 @@ def plain_nll(
   """A language model's nll of the A tokens after each point, no latents."""
   hidden, _ = objective.context_pass(model, params, tokens, documents, spec)
   plain = objective.next_token_nll(model, params, hidden, tokens)
-  return after_points(plain, spec.reach)
+  return after_points(plain, spec.tokens_predicted)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "spec", "context"))
@@ -127,7 +129,7 @@ def both_nll(
   )
   reading = coprocessor.source_cache(model, coproc, cache, hidden, spec)
   plain = objective.next_token_nll(model, decoder, hidden, tokens)
-  frozen = after_points(plain, spec.reach)
+  frozen = after_points(plain, spec.tokens_predicted)
   points = points_of(documents, spec, context)
   if late is not None:
     room = point_sampling.late_room(documents, points, spec)
@@ -137,7 +139,7 @@ def both_nll(
     delay = late
     if late is not None:
       delay = jnp.where(points >= 0, late, 0)
-    laid = rounds.lay_out(tokens, documents, points, spec, delay)
+    laid = rounds.layout_traces(tokens, documents, points, spec, delay)
     nll = objective.traces_nll(model, decoder, coproc, cache, laid, reading)
     return nll, laid.weights
 
@@ -206,8 +208,8 @@ def coprocessor_sums(
     coproc: the coprocessor's.
     batches: held-out text.
     spec: the coprocessor's.
-    positions: ahead tokens to report, from 1; those beyond spec.reach are left
-      out.
+    positions: ahead tokens to report, from 1; those that no trace predicts are
+      left out.
     context: tokens that must precede and include a point, at least as many as
       the coprocessor needs; 0: as many. Tables of one `context` are over the
       same tokens, whatever N is.
@@ -231,7 +233,7 @@ def coprocessor_sums(
     nll = {bootstrap.FROZEN: frozen, bootstrap.AUGMENTED: augmented}
     return nll, of_answers(weights, batch)
 
-  positions = tuple(j for j in positions if j <= spec.reach)
+  positions = tuple(j for j in positions if j <= spec.tokens_predicted)
   return document_sums(measure, batches, positions)
 
 
@@ -265,7 +267,7 @@ def plain_sums(
     }
     return nll, of_answers(point_weights(text[1], spec, context), batch)
 
-  positions = tuple(j for j in positions if j <= spec.reach)
+  positions = tuple(j for j in positions if j <= spec.tokens_predicted)
   return document_sums(measure, batches, positions)
 
 

@@ -72,7 +72,7 @@ def sums_by_source(
   spec: Layout,
 ) -> dict[str, DocumentSums]:
   """What one perplexity table a source is made of."""
-  spec = spec.reaching(config.eval.ahead)
+  spec = spec.with_horizon(config.eval.ahead)
   return {
     name: perplexity.coprocessor_sums(
       model,
@@ -284,7 +284,7 @@ def language_model_report(
   if decoder is None:
     return figures, text
   spec = configs.layout_of(config)
-  spec = spec.reaching(config.eval.ahead)
+  spec = spec.with_horizon(config.eval.ahead)
   models = {
     bootstrap.FROZEN: (model, decoder),
     bootstrap.AUGMENTED: (model, params),

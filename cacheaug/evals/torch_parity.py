@@ -64,7 +64,7 @@ def expected(
     "mask": (np.asarray(read.documents) >= 0).astype(np.int32),
   }
   out["tokens"] = lm.decode(lm.augment(read), tokens, stop_ids=())
-  if not spec.latents_are_kv and spec.rounds == 1:
+  if not spec.reruns and spec.rounds == 1:
     decoder, coproc = contexts.apart(lm.decoder), lm.coprocessor.layers
     args = lm.model, decoder, coproc, read.cache, read.tokens, read.documents
     last = read.tokens.shape[1] - 1

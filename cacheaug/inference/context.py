@@ -113,6 +113,11 @@ def augment(
   return hidden, cache, positions[:, -1] + 1
 
 
+def reads_states(spec: Layout | None) -> bool:
+  """Whether `read` is to keep the states; None: there is no coprocessor."""
+  return spec is not None and spec.kind.reads_states
+
+
 def read(
   model: Transformer,
   decoder: Params,
@@ -147,11 +152,11 @@ def augment_context(
   Raises:
     UserError: several rounds that come late.
   """
-  if late is not None and spec.at_once > 1:
+  if late is not None and spec.rounds_per_point > 1:
     raise UserError(
       f"traces.rounds={spec.rounds}: latents of several rounds cannot come late"
     )
-  for _ in range(spec.at_once):
+  for _ in range(spec.rounds_per_point):
     hidden, cache, position = augment(
       model,
       decoder,
@@ -215,8 +220,8 @@ def greedy(
 
   With `late` the coprocessor has not read the prompts' last so many tokens.
   """
-  reads = coproc is not None and spec.kind.reads_states
-  context = read(model, decoder, tokens, documents, reads)
+  keep = reads_states(None if coproc is None else spec)
+  context = read(model, decoder, tokens, documents, keep)
   if coproc is not None:
     context = augment_context(model, decoder, coproc, context, spec, late)
   return decode(

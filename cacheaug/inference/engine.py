@@ -152,7 +152,7 @@ def lay_point(
   """
   points = jnp.broadcast_to(jnp.int32(last), (len(tokens), 1))
   late = None if late is None else late[:, None]
-  laid = traces.lay_out(tokens, documents, points, spec, late)
+  laid = traces.layout_traces(tokens, documents, points, spec, late)
   pushed = (position - 1 - last)[:, None, None]
   rows = laid.latent_rows
   rows = rows.replace(
@@ -187,7 +187,7 @@ def compute_latents(
   laid = lay_point(tokens, documents, **point)
   positions = laid.rows.positions[:, 0, : spec.latents]
   copied, repeated = objective.embedded(model, decoder, laid)
-  if spec.latents_are_kv:
+  if spec.reruns:
     kv = kv_latents.latent_kv(model, coproc, cache, laid, copied)
     keys, values = (x[:, :, 0].astype(cache.keys.dtype) for x in kv)
     kv = KVCache(keys, values, positions, jnp.ones_like(positions))
@@ -231,7 +231,7 @@ def insert(
   The coprocessor reads the cache as it stands, earlier latents in it; or the
   states of all tokens, but of no latents.
   """
-  cache = _said(state) if spec.kind.reads_states else state.cache.stacked()
+  cache = state.cache.stacked() if state.states is None else _said(state)
   latents = compute_latents(
     model,
     decoder,

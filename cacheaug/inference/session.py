@@ -56,7 +56,7 @@ class Plan:
   @classmethod
   def trained(cls, spec: Layout) -> "Plan":
     """What a coprocessor was trained for, along the whole of the new text."""
-    return cls(every=spec.stride, rounds=spec.at_once)
+    return cls(every=spec.stride, rounds=spec.rounds_per_point)
 
   def first(self, max_new_tokens: int) -> int:
     """New tokens that there surely are before the first latents; may be < 0."""

@@ -48,7 +48,7 @@ def _crc(document: Any) -> int:
   return zlib.crc32(json.dumps(document, sort_keys=True).encode())
 
 
-def _all_agree(ok: bool) -> bool:
+def _all_succeeded(ok: bool) -> bool:
   """Whether every process succeeded; they go on or fall back together."""
   if jax.process_count() == 1:
     return ok
@@ -257,8 +257,8 @@ class Checkpoints:
         (path / _FILES).write_text(json.dumps(sizes))
 
   def _restore(self, path: epath.Path, abstract: Any) -> tuple[Any, dict]:
-    self._together(lambda: _check_files(path))
-    body = self._together(lambda: _read_meta(path))
+    self._read_on_all(lambda: _check_files(path))
+    body = self._read_on_all(lambda: _read_meta(path))
     flat = named_leaves(abstract)
     _check_tree(path, body["tree"], _describe(flat))
 
@@ -267,7 +267,7 @@ class Checkpoints:
     handler = ocp.StandardCheckpointHandler()
     _quiet_late_reads()
     try:
-      restored = self._together(
+      restored = self._read_on_all(
         lambda: handler.restore(
           path / "state", args=ocp.args.StandardRestore(flat)
         )
@@ -282,7 +282,7 @@ class Checkpoints:
     state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
     return state, body["meta"]
 
-  def _together(self, read) -> Any:
+  def _read_on_all(self, read) -> Any:
     """`read()`, or Unreadable on every process if it failed on one."""
     reason, result = "another process could not read it", None
     ok = True
@@ -294,7 +294,7 @@ class Checkpoints:
       ):
         raise  # The checkpoint may be whole: nothing to move aside.
       ok, reason = False, one_line(e)
-    if not _all_agree(ok):
+    if not _all_succeeded(ok):
       raise Unreadable(reason)
     return result
 
@@ -303,11 +303,11 @@ class Checkpoints:
     while (path.parent / f"{path.name}.unreadable-{n}").exists():
       n += 1
     aside = path.parent / f"{path.name}.unreadable-{n}"
-    _all_agree(True)  # Nobody still looks for the name below.
+    _all_succeeded(True)  # Nobody still looks for the name below.
     if jax.process_index() == 0:
       with _disk_errors(self._directory):
         path.rename(aside)
-    _all_agree(True)
+    _all_succeeded(True)
     return aside
 
 

@@ -71,9 +71,9 @@ def run(main: Callable[[], None], description: str) -> None:
       fail(f"{_LESS_MEMORY} ({text[:160]})")
     if files.is_full(e):
       fail(f"{_NO_ROOM} ({text[:160]})")
-    if _several() and any(words in text for words in _LOST):
+    if _is_multi_process() and any(words in text for words in _LOST):
       fail(f"{_RESTART} ({text[:160]})")
-    if not _several():
+    if not _is_multi_process():
       raise
     traceback.print_exc()
     fail(f"{type(e).__name__} (above) in this process; the others end with it")
@@ -95,7 +95,7 @@ def fail(reason: str) -> NoReturn:
   with contextlib.suppress(OSError):  # stderr may be on the full disk, or shut
     print(f"error: {' '.join(reason.split())}", file=sys.stderr)
   _flush()
-  if _several():
+  if _is_multi_process():
     # Without JAX's own exit: it waits for processes that may wait for this
     # one. Process 0 goes last, since all others are aborted with it, and by
     # then have said for themselves what all of them ran into.
@@ -105,7 +105,7 @@ def fail(reason: str) -> NoReturn:
   sys.exit(1)
 
 
-def _several() -> bool:
+def _is_multi_process() -> bool:
   """Whether this process is one of a run of several."""
   # Looked up, since commands that never get to JAX should not import it.
   jax = sys.modules.get("jax")
@@ -154,14 +154,11 @@ def explain(argv: list[str], error: Exception) -> str:
   if "config" not in names:
     if any(n.startswith("config.") for n in names):
       return "--config is missing: give --config=configs/NAME.py"
-    return _flag_line(names, error)
+    return _flag_error(names, error)
   try:
     known = sorted(_keys(_load(argv)))
   except Exception as e:
-    return (
-      f"--config={_given(argv)} cannot be loaded: {type(e).__name__}: "
-      f"{one_line(e, 1000)}"
-    )
+    return _not_loaded(argv, e)
   for name in names:
     key = name.removeprefix("config.")
     if key != name and key not in known:
@@ -169,10 +166,10 @@ def explain(argv: list[str], error: Exception) -> str:
         f"unknown key --config.{key} (all keys: cacheaug/config.py)"
         f"{nearest(key, known)}"
       )
-  return _flag_line(names, error)
+  return _flag_error(names, error)
 
 
-def _flag_line(names: list[str], error: Exception) -> str:
+def _flag_error(names: list[str], error: Exception) -> str:
   known = list(flags.FLAGS)
   for name in names:
     base = name.partition(".")[0].removeprefix("no")
@@ -181,7 +178,7 @@ def _flag_line(names: list[str], error: Exception) -> str:
   return f"{one_line(error, 1000)}: see --help"
 
 
-def _given(argv: list[str]) -> str:
+def _config_argument(argv: list[str]) -> str:
   """The value of --config, which may stand in an argument of its own."""
   for i, argument in enumerate(argv):
     name, equals, value = argument.lstrip("-").partition("=")
@@ -190,8 +187,15 @@ def _given(argv: list[str]) -> str:
   return ""
 
 
+def _not_loaded(argv: list[str], error: Exception) -> str:
+  return (
+    f"--config={_config_argument(argv)} cannot be loaded: "
+    f"{type(error).__name__}: {one_line(error, 1000)}"
+  )
+
+
 def _load(argv: list[str]) -> ConfigDict:
-  path, colon, argument = _given(argv).partition(":")
+  path, colon, argument = _config_argument(argv).partition(":")
   return runpy.run_path(path)["get_config"](*([argument] if colon else []))
 
 
@@ -207,7 +211,7 @@ def _keys(config: ConfigDict) -> set[str]:
 def _config_help(argv: list[str]) -> str:
   if "config" not in flags.FLAGS:
     return ""
-  if not _given(argv):
+  if not _config_argument(argv):
     return (
       "Every key of a config is commented in cacheaug/config.py; with "
       "--config=FILE --help shows that file's keys and values."
@@ -215,8 +219,8 @@ def _config_help(argv: list[str]) -> str:
   try:
     config = _load(argv)
   except Exception as e:
-    fail(f"--config={_given(argv)} cannot be loaded: {type(e).__name__}: {e}")
-  lines = [f"Keys of {_given(argv)}:"]
+    fail(_not_loaded(argv, e))
+  lines = [f"Keys of {_config_argument(argv)}:"]
   for key, value in leaves(config):
     if not key.startswith("local."):
       lines.append(f"  --config.{key}={value}")

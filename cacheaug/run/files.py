@@ -1,4 +1,4 @@
-"""Files that are whole or absent, on a disk or on object storage (gs://)."""
+"""Writes files that are whole or absent, on a disk or on object storage."""
 
 import contextlib
 import errno
@@ -16,8 +16,8 @@ from etils.epath import gpath
 
 from cacheaug.errors import UserError, one_line
 
-# Begins the name of a file that is being written; what a killed process has
-# left behind is known by it.
+# The name of a file that is being written begins with this prefix; a killed
+# process leaves such files behind.
 TEMPORARY = ".tmp-"
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -37,7 +37,7 @@ _NO_ACCESS_TEXT = ("permission denied",)
 
 
 class _Path(gpath.PosixGPath):
-  """A local path whose own characters are never read as a pattern.
+  """A local path whose own characters are never taken as a pattern.
 
   Orbax finds the files that it merges by `directory.glob`; etils puts the
   directory itself into that pattern, and '[1]' in it then matches nothing.
@@ -54,9 +54,9 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def expanded(path: str | os.PathLike) -> epath.Path:
-  """The path with a leading `~` or `~user` as that home directory.
+  """Replaces a leading `~` or `~user` by that home directory.
 
-  Shells leave it as it is in `--workdir=~/runs/a`.
+  Shells do not expand the tilde in `--workdir=~/runs/a`.
 
   Raises:
     UserError: there is no such user, or no home directory.
@@ -112,8 +112,8 @@ def write_whole(
     sync: return only when the file and its name are on the disk.
 
   Raises:
-    OSError: no space, no permission, no such directory; what was there before
-      is there still.
+    OSError: no space, no permission, no such directory; an earlier file of
+      this name is unchanged.
   """
   if is_remote(path):
     with _remote_errors(path):
@@ -139,7 +139,7 @@ def write_whole(
 
 
 def _upload(path: epath.Path, data: bytes | Callable) -> None:
-  """Sends an object, which appears when its upload ends."""
+  """Uploads an object; readers see it when the upload ends."""
   if not callable(data):
     path.write_bytes(data)
     return
@@ -151,7 +151,7 @@ def _upload(path: epath.Path, data: bytes | Callable) -> None:
 
 
 def sync_directory(directory: pathlib.Path) -> None:
-  """Returns when the names in a directory are on the disk."""
+  """Returns when the names of a directory's files are on the disk."""
   opened = os.open(directory, os.O_RDONLY)
   try:
     os.fsync(opened)
@@ -171,7 +171,10 @@ def _remote_errors(path: str | os.PathLike) -> Iterator[None]:
 
 
 def remove_temporary(directory: epath.Path) -> None:
-  """Removes what a killed process was writing; nobody else may write there."""
+  """Removes files that a killed process left half written.
+
+  No other process may be writing to the directory.
+  """
   if is_remote(directory):
     return
   for path in pathlib.Path(directory).glob(f"{TEMPORARY}*"):
@@ -209,9 +212,9 @@ def disk_errors(
 
   Args:
     path: what is written, for the message.
-    what: 'save a checkpoint', the end of 'no space left to'.
-    remedy: besides freeing space.
-    others: turn every other OSError into a line as well.
+    what: the action that failed, such as 'save a checkpoint'.
+    remedy: what the user can do besides freeing space.
+    others: whether every other OSError becomes a line as well.
 
   Raises:
     UserError: naming the path and the remedy.
@@ -242,14 +245,14 @@ def disk_errors(
 def staged(
   directory: str | os.PathLike, last: str = "config.json"
 ) -> Iterator[pathlib.Path]:
-  """A local directory to write to, which reaches `directory` at the end.
+  """Gives a local directory whose files end up in `directory`.
 
-  That is `directory` itself on a disk. For object storage it is a temporary
-  one, whose files are sent when the block ends without an error.
+  On a disk it is `directory` itself. For object storage it is a temporary
+  directory, whose files are uploaded when the block ends without an error.
 
   Args:
-    directory: where the files are wanted.
-    last: the file that says that the others are there.
+    directory: the place of the files at the end.
+    last: the file to upload last, since readers look for it first.
 
   Raises:
     UserError: object storage that cannot be written to.
@@ -273,9 +276,10 @@ def staged(
 
 @contextlib.contextmanager
 def fetched(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A local directory with the files of `directory`, for the block's time.
+  """Gives a local directory with the files of `directory`.
 
-  That is `directory` itself on a disk, a temporary copy for object storage.
+  On a disk it is `directory` itself; for object storage it is a temporary copy,
+  which the end of the block removes.
 
   Raises:
     UserError: object storage that cannot be read.

@@ -1,4 +1,4 @@
-"""Signs of life: heartbeat.json for supervisors, and an end to a hung run."""
+"""Publishes where a run is for supervisors, and ends a run that hangs."""
 
 import faulthandler
 import json
@@ -14,7 +14,7 @@ from etils import epath
 
 from cacheaug.run import files
 
-State = Literal[
+RunPhase = Literal[
   "starting",  # restoring, or compiling for the first step
   "training",
   "saving",
@@ -25,21 +25,21 @@ State = Literal[
 ]
 RUNNING = ("starting", "training", "saving", "reporting")
 EVERY = 5.0  # seconds between two writings of the file
-# Beyond the watchdog's limit, after which it is itself taken for hung.
+# Seconds beyond the limit after which the watchdog itself counts as hung.
 _GRACE = 60.0
 
 
 class Heartbeat:
-  """Where a run is, published by a thread so that the loop never waits.
+  """Publishes where a run is, from a thread, so that the loop never waits.
 
   `heartbeat.json` in the workdir (`heartbeat-<i>.json` for process i > 0):
-  step, state (a State), time (Unix, when that step and state were reached),
-  written (Unix), pid, process, host, saved (the last step that is known to be
-  saved). A supervisor sees a dead process by an old `written`, a
-  hung one by an old `time`.
+  step, state (a RunPhase), time (Unix, when the run reached them),
+  written (Unix), pid, process, host, saved (the last step whose checkpoint is
+  known to be complete). An old `written` shows a dead process, an old `time` a
+  hung one.
 
-  Within `with`, a step that takes longer than `limit` ends the process: the
-  stacks of all threads and one clear line on stderr, status 1.
+  Within `with`, a step that takes longer than `limit` ends the process with
+  status 1, after the stacks of all threads and one clear line on stderr.
 
   Args:
     workdir: of the run; exists.
@@ -66,13 +66,13 @@ class Heartbeat:
     }
     self._saved, self._saving = 0, 0
     self._ended = threading.Event()
-    self._thread = threading.Thread(target=self._run, daemon=True)
+    self._thread = threading.Thread(target=self._beat_until_ended, daemon=True)
     self.start(0)
 
   def start(self, step: int) -> None:
-    """The run begins, or goes on from a checkpoint of `step`."""
+    """Marks the start of the run, or its resumption from `step`."""
     self._saved = self._saving = step
-    self.say("starting", step)
+    self.enter_phase("starting", step)
 
   def __enter__(self) -> "Heartbeat":
     self._thread.start()
@@ -86,25 +86,25 @@ class Heartbeat:
     stopped = kind is not None and issubclass(kind, SystemExit)
     if kind is None or stopped:
       self._saved = self._saving  # Checkpoints are closed within.
-      self.say("stopped" if stopped else "reporting")
+      self.enter_phase("stopped" if stopped else "reporting")
     else:
-      self.say("failed")
+      self.enter_phase("failed")
 
-  def beat(self, step: int, state: State = "training") -> None:
-    """`step` steps are taken; costs a microsecond."""
+  def beat(self, step: int, state: RunPhase = "training") -> None:
+    """Records that `step` steps are taken; costs a microsecond."""
     # One assignment, so that the thread sees all of it or nothing.
     self._now = (step, state, time.time(), time.monotonic())
 
   def saving(self, step: int) -> None:
-    """A save of `step` is under way, and so the one before it has ended."""
+    """Records that a save of `step` has begun; the save before has ended."""
     self._saved, self._saving = self._saving, step
 
-  def say(self, state: State, step: int | None = None) -> None:
-    """Writes the file at once, in another state."""
+  def enter_phase(self, state: RunPhase, step: int | None = None) -> None:
+    """Changes the state and writes the file at once."""
     self.beat(self._now[0] if step is None else step, state)
     self._write()
 
-  def _run(self) -> None:
+  def _beat_until_ended(self) -> None:
     written = time.monotonic()
     while not self._ended.wait(min(1.0, self._every)):
       if self._limit:
@@ -113,7 +113,7 @@ class Heartbeat:
         faulthandler.dump_traceback_later(self._limit + _GRACE, exit=True)
         waited = time.monotonic() - self._now[3]
         if waited > self._limit:
-          self._give_up(waited)
+          self._end_process(waited)
       if time.monotonic() - written >= self._every:
         self._write()
         written = time.monotonic()
@@ -133,7 +133,7 @@ class Heartbeat:
     except OSError:
       pass  # A full disk is for the next checkpoint to report.
 
-  def _give_up(self, waited: float) -> None:
+  def _end_process(self, waited: float) -> None:
     faulthandler.dump_traceback(all_threads=True)
     print(
       f"error: step {self._now[0] + 1} has not finished for {waited:.0f} s "

@@ -18,21 +18,23 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from ml_collections import ConfigDict
 
 from cacheaug.errors import UserError
 from cacheaug.run import files
+from cacheaug.run.checksum import batch_checksum
 
 _FILES = ("metrics.jsonl", "speed.jsonl")
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
   """A JSON value that reads back to the same bits: Python's repr of floats."""
   if isinstance(value, (str, bool, int, float)) or value is None:
     return value
   return np.asarray(value).tolist()
 
 
-def _keep_until(path: epath.Path, step: int) -> None:
+def _truncate_file(path: epath.Path, step: int) -> None:
   """Drops lines of later steps, and a last line that a kill tore."""
   if not path.exists():
     return
@@ -107,7 +109,7 @@ class MetricWriter:
       for name in _FILES:
         path = self._workdir / name
         with files.disk_errors(path, f"write {name}"):
-          _keep_until(path, step)
+          _truncate_file(path, step)
       self._purge_step = step + 1
 
   def write(
@@ -142,7 +144,7 @@ class MetricWriter:
         board.close()
 
   def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-    record = {"step": step, **{k: _plain(v) for k, v in values.items()}}
+    record = {"step": step, **{k: _json_value(v) for k, v in values.items()}}
     line, path = json.dumps(record) + "\n", self._workdir / name
     with files.disk_errors(path, f"write {name}"):
       if self._remote:
@@ -334,3 +336,79 @@ def memory_peak() -> int:
   resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   # Linux counts kibibytes, macOS bytes.
   return resident if sys.platform == "darwin" else resident * 1024
+
+
+def log_step(
+  config: ConfigDict,
+  writer: MetricWriter,
+  floor: float | None,
+  step: int,
+  metrics: Mapping[str, Any],
+  baseline: tuple[jax.Array, jax.Array] | None,
+  batch: Mapping[str, jax.Array],
+  times: Mapping[str, float],
+) -> dict[str, float]:
+  """Writes one line of metrics; returns what the progress line shows.
+
+  Args:
+    config: of the run.
+    writer: of the line.
+    floor: seconds that the devices' peak would need, where it is known.
+    step: steps taken.
+    metrics: of make_step.
+    baseline: the frozen decoder's sums over this step's tokens, where there
+      is one.
+    batch: this step's, [B, S] each.
+    times: of profiling.Clock.
+  """
+  metrics, baseline = jax.device_get((metrics, baseline))
+  running = metrics["running"]
+
+  def mean(sums):
+    return float(sums[0].sum() / max(sums[1].sum(), 1.0))
+
+  line = {
+    "loss": mean(running),  # mean since the last line
+    "nll": running[0] / np.maximum(running[1], 1.0),
+    "gradient_norm": float(metrics["gradient_norm"]),
+    "parameter_norm": float(metrics["parameter_norm"]),
+    "batch_loss": mean(metrics["batch"]),  # this step's tokens
+  }
+  for name, sums in metrics["terms"].items():
+    line[f"{name}_loss"] = mean(sums)  # of this step, unweighted
+  seconds, (rows, length) = times["step_time"], batch["tokens"].shape
+  speed = {
+    **times,
+    "tokens_per_second": rows * length / seconds,
+    "memory_peak": memory_peak(),
+    "batch": batch_checksum(batch),  # the same on any number of devices
+  }
+  if floor:
+    speed["mfu"] = floor / seconds
+  shown = {"loss": line["loss"]}
+  if baseline is not None:
+    line["baseline_loss"] = mean(baseline)  # frozen decoder, the same tokens
+    shown["against_frozen"] = line["batch_loss"] - line["baseline_loss"]
+  if config.objective == "coprocessor":
+    speed["traces_per_second"] = rows * config.traces.count / seconds
+  writer.write(step, line, speed)
+  return shown
+
+
+def check_finite(step: int, metrics: dict[str, Any]) -> None:
+  """Stops the run at a number that is not finite; nothing is overwritten.
+
+  The new parameters are looked at too: the loss of their own step may still
+  be finite, and a checkpoint of them would be beyond use.
+
+  Raises:
+    UserError: naming the number, the step and its batch.
+  """
+  for name in ("loss", "gradient_norm", "parameter_norm"):
+    if not np.isfinite(metrics[name]):
+      raise UserError(
+        f"{name} is {metrics[name]} at step {step} (batch {step - 1} of the "
+        "data): stopped, the last checkpoint is kept; start anew in another "
+        "--workdir with a lower optimizer.learning_rate or a longer "
+        "optimizer.warmup"
+      )

@@ -1,4 +1,4 @@
-"""SIGTERM, which a preempted machine gets: stop after the step at hand."""
+"""Stops a run after its current step when the machine gets SIGTERM."""
 
 import signal
 
@@ -7,24 +7,24 @@ from jax.experimental import multihost_utils
 
 
 class StopOnSignal:
-  """Within `with`, `asked` says whether SIGTERM has come."""
+  """Catches SIGTERM within `with`; `requested` tells whether it has arrived."""
 
   def __enter__(self) -> "StopOnSignal":
-    self._asked = False
+    self._requested = False
     # With several processes JAX's coordination service catches the signal.
     if jax.process_count() == 1:
-      self._previous = signal.signal(signal.SIGTERM, self._ask)
+      self._previous = signal.signal(signal.SIGTERM, self._request)
     return self
 
   def __exit__(self, *_: object) -> None:
     if jax.process_count() == 1:
       signal.signal(signal.SIGTERM, self._previous)
 
-  def _ask(self, *_: object) -> None:
-    self._asked = True
+  def _request(self, *_: object) -> None:
+    self._requested = True
 
-  def asked(self, step: int) -> bool:
-    """Whether to stop after `step`; all processes agree on it."""
+  def requested(self, step: int) -> bool:
+    """Whether the run must stop after `step`; all processes get one answer."""
     if jax.process_count() == 1:
-      return self._asked
+      return self._requested
     return multihost_utils.reached_preemption_sync_point(step)

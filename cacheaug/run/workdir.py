@@ -69,7 +69,7 @@ def check(config: ConfigDict, workdir: str) -> None:
   """
   root = files.absolute(workdir)
   try:
-    if _begun(root):
+    if _has_run(root):
       _same_experiment(configs.completed(_saved(root)), config)
   except ImportError as e:
     raise UserError(
@@ -115,7 +115,7 @@ def claim(config: ConfigDict, workdir: str, lock: Lock | None = None) -> None:
 
   def write() -> None:
     root = files.absolute(workdir)
-    text = json.dumps(_plain(config), indent=2, sort_keys=True)
+    text = json.dumps(_json_config(config), indent=2, sort_keys=True)
     try:
       root.mkdir(parents=True, exist_ok=True)
       if lock is not None:
@@ -178,7 +178,7 @@ def has_checkpoints(workdir: str) -> bool:
   )
 
 
-def _begun(root: epath.Path) -> bool:
+def _has_run(root: epath.Path) -> bool:
   """Whether a run has left anything there that is worth keeping."""
   metrics, checkpoints = root / "metrics.jsonl", root / "checkpoints"
   if metrics.is_file() and metrics.stat().length:
@@ -186,12 +186,15 @@ def _begun(root: epath.Path) -> bool:
   return checkpoints.is_dir() and any(checkpoints.iterdir())
 
 
-def _plain(config: ConfigDict) -> dict[str, Any]:
+def _json_config(config: ConfigDict) -> dict[str, Any]:
   return json.loads(config.to_json())
 
 
 def _same_experiment(saved: ConfigDict, config: ConfigDict) -> None:
-  old, new = dict(configs.leaves(saved)), dict(configs.leaves(_again(config)))
+  old, new = (
+    dict(configs.leaves(saved)),
+    dict(configs.leaves(_as_saved(config))),
+  )
   other = sorted(
     k
     for k in old.keys() | new.keys()
@@ -221,6 +224,6 @@ def _can_be_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
   )
 
 
-def _again(config: ConfigDict) -> ConfigDict:
+def _as_saved(config: ConfigDict) -> ConfigDict:
   """The config as it reads back from its file."""
-  return ConfigDict(_plain(config))
+  return ConfigDict(_json_config(config))

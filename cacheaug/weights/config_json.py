@@ -259,12 +259,13 @@ def _rope(
   new = _mapping(entries, "rope_parameters", path)
   nested = "full_attention" in new or "sliding_attention" in new
   glob = _mapping(new, "full_attention", path) if nested else new
-  glob = old | glob | _mapping(entries, "rope_scaling", path)
+  by_hand = _mapping(entries, "rope_scaling", path)
+  glob = old | _with_type(glob) | _with_type(by_hand)
   base = float(_number(glob, "rope_theta", path))
   found = {"rope_base": base, "rope_scaling": _scaling(glob, positions, path)}
   if family.sliding_rope:
     local = {"rope_theta": entries.get("rope_local_base_freq", 10_000.0)}
-    local |= _mapping(new, "sliding_attention", path)
+    local |= _with_type(_mapping(new, "sliding_attention", path))
     if _scaling(local, positions, path):
       raise UserError(f"{path}: rope scaling of sliding layers")
     found["rope_base_sliding"] = float(_number(local, "rope_theta", path))
@@ -278,14 +279,19 @@ def _rope(
   return found
 
 
+def _with_type(rope: dict[str, Any]) -> dict[str, Any]:
+  """With `rope_type` for what was once called `type`."""
+  kind = rope.pop("type", None)
+  return (
+    rope if rope.get("rope_type") or not kind else {**rope, "rope_type": kind}
+  )
+
+
 def _scaling(
   rope: Mapping[str, Any], positions: int, path: pathlib.Path
 ) -> tuple[tuple[str, Any], ...]:
   """The items that rope.py needs, sorted; () for none."""
-  # A rope_scaling of old calls 'type' what a rope_parameters beside it calls
-  # 'rope_type': "default" there is no answer to it.
-  kinds = [rope.get(key) for key in ("rope_type", "type")]
-  kind = next((k for k in kinds if k not in (None, "default")), "default")
+  kind = rope.get("rope_type") or "default"
   if rope.get("partial_rotary_factor") not in (None, 1.0):
     raise UserError(f"{path}: partial_rotary_factor is not supported")
   if kind == "default":

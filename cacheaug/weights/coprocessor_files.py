@@ -33,8 +33,6 @@ from cacheaug.weights.leaves import Leaf
 
 FORMAT = "cacheaug-coprocessor-1"
 WEIGHTS = files.COPROCESSOR
-# What latents are for the decoder: input embeddings, or keys and values.
-VARIANTS = {False: "embeddings", True: "cache"}  # by Kind.latents_are_kv
 _NO_DRAW = Draw()
 _META = ("family", "variant", "decoder_fingerprint", "source")
 
@@ -71,7 +69,7 @@ def save_coprocessor(
   entries = {
     "format": FORMAT,
     "family": model_config.family,
-    "variant": VARIANTS[spec.kind.latents_are_kv],
+    "variant": spec.kind.variant,
     "decoder_fingerprint": decoder_fingerprint,
     "source": source,
     "model": config_json.config_entries(model_config),
@@ -133,7 +131,7 @@ def _load(
   config = config_json.config_from_entries(entries["model"], path)
   traces = entries | {"scheme": entries["positions"]}
   spec, draw = point_sampling.from_entries(traces)
-  variant = VARIANTS[spec.kind.latents_are_kv]
+  variant = spec.kind.variant
   if entries["variant"] != variant:
     raise UserError(
       f"{path}: variant {entries['variant']!r} is not supported: of kind "

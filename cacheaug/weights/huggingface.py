@@ -18,7 +18,7 @@ from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params
 from cacheaug.run.files import staged
-from cacheaug.weights import config_json, families, leaves
+from cacheaug.weights import config_json, families, gguf_io, leaves
 from cacheaug.weights import safetensors_io as files
 from cacheaug.weights.families import Family
 from cacheaug.weights.leaves import Leaf
@@ -200,8 +200,8 @@ def save(
     params: as `load` returns.
     tokenizer: its `save(directory)` writes its files, and its special ids go
       into config.json.
-    stops: ids of the tokens that end generation; by default those of the
-      generation_config.json beside the tokenizer.
+    stops: ids of the tokens that end generation; by default those that the
+      files beside the tokenizer name.
     dtype: of the written tensors.
 
   Raises:
@@ -227,9 +227,7 @@ def _save(
   }
   entries |= ids
   if tokenizer is not None:
-    source = getattr(tokenizer, "source", None)
-    if not stops and source is not None:
-      stops = stop_ids(pathlib.Path(source).parent)
+    stops = stops or _stops_beside(tokenizer)
     if stops:
       known = {*stops} | ({tokenizer.eos_id} - {None})
       ids["eos_token_id"] = sorted(known) if len(known) > 1 else known.pop()
@@ -239,6 +237,16 @@ def _save(
     directory / files.SINGLE, leaves.leaves_of(config), params, dtype
   )
   files.write_json(directory / "config.json", entries)
+
+
+def _stops_beside(tokenizer: Any) -> tuple[int, ...]:
+  """The stop ids of the directory or GGUF file that a tokenizer came from."""
+  source = getattr(tokenizer, "source", None)
+  if source is None:  # of bytes, or SentencePiece's: it names its one itself
+    return ()
+  if gguf_io.is_gguf(source):
+    return gguf_io.stop_ids(source)
+  return stop_ids(source.parent)
 
 
 def write_leaves(

@@ -98,11 +98,15 @@ PUBLISHED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 def how_to_get(name: str) -> str:
   """One line: where the weights are and what to do with them."""
   repository, licence, _, _ = _published(name)
-  accept = f"accept {licence} licence at huggingface.co/{repository}, "
+  accept = (
+    f"accept {licence} licence at huggingface.co/{repository} and run `hf auth "
+    "login`, then "
+  )
   return (
-    f"give the directory of {repository}: {accept if licence else ''}run "
-    f"`huggingface-cli download {repository} --local-dir=DIR`, then "
-    "--config.decoder.path=DIR; without weights, try --config.runlocal=True"
+    f"{accept if licence else ''}give --config.decoder.path={repository}, "
+    "which is downloaded, or the directory of a copy (`hf download "
+    f"{repository} --local-dir=DIR`); without weights, try "
+    "--config.runlocal=True"
   )
 
 

@@ -182,7 +182,7 @@ class Worker:
         rounds at one point.
     """
     spec.kind.check("background")
-    if spec.at_once > 1:
+    if spec.rounds_per_point > 1:
       raise UserError(
         f"traces.rounds={spec.rounds} at one point: the background computes "
         "one round; insert latents at once (Session)"

@@ -235,7 +235,7 @@ class StoredLM(LM):
       spec = self._coprocessor().spec
       generate.check_prompts([tokens], spec)
       if spec.positions == "insert":
-        pushed = spec.latents * spec.at_once
+        pushed = spec.latents * spec.rounds_per_point
         self._check_positions(len(tokens) + pushed, 0)
 
   def has(self, tokens: list[int], latents: bool) -> bool:

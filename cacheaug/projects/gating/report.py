@@ -305,7 +305,7 @@ def main() -> None:
   ahead = values.ahead or spec.ahead
   if spec.stride:  # A gate decides on latents at one point.
     spec = dataclasses.replace(spec, rounds=1, stride=0)
-  spec = spec.reaching(ahead)
+  spec = spec.with_horizon(ahead)
   names = run_report.source_names(config)
 
   def contexts(text):

@@ -228,7 +228,7 @@ class Answerer:
       rows, self.lm.tokenizer.pad_id, padding.bucket(max(map(len, rows)))
     )
     model, spec = self.lm.model, self._spec
-    keep = {"keep_states": True} if spec and spec.kind.reads_states else {}
+    keep = {"keep_states": True} if generate.reads_states(spec) else {}
     context = _read(model, self._layers, tokens, documents, **keep)
     if self._spec is None:
       return {FROZEN: context}, [False] * len(rows)
@@ -419,7 +419,7 @@ def _running(
   frozen = objective.next_token_nll(model, decoder, hidden, tokens)
   if coproc is None:
     return frozen, jnp.zeros((*points.shape, spec.ahead))
-  laid = traces.lay_out(tokens, documents, points, spec)
+  laid = traces.layout_traces(tokens, documents, points, spec)
   read = source_cache(model, coproc, cache, hidden, spec)
   nll = objective.traces_nll(model, decoder, coproc, cache, laid, read)
   return frozen, nll

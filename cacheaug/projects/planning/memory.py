@@ -155,7 +155,7 @@ def _working(
   )
   wanted = config.data.sequence
   if config.objective == "coprocessor":
-    wanted = config.traces.count * configs.layout_of(config).reach
+    wanted = config.traces.count * configs.layout_of(config).tokens_predicted
   rows = min(rows, micro_batch(config, mesh) * wanted)
   logits = 3 * 4 * rows * c.vocab_size / tensor
   return again + gathered + logits

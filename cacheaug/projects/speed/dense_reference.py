@@ -67,7 +67,9 @@ def _traces_rows(model, decoder, coproc, batch, points, spec):
       "compare one round"
     )
   tokens, documents = batch["tokens"], batch["documents"]
-  laid = traces.lay_out(tokens, documents, points, spec, batch.get("late"))
+  laid = traces.layout_traces(
+    tokens, documents, points, spec, batch.get("late")
+  )
   _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
   z = _latents(model, decoder, coproc, cache, laid)
   ahead = transformer.embed(model, decoder, laid.ahead)
