@@ -189,9 +189,13 @@ def test_compare_command():
   printed = _run(words)
   shown = fenced.shown(README, "python -m cacheaug.generate --compare")
   assert fenced.form(shown) == fenced.form(printed)
-  answers = [text.splitlines()[4].split(" | ") for text in (shown, printed)]
+  # Facts and the question, two lines of headings, a rule, the answers, the way.
+  answers = [text.splitlines()[5].split(" | ") for text in (shown, printed)]
   assert answers[0] == answers[1]
-  assert [side.strip() for side in answers[0]] == ["7", "9"]
+  frozen, latents = (side.strip() for side in answers[0])
+  (way,) = re.findall(r"^answer: (\w), by (\w) -> (\w): ", shown, re.MULTILINE)
+  # It was never asked for two lookups, and ends the line.
+  assert frozen == "" and latents == way[0] == way[2] != way[1]
 
 
 # Few steps and sequences; all else as it stands.
@@ -440,7 +444,7 @@ def test_exact_match_is_that_of_the_results():
 
 
 def test_quickstart_shown_is_the_one_measured():
-  section = _section("## Quickstart")
+  section = _section("## The quickstart")
   command = "python -m cacheaug.main --config=configs/quickstart.py"
   shown = fenced.shown(README, command)
   figures = re.findall(r"\d+\.\d+", shown)
