@@ -44,7 +44,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference.engine import Context
-from cacheaug.inference.session import Plan, Session
+from cacheaug.inference.session import InsertionSchedule, Session
 from cacheaug.model import config as model_config
 from cacheaug.model import transformer
 from cacheaug.model.transformer import Params, Transformer
@@ -145,14 +145,14 @@ def open_parts(path: str, n: int) -> Parts:
   coproc = coprocessor.init(model, spec, key, decoder)
   shape = coproc["latent_projection"].shape
   coproc["latent_projection"] = 0.02 * jax.random.normal(key, shape)
-  coproc["transformer"] = generate.apart(coproc["transformer"])
-  return Parts(model, generate.apart(decoder), coproc, spec)
+  coproc["transformer"] = generate.unstack_on_cpu(coproc["transformer"])
+  return Parts(model, generate.unstack_on_cpu(decoder), coproc, spec)
 
 
 def bits(session: Session) -> list[bytes]:
   """All that a session has come to."""
   state = session.state
-  return [np.asarray(x).tobytes() for x in (state.said, state.hidden)]
+  return [np.asarray(x).tobytes() for x in (state.generated, state.hidden)]
 
 
 def speed(parts: Parts, context: Context, slow: list[float]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def speed(parts: Parts, context: Context, slow: list[float]) -> dict[str, Any]:
         context,
         worker=worker,
         max_new_tokens=new,
-        look=values.look,
+        poll_every=values.look,
       )
       took = timed(session)
       return took, session, worker.metrics()
@@ -259,9 +259,9 @@ def load(parts: Parts, asked: list[Asked], seconds: float) -> dict[str, Any]:
   """Counts, times, memory and the worker's metrics."""
   values = flags.FLAGS
   options = dict(
-    max_new_tokens=values.new_tokens, batch=values.batch, look=values.look
+    max_new_tokens=values.new_tokens, batch=values.batch, poll_every=values.look
   )
-  plan = Plan(every=values.new_tokens // 2)
+  plan = InsertionSchedule(every=values.new_tokens // 2)
   with parts.worker(Slow, seconds, limits=Limits(waiting=2)) as worker:
     server = Server(
       parts.model, parts.decoder, worker=worker, plan=plan, **options

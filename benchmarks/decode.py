@@ -40,7 +40,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference import engine
-from cacheaug.inference.engine import Context, State
+from cacheaug.inference.engine import Context, DecodeState
 from cacheaug.model import decode_rows, transformer
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.run import command
@@ -73,7 +73,7 @@ class Ours:
   """The package's side, each part timed apart."""
 
   def __init__(self, model: Transformer, decoder: Params, n: int):
-    split = jax.jit(decode_rows.split_layers)
+    split = jax.jit(decode_rows.unstack_layers)
     self._model, self._decoder = model, split(decoder)
     self._spec = Layout(n, 1, "overlay", "harmless")
     key = jax.random.key(0)
@@ -83,7 +83,9 @@ class Ours:
     self._read = jax.jit(generate.read, static_argnames="model")
     self._rows = jax.jit(self._rows_of)
 
-  def _rows_of(self, decoder: Params, state: State) -> tuple[jax.Array, Any]:
+  def _rows_of(
+    self, decoder: Params, state: DecodeState
+  ) -> tuple[jax.Array, Any]:
     """One pass of N rows at the prompt's end, into a cache of its own."""
     spec, s = self._spec, state.prompt
     x = transformer.embed(
@@ -98,7 +100,7 @@ class Ours:
 
   def start(
     self, tokens: np.ndarray, new: int, *, room: bool
-  ) -> tuple[float, State]:
+  ) -> tuple[float, DecodeState]:
     """Seconds of the prefill, and the state after it, with room for latents."""
     begun = time.perf_counter()
     context: Context = self._read(
@@ -116,27 +118,27 @@ class Ours:
     )
     return seconds, jax.block_until_ready(state)
 
-  def insert(self, state: State) -> tuple[float, State]:
+  def insert(self, state: DecodeState) -> tuple[float, DecodeState]:
     """Seconds of inserting N latents, and the state after it."""
     on = np.ones(len(state.tokens), bool)
     begun = time.perf_counter()
-    state = engine.insert(
+    state = engine.insert_latents(
       self._model, self._decoder, self._coproc, state, 0, on, self._spec
     )
     jax.block_until_ready(state)
     return time.perf_counter() - begun, state
 
-  def rows(self, state: State) -> float:
+  def rows(self, state: DecodeState) -> float:
     """Seconds of one pass of N rows."""
     begun = time.perf_counter()
     jax.block_until_ready(self._rows(self._decoder, state))
     return time.perf_counter() - begun
 
-  def decode(self, state: State, new: int) -> tuple[float, np.ndarray]:
+  def decode(self, state: DecodeState, new: int) -> tuple[float, np.ndarray]:
     """Seconds of `new` tokens, and the tokens."""
     begun = time.perf_counter()
-    state = engine.advance(self._model, self._decoder, state, new)
-    said = np.asarray(state.said)
+    state = engine.decode(self._model, self._decoder, state, new)
+    said = np.asarray(state.generated)
     return time.perf_counter() - begun, said
 
 

@@ -143,7 +143,7 @@ def main() -> None:
   )
   print("|" + " --- |" * 9)
   for task in tasks:
-    answerer.met.clear()
+    answerer.counts.clear()
     found = compare(AugmentedLM(answerer=answerer, latents=False), theirs, task)
     worst = "texts"
     if found.largest:

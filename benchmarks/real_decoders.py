@@ -96,7 +96,7 @@ def _of_transformers(path: str) -> tuple[str, dict[str, str]]:
 
 
 def texts() -> Iterator[str]:
-  """The texts of all files, one of each in turn."""
+  """The texts of all files, one of each in turn; UserError: no --data."""
 
   def lines(path: str) -> Iterator[str]:
     opened = gzip.open if path.endswith(".gz") else open
@@ -111,7 +111,7 @@ def texts() -> Iterator[str]:
 
 
 def sequences(lm: LM, count: int, length: int) -> np.ndarray:  # [count, length]
-  """The first tokens of `count` texts that have so many."""
+  """The first tokens of `count` long texts; UserError: there are fewer."""
   rows = []
   for text in texts():
     ids = lm.encode(text[: 8 * length])

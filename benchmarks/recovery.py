@@ -9,7 +9,9 @@ A line of the table a restart:
 
 - ready: seconds from the kill until the log says 'resumed from step';
 - step: seconds from the kill to the next finished step;
-- back: seconds from the kill until the step of the kill is finished again.
+- back: seconds from the kill until the step of the kill is finished again;
+- CPU: processor seconds of the new process until that next finished step, which
+  say more than the clock where the machine has other work.
 
 Every step that was logged twice, before a kill and after it, must have the same
 checksum of its rows (`batch` in speed.jsonl), whatever the devices; otherwise
@@ -25,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -57,13 +60,18 @@ class Run:
       stderr=subprocess.STDOUT,
     )
 
-  def wait(self, condition) -> float:
+  def wait(self, condition: Callable[[], object]) -> float:
     """Until `condition` is true; the time when it came to be."""
     while not condition():
       if self.process.poll() is not None:
         raise SystemExit(f"{self.log}: the run has ended:\n{self.text()}")
       time.sleep(0.01)
     return time.monotonic()
+
+  def cpu(self) -> float:
+    """Processor seconds that the process has taken so far."""
+    fields = Path(f"/proc/{self.process.pid}/stat").read_text().split()
+    return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
 
   def text(self) -> str:
     """What the process has printed."""
@@ -113,8 +121,8 @@ def measure(options: argparse.Namespace) -> None:
   twice = 0
   run = Run(0, devices[0], options)
   killed, step = run.kill_after_checkpoint()
-  print("| devices | resumed from | killed at | ready | step | back |")
-  print("|---|---|---|---|---|---|")
+  print("| devices | resumed from | killed at | ready | step | back | CPU |")
+  print("|---|---|---|---|---|---|---|")
   for number, count in enumerate(devices, start=1):
     for k, checksum in run.batches().items():
       seen[k].add(checksum)
@@ -124,10 +132,11 @@ def measure(options: argparse.Namespace) -> None:
     start = run.resumed()
     run.wait(lambda run=run, old=before: run.file() != old)
     again = run.wait(lambda run=run, s=start: s < run.last()) - killed
+    cpu = run.cpu()
     back = run.wait(lambda run=run, s=step: run.last() >= s) - killed
     print(
       f"| {count} | {start} | {step} | {ready - killed:.1f} s "
-      f"| {again:.1f} s | {back:.1f} s |",
+      f"| {again:.1f} s | {back:.1f} s | {cpu:.1f} s |",
       flush=True,
     )
     killed, step = run.kill_after_checkpoint()
@@ -143,7 +152,7 @@ def measure(options: argparse.Namespace) -> None:
   other = [k for k, checksums in seen.items() if len(checksums) > 1]
   if other:
     raise SystemExit(f"steps {other[:5]} had other rows after a restart")
-  print(f"{len(seen)} steps, {twice} of them again after a restart: same rows")
+  print(f"{len(seen)} steps, logged {twice} times again: the same rows")
 
 
 def main() -> None:

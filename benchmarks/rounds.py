@@ -36,7 +36,8 @@ from cacheaug.augment.traces import Layout
 from cacheaug.data import problem_rows, problems
 from cacheaug.errors import UserError
 from cacheaug.evals import exact_match, perplexity, report, run_report
-from cacheaug.inference.session import Plan
+from cacheaug.evals.bootstrap import AUGMENTED, FROZEN, DocumentSums
+from cacheaug.inference.session import InsertionSchedule
 from cacheaug.lm import LM
 from cacheaug.run import command
 from cacheaug.weights import trained
@@ -82,8 +83,28 @@ def by_way(
   rows: dict[str, list] = {}
   for (way, j), some in parts.items():
     columns = map(np.concatenate, zip(*some, strict=True))
-    rows.setdefault(way, []).append(report.make_row(j, *columns, seed=seed))
+    rows.setdefault(way, []).append(_row(j, *columns, seed=seed))
   return rows
+
+
+def _row(
+  position: int,
+  frozen: np.ndarray,  # [T] nats
+  nll: np.ndarray,  # [T] nats
+  documents: np.ndarray,  # [T]
+  *,
+  seed: int,
+) -> report.PositionRow:
+  """The row of a table from single tokens."""
+  numbers, owner = np.unique(documents, return_inverse=True)
+  sums = {
+    name: np.bincount(owner, values)[:, None]
+    for name, values in ((FROZEN, frozen), (AUGMENTED, nll))
+  }
+  tokens = np.bincount(owner)[:, None]
+  by_document = DocumentSums((position,), numbers, tokens, 0 * tokens, sums)
+  (row,) = report.make_rows(by_document, seed=seed)
+  return row
 
 
 def _arrays(found) -> list[np.ndarray]:
@@ -91,7 +112,7 @@ def _arrays(found) -> list[np.ndarray]:
 
 
 def answered(
-  found: LM, source: Any, count: int, plan: Plan | None
+  found: LM, source: Any, count: int, plan: InsertionSchedule | None
 ) -> tuple[int, int]:
   """(right, asked); `plan` None is the frozen decoder."""
   options = problem_rows.options_of(source, "source")
@@ -122,8 +143,8 @@ def measure(
   before = tuple(again.stride * i for i in range(1, again.rounds))
   plans = {
     "frozen": None,
-    "once": Plan(),
-    "again": Plan(
+    "once": InsertionSchedule(),
+    "again": InsertionSchedule(
       before=before if again.stride else (), rounds=again.rounds_per_point
     ),
   }

@@ -16,7 +16,6 @@ import runpy
 import statistics
 import tempfile
 import time
-from functools import partial
 from typing import Any
 
 # Else PyTorch's idle threads spin while the other's steps are timed.
@@ -38,7 +37,13 @@ from cacheaug.augment.traces import Layout
 from cacheaug.model.transformer import Params
 from cacheaug.weights import huggingface
 
-_HIDDEN = -1e30
+HIDDEN = -1e30
+# transformers 5.24 calls it `cache`; before, `cache` would be ignored.
+CACHE = (
+  "cache"
+  if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+  else "past_key_values"
+)
 Laid = dict[str, Any]  # of traces.Traces, as tensors
 
 
@@ -46,21 +51,20 @@ class Peer:
   """The coprocessor, its soft tokens and its optimizer in PyTorch."""
 
   def __init__(
-    self, directory: str, params: Params, spec: Layout, learning_rate: float
+    self,
+    decoder: transformers.PreTrainedModel,
+    params: Params,
+    spec: Layout,
+    learning_rate: float,
   ) -> None:
-    load = partial(
-      transformers.AutoModelForCausalLM.from_pretrained,
-      directory,
-      attn_implementation="eager",  # the others take no soft cap
-      dtype=torch.float32,
-    )
-    self.decoder = load().eval().requires_grad_(False)
-    self.coprocessor = copy.deepcopy(self.decoder.model)
+    self.decoder = decoder.eval().requires_grad_(False)
+    self.coprocessor = copy.deepcopy(self.decoder.model).float()
     # In training mode transformers drops nothing here: all rates are 0.
     self.coprocessor.requires_grad_(True).embed_tokens.requires_grad_(False)
 
     def own(x):
-      return torch.nn.Parameter(torch.tensor(np.array(x)))
+      x = torch.tensor(np.array(x), device=decoder.device)
+      return torch.nn.Parameter(x)
 
     self.soft = own(params["soft_tokens"])
     self.projection = own(params["latent_projection"])
@@ -79,10 +83,10 @@ class Peer:
 
   def loss(self, tokens: Tensor, laid: Laid, extended: bool) -> Tensor:
     """Mean nll of the ahead tokens."""
-    n = self.spec.latents
-    b, m, r = laid["rows"]["positions"].shape
+    _, m, r = laid["rows"]["positions"].shape
     with torch.no_grad():
-      past = self.decoder.model(tokens, use_cache=True).cache
+      past = DynamicCache()  # of a config it would keep windows alone
+      self.decoder.model(tokens, use_cache=True, **{CACHE: past})
       copied = self.decoder.model.embed_tokens(laid["copied"])
       ahead = self.decoder.model.embed_tokens(laid["ahead"])
     hidden = self.run(
@@ -94,16 +98,21 @@ class Peer:
       hidden = self.run_extended(tokens, x, laid["rows"])
     else:
       hidden = self.run(self.decoder.model, x, past, laid["rows"])
-    logits = self.decoder.lm_head(hidden)[:, -m * r :]
-    cap = self.decoder.config.final_logit_softcapping
-    if cap:
-      logits = cap * torch.tanh(logits / cap)
-    logits = logits.reshape(b, m, r, -1)[:, :, n - 1 :]
-    nll = torch.nn.functional.cross_entropy(
-      logits.flatten(0, 2), laid["targets"].flatten(), reduction="none"
-    )
-    weights = laid["weights"].flatten()
-    return (nll * weights).sum() / weights.sum()
+    nll = self.nll(hidden[:, -m * r :].unflatten(1, (m, r)), laid["targets"])
+    return (nll * laid["weights"]).sum() / laid["weights"].sum()
+
+  def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Of the targets [B, M, A], which the last A of R rows predict."""
+    logits = self.logits(hidden)[:, :, -targets.shape[2] :]
+    return torch.nn.functional.cross_entropy(
+      logits.flatten(0, 2), targets.flatten(), reduction="none"
+    ).reshape(targets.shape)
+
+  def logits(self, hidden: Tensor) -> Tensor:
+    """Soft-capped where the decoder's are."""
+    logits = self.decoder.lm_head(hidden)
+    cap = getattr(self.decoder.config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
 
   def run(
     self, model: torch.nn.Module, x: Tensor, past: DynamicCache, rows: Laid
@@ -112,14 +121,18 @@ class Peer:
     cache = DynamicCache()
     for i, layer in enumerate(past.layers):
       cache.update(layer.keys, layer.values, i)
-    mask = self.mask(rows, past.get_seq_length())
     return model(
       inputs_embeds=x.flatten(1, 2),
       position_ids=rows["positions"].flatten(1),
-      attention_mask={"full_attention": mask, "sliding_attention": mask},
-      cache=cache,
+      attention_mask=self.masks(rows, past.get_seq_length()),
       use_cache=True,
+      **{CACHE: cache},
     ).last_hidden_state
+
+  def masks(self, rows: Laid, s: int) -> dict[str, Any]:
+    """By kind of layer; windows are longer than S here."""
+    mask = self.mask(rows, s)
+    return {"full_attention": mask, "sliding_attention": mask}
 
   def run_extended(self, tokens: Tensor, x: Tensor, rows: Laid) -> Tensor:
     """Context and all traces' rows [B, M R, D] as one sequence."""
@@ -127,10 +140,8 @@ class Peer:
     context = self.decoder.model.embed_tokens(tokens)
     at = torch.arange(s).expand(len(tokens), -1)
     traces_see = self.mask(rows, s)
-    context_sees = torch.full(
-      (len(tokens), 1, s, traces_see.shape[-1]), _HIDDEN
-    )
-    context_sees[..., :s] = torch.triu(torch.full((s, s), _HIDDEN), 1)
+    context_sees = torch.full((len(tokens), 1, s, traces_see.shape[-1]), HIDDEN)
+    context_sees[..., :s] = torch.triu(torch.full((s, s), HIDDEN), 1)
     mask = torch.cat([context_sees, traces_see], 2)
     return self.decoder.model(
       inputs_embeds=torch.cat([context, x.flatten(1, 2)], 1),
@@ -141,7 +152,7 @@ class Peer:
 
   @staticmethod
   def mask(rows: Laid, s: int) -> Tensor:
-    """Additive [B, 1, M R, S + M R]; windows are longer than S here."""
+    """Additive [B, 1, M R, S + M R]."""
     b, m, r = rows["positions"].shape
     limits = rows["limits"].expand(b, m, r).flatten(1)
     context = torch.arange(s) <= limits[..., None]
@@ -149,17 +160,18 @@ class Peer:
     same = index[:, None] // r == index // r
     own = (same & (index[:, None] >= index)).expand(b, -1, -1)
     seen = torch.cat([context, own], -1)[:, None]
-    return torch.where(seen, 0.0, _HIDDEN)
+    return torch.where(seen, 0.0, HIDDEN)
 
 
-def _torch(tree):
+def to_torch(tree: Any) -> Any:
+  """A tree of arrays as tensors; whole numbers as PyTorch wants them."""
   if isinstance(tree, dict):
-    return {key: _torch(value) for key, value in tree.items()}
+    return {key: to_torch(value) for key, value in tree.items()}
   x = np.array(tree)
   return torch.tensor(x.astype(np.int64) if x.dtype.kind == "i" else x)
 
 
-def _laid_out(config, batch):
+def laid_out(config: Any, batch: dict[str, Any]) -> Laid:
   """The step's traces, as the peer takes them."""
   key = jax.random.key(config.seed)
   points = stepping.add_points(config, batch, key, 0)["points"]
@@ -170,7 +182,7 @@ def _laid_out(config, batch):
   def rows(x):
     return {"positions": x.positions, "limits": x.limits}
 
-  return _torch(
+  return to_torch(
     {
       "rows": rows(laid.rows),
       "latent_rows": rows(laid.latent_rows),
@@ -199,14 +211,17 @@ def main() -> None:
   state = made.state
   with tempfile.TemporaryDirectory() as directory:
     huggingface.save(directory, made.model.config, made.decoder)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    # The others take no soft cap.
+    decoder = load(directory, attn_implementation="eager", dtype=torch.float32)
     peer = Peer(
-      directory,
+      decoder,
       state.params,
       configs.layout_of(config),
       1e-12,  # all go on from one state: it must not move
     )
-  laid = _laid_out(config, batch)
-  tokens = _torch(batch["tokens"])
+  laid = laid_out(config, batch)
+  tokens = to_torch(batch["tokens"])
   times = {"cacheaug": [], "torch cached": [], "torch extended": []}
   for turn in range(args.repeats):
     for i in range(1 + benchmark.STEPS):

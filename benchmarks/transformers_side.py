@@ -5,7 +5,8 @@
       [--transformers=VERSION]
   VENV/bin/python benchmarks/transformers_side.py time OUT...
 
-`make` writes OUT/coprocessor and what JAX computes with it. The coprocessor is
+`make` writes OUT/coprocessor and what JAX computes with it, for a decoder's
+directory or tiny:CASE, a random one of tests/make_golden.py. The coprocessor is
 no trained one: a copy of the decoder with noise on every weight, which
 exercises the same arithmetic. `venv` makes a virtual environment from the
 package index with torch, transformers and safetensors alone, and compares there
@@ -30,7 +31,14 @@ NOISE = 0.05  # of each leaf's standard deviation
 
 def make(out: pathlib.Path, decoder: str, latents: int, positions: str) -> None:
   """Writes OUT/coprocessor, OUT/expected.npz and OUT/decoder.json."""
-  sys.path.insert(0, str(ROOT))
+  sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+  if decoder.startswith("tiny:"):
+    import make_golden
+
+    case, decoder = decoder.removeprefix("tiny:"), str(out / "decoder")
+    make_golden.build(case, max_position_embeddings=128).save_pretrained(
+      decoder
+    )
   import jax
   import jax.numpy as jnp
   import numpy as np

@@ -21,6 +21,10 @@ _FORMER = {
   "cacheaug.evals.lm_eval_model": "cacheaug.projects.lm_eval.model",
   "cacheaug.evals.paired": "cacheaug.evals.bootstrap",
   "cacheaug.inference.store": "cacheaug.projects.context_store.store",
+  "cacheaug.decoders": "cacheaug.weights.published",
+  "cacheaug.model.pretrained": "cacheaug.weights.pretrained",
+  "cacheaug.model.families": "cacheaug.weights.config_json",
+  "cacheaug.data.packed": "cacheaug.data.shards",
 }
 
 

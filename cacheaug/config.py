@@ -22,9 +22,9 @@ from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
 from cacheaug.model.config import ModelConfig
 
-# Keys of configs that were written before they had another name: old -> new.
+# Old name of a key -> its present name.
 RENAMED: dict[str, str] = {}
-# Keys that are gone -> the value that they stood for; a run of any other value
+# Removed key -> the value that the code now implies. A run with another value
 # is another experiment.
 DROPPED: dict[str, Any] = {}
 
@@ -67,6 +67,9 @@ def base() -> ConfigDict:
   # rank r on it is trained.
   c.coprocessor.lora_rank = 0
   c.coprocessor.start = "harmless"  # or 'as_is', see augment/coprocessor.py
+  # Of handover and prefix: a trained bias of attention to latents, by layer,
+  # entry and key head. Decoding has none: eval.problems must be 0.
+  c.coprocessor.kv_bias = False
   c.coprocessor.positions = "replace"  # or insert, overlay, see augment/traces
 
   c.language_model = ConfigDict()
@@ -101,8 +104,8 @@ def base() -> ConfigDict:
   # Weight of ahead token y_j: decay ** (j - 1), scaled to a mean of 1.
   c.traces.decay = 1.0
 
-  # Labels of latents: the intermediate results of answers, read off them by the
-  # frozen head (augment/terms.py). All sources in use must have some.
+  # Labels of latents: the results of an answer's steps (data.results), read off
+  # them by the frozen head (augment/terms.py).
   c.supervision = ConfigDict()
   c.supervision.weight = 0.0  # of a label beside an ahead token, 0 for none
   c.supervision.until = 0  # step at which the weight is down to 0; 0: it stays
@@ -117,9 +120,8 @@ def base() -> ConfigDict:
 
   c.data = ConfigDict()
   c.data.sources = ConfigDict()  # name -> see data/sources.py source_defaults
-  c.data.tokenizer = (
-    "decoder"  # the decoder's own, or byte, hf:, sentencepiece:
-  )
+  # The decoder's own, or byte, hf:PATH, sentencepiece:PATH, FILE.gguf.
+  c.data.tokenizer = "decoder"
   c.data.sequence = 2048  # S
   c.data.batch = 1024  # B, over all devices
   # Train on, and evaluate over, answers' tokens alone: points stand where an
@@ -167,6 +169,9 @@ def base() -> ConfigDict:
   # Attention over the context: auto (by device and shape, and logged), or
   # plain, xla, tpu, gpu, see kernels/dispatch.py.
   c.attention = "auto"
+  # On GPUs: the same bits in every run of a step, at some price. The kernels
+  # add in one order in any case; a CPU and a TPU do everywhere.
+  c.deterministic = False
 
   c.log_every = 100  # steps
   c.checkpoint = ConfigDict()
@@ -305,7 +310,7 @@ def nearest(key: str, known: list[str]) -> str:
 
 
 def completed(saved: dict[str, Any]) -> ConfigDict:
-  """A config as this version writes it, from one that an older one wrote.
+  """Converts a config of an older version to one of this version.
 
   Raises:
     KeyError, TypeError, ValueError: it is no run's config at all.
@@ -333,7 +338,7 @@ def completed(saved: dict[str, Any]) -> ConfigDict:
 
 
 def _holder(saved: dict[str, Any], key: str) -> dict[str, Any] | None:
-  """The dictionary that the key is in; None where there is no such key."""
+  """Returns the dictionary that holds the key; None if there is no such key."""
   *parents, name = key.split(".")
   for part in parents:
     saved = saved.get(part, {})
@@ -341,7 +346,7 @@ def _holder(saved: dict[str, Any], key: str) -> dict[str, Any] | None:
 
 
 def _fill(config: ConfigDict, base: ConfigDict) -> ConfigDict:
-  # Below these, keys are the experiment's own: an absent one is none.
+  # Below these, the experiment chooses the keys, so none of them is missing.
   own = ("sources", "multipliers", "beside", "local")
   for key, value in base.items():
     if key not in config:
@@ -378,6 +383,7 @@ def layout_of(config: ConfigDict) -> Layout:
     rounds=config.traces.rounds,
     stride=config.traces.stride,
     window=config.traces.window,
+    kv_bias=config.coprocessor.kv_bias,
   )
 
 

@@ -23,7 +23,7 @@ from cacheaug.data.problems import Problem
 from cacheaug.errors import UserError
 from cacheaug.inference.completion import Completion
 from cacheaug.inference.sampling import Sampling
-from cacheaug.inference.session import Insertion, Plan
+from cacheaug.inference.session import Insertion, InsertionSchedule
 from cacheaug.lm import LM
 from cacheaug.run import command
 
@@ -83,14 +83,18 @@ def plan_of(
   after: list[str],
   *,
   before: list[str] | None = None,
-) -> Plan:
+) -> InsertionSchedule:
   """When latents are inserted, from the flags.
 
   Raises:
     UserError: a count that is none, or text that is not one token.
   """
   steps, earlier = _counts("insert_at", at), _counts("insert_before", before)
-  trained = Plan.trained(lm.coprocessor.spec) if lm.coprocessor else Plan()
+  trained = (
+    InsertionSchedule.trained(lm.coprocessor.spec)
+    if lm.coprocessor
+    else InsertionSchedule()
+  )
   if every < 0:
     every = trained.every
     if every:
@@ -108,7 +112,9 @@ def plan_of(
         "tokenizer: give the text of one"
       )
     ids += found
-  return Plan(steps, every, tuple(ids), before=earlier, rounds=trained.rounds)
+  return InsertionSchedule(
+    steps, every, tuple(ids), before=earlier, rounds=trained.rounds
+  )
 
 
 def _counts(flag: str, given: list[str] | None) -> tuple[int, ...]:
@@ -147,7 +153,11 @@ def prompts_of(prompts: list[str], file: str) -> list[str]:
 
 
 def check_text(name: str, text: str) -> None:
-  """Refuses bytes that are no text: Python hands them on as surrogates."""
+  """Refuses bytes that are no text: Python hands them on as surrogates.
+
+  Raises:
+    UserError: such bytes; names the flag.
+  """
   try:
     text.encode()
   except UnicodeEncodeError as e:

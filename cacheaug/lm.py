@@ -33,11 +33,11 @@ from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
 from cacheaug.inference import arguments, gates, padding
 from cacheaug.inference import context as generate
-from cacheaug.inference.completion import Completion, Writer
+from cacheaug.inference.completion import Completion, Completions
 from cacheaug.inference.context import Context
 from cacheaug.inference.gates import Gate
 from cacheaug.inference.sampling import GREEDY, Sampling
-from cacheaug.inference.session import Plan, Session
+from cacheaug.inference.session import InsertionSchedule, Session
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.weights import trained
 
@@ -65,7 +65,7 @@ class Coprocessor:
   def layers(self) -> Params:
     """The parameters as decoding wants them."""
     body = self.params.get("transformer")
-    apart = {"transformer": generate.apart(body)} if body else {}
+    apart = {"transformer": generate.unstack_on_cpu(body)} if body else {}
     return self.params | apart
 
 
@@ -236,7 +236,7 @@ class LM:
     max_new_tokens: int = 128,
     *,
     latents: bool | Sequence[bool] | None = None,
-    plan: Plan | None = None,
+    plan: InsertionSchedule | None = None,
     sampling: Sampling = GREEDY,
     seed: int = 0,
     stop: Sequence[str] | None = (),
@@ -254,7 +254,7 @@ class LM:
         attached. Where False, the text is the frozen decoder's, whatever the
         others have.
       plan: when latents are inserted; at the prompt's end, and again if the
-        coprocessor was trained for it (Plan.trained), by default.
+        coprocessor was trained for it (InsertionSchedule.trained), by default.
       sampling: the law of a token; the most likely one by default.
       seed: of the draws. Prompt i's draws do not depend on the others.
       stop: strings that end a text and are left out of it; None for none.
@@ -299,13 +299,13 @@ class LM:
     max_new_tokens: int,
     *,
     latents: bool | Sequence[bool] | None = None,
-    plan: Plan | None = None,
+    plan: InsertionSchedule | None = None,
     sampling: Sampling = GREEDY,
     seed: int = 0,
     stop: Sequence[str] | None = (),
     scored: bool = False,
     gate: str | Gate = "",
-  ) -> Writer | None:
+  ) -> Completions | None:
     """Prompts read and laid out, to be run; None where there are none.
 
     Arguments and errors as of `complete`. `latents` as a list keeps room for
@@ -318,7 +318,9 @@ class LM:
     max_new_tokens = arguments.whole_number("max_new_tokens", max_new_tokens, 1)
     stop, seed = arguments.stop_strings(stop), arguments.seed(seed)
     arguments.instance("sampling", sampling, Sampling)
-    arguments.instance("plan", Plan() if plan is None else plan, Plan)
+    arguments.instance(
+      "plan", InsertionSchedule() if plan is None else plan, InsertionSchedule
+    )
     if gate is not None and not isinstance(gate, str) and not callable(gate):
       raise UserError(f"gate={gate!r} is neither 'NAME:NATS' nor a function")
     latents = self.coprocessor is not None if latents is None else latents
@@ -329,7 +331,9 @@ class LM:
       return None
     rows = self._checked([self.encode(p) for p in prompts])
     spec = coproc and coproc.spec
-    plan = plan or (Plan.trained(spec) if coproc else Plan())
+    plan = plan or (
+      InsertionSchedule.trained(spec) if coproc else InsertionSchedule()
+    )
     if coproc:
       first = plan.first(max_new_tokens)
       generate.check_prompts(rows, spec, on=on, said=first)
@@ -342,9 +346,9 @@ class LM:
     if coproc and spec.positions == "insert":
       pushed = plan.room(max_new_tokens) * spec.latents
     self._check_positions(longest + pushed, max_new_tokens)
-    plan = plan if coproc else Plan()
-    told = [row[len(row) - plan.told :] for row in rows]
-    read = [row[: len(row) - plan.told] for row in rows]
+    plan = plan if coproc else InsertionSchedule()
+    forced_suffix = [row[len(row) - plan.forced_tokens :] for row in rows]
+    read = [row[: len(row) - plan.forced_tokens] for row in rows]
     context, plan = self._begin(read, on, plan)
     ends = dict(stop_ids=self.stop_ids, scored=scored)
     session = Session(
@@ -359,14 +363,14 @@ class LM:
       sampling=sampling,
       seed=seed,
       gate=gate or None,
-      told=told,
+      forced_suffix=forced_suffix,
       **ends,
     )
-    return Writer(session, self.tokenizer, rows, stop=stop, **ends)
+    return Completions(session, self.tokenizer, rows, stop=stop, **ends)
 
   def _begin(
-    self, rows: list[list[int]], on: Sequence[bool], plan: Plan
-  ) -> tuple[Context, Plan]:
+    self, rows: list[list[int]], on: Sequence[bool], plan: InsertionSchedule
+  ) -> tuple[Context, InsertionSchedule]:
     """What `writer` goes on from, and the insertions still to come."""
     padded = padding.round_up(max(map(len, rows)), padding.PROMPT)
     return self._read(*padding.pad_left(rows, self._pad_id, padded)), plan
@@ -428,7 +432,7 @@ class LM:
   @functools.cached_property
   def _layers(self) -> Params:
     """The decoder as decoding wants it."""
-    return generate.apart(self.decoder)
+    return generate.unstack_on_cpu(self.decoder)
 
   def _checked(self, tokens: Tokens) -> list[list[int]]:
     """As lists, none empty, of the vocabulary, within the positions."""
@@ -454,7 +458,7 @@ class LM:
     return rows
 
   def _check_positions(self, context: int, new: int) -> None:
-    limit = self.model.config.max_positions
+    limit = self.model.config.longest_context
     if context + new > limit:
       more = f" and {new} new ones" if new else ""
       raise UserError(

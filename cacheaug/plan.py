@@ -4,14 +4,16 @@
       [--slices=N] [--mfu=0.4] [--nocompile] [--json] [--config.key=value ...]
 
 Topologies: v4, v5e, v5p and v6e with a slice's shape (v5e:16x16, v5p:4x4x8),
-h100, h200 and a100 with a number (h100:8); --slices joins several over the
-data-centre network.
+h100, h200, a100, l4 and rtx4090 with a number (h100:8); --slices joins several
+over the data-centre network.
 
 Where libtpu is installed (pip install 'cacheaug[tpu]') the whole training step
 is compiled for TPUs without one: its memory, or the compiler's refusal, and its
-collectives are then the compiler's own. That takes minutes for a large model.
-Everything else is arithmetic over shapes. No weights are needed: the decoder is
-known by its shape, or by config.json where decoder.path is given.
+collectives are then the compiler's own. Where jax's CUDA plugin is installed
+('cacheaug[cuda]') the same goes for h100 and h200, without a GPU. That takes
+minutes for a large model. Everything else is arithmetic over shapes. No weights
+are needed: the decoder is known by its shape, or by config.json where
+decoder.path is given.
 """
 
 import json

@@ -163,7 +163,25 @@ def make_step(
     ), metrics
 
   out = shardings, sharding.replicated(mesh)
-  return jax.jit(step, donate_argnums=0, out_shardings=out)
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=out,
+    compiler_options=_compiler_options(config, mesh),
+  )
+
+
+def _compiler_options(
+  config: ConfigDict, mesh: jax.sharding.Mesh
+) -> dict[str, bool] | None:
+  """XLA's options beside its own choice.
+
+  A GPU's scatters add by atomic operations in whatever order they come, and
+  what is fastest is looked for anew in each process; this flag does without.
+  """
+  if not config.deterministic or mesh.devices.flat[0].platform == "tpu":
+    return None
+  return {"xla_gpu_deterministic_ops": True}
 
 
 def _language_model(config, model, params, batch, *, frozen_head):
@@ -188,7 +206,11 @@ def make_baseline(
   """
   spec, k = configs.layout_of(config), config.optimizer.accumulation
 
-  @partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  @partial(
+    jax.jit,
+    out_shardings=sharding.replicated(mesh),
+    compiler_options=_compiler_options(config, mesh),
+  )
   def baseline(decoder, batch, key, step):
     def part(batch):
       if not configs.draws_points(config):

@@ -20,7 +20,7 @@ from cacheaug import (
   validate,
 )
 from cacheaug import config as configs
-from cacheaug.data import pipeline, tokenizers
+from cacheaug.data import opening, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.evals import run_report
 from cacheaug.kernels import dispatch
@@ -71,7 +71,7 @@ def _train(config: ConfigDict, workdir: str, lock: Lock) -> None:
   model, tokenizer = build.open_model(config, mesh)
 
   # --- data -----------------------------------------------------------------
-  batches = pipeline.open_batches(
+  batches = opening.open_batches(
     config.data,
     tokenizer,
     split="train",
@@ -233,6 +233,8 @@ def report(
     "began as": config.coprocessor.init,
     "traces a sequence": config.traces.count,
   }
+  if spec.window:
+    meta["context that latents' readers see"] = f"{spec.window} tokens"
   text = run_report.coprocessor_report(
     config, workdir, model, decoder, params, tokenizer, spec, meta
   )

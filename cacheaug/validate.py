@@ -177,6 +177,17 @@ def _check_traces(config: ConfigDict) -> None:
       f"objective={config.objective!r} has no frozen decoder to go by: leave "
       "it out"
     )
+  if config.supervision.weight and not config.data.results:
+    raise UserError(
+      f"supervision.weight={config.supervision.weight} with data.results="
+      "False: the labels are the results of steps; set it to True, or the "
+      "weight to 0"
+    )
+  if spec.kv_bias and config.eval.problems:
+    raise UserError(
+      f"eval.problems={config.eval.problems} with coprocessor.kv_bias=True: "
+      "decoding has no bias of attention; set the problems to 0"
+    )
   if spec.window >= s:
     raise UserError(
       f"traces.window={spec.window} hides nothing of sequences of "

@@ -26,6 +26,17 @@ Hardware: one GPU of 40 GB, by arithmetic (nothing of it is measured):
                                                                 --------------
                                                                about 22 GB
 
+By `python -m cacheaug.plan --topology=T --nocompile`, GiB on a device:
+
+  T            overrides                              GiB on a device   of
+  h100:1                                                    22.0      74.5
+  h100:1       optimizer.accumulation=1                     58.7      74.5
+  rtx4090:1    optimizer.accumulation=64                    17.1      22.4
+  v5e:2x4      (does not fit)                               17.1      15.8
+  v5e:2x4      mesh.fsdp=8                                   4.7      15.8
+  v5e:2x4      mesh.fsdp=8 optimizer.accumulation=1          9.3      15.8
+
+As it is it fills a card of 24 GB to the last (22.0 GiB): give the accumulation.
 Several devices: --config.mesh.data=-1 (the default) splits the batch; on a TPU
 v5e slice of 16 give --config.mesh.fsdp=16 --config.data.batch=128.
 Time: not measured. Figures: not measured.

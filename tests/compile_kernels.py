@@ -1,10 +1,11 @@
-"""Compiles the TPU kernels for chips that are not there, and prints a table.
+"""Compiles the kernels for devices that are not there, and prints a table.
 
   python tests/compile_kernels.py
 
-Needs libtpu (the `tpu` extra), no TPU. Shapes: one sequence a chip of Gemma-2
-2B's pass 3 with N = 16, A = 16: M = 128 traces of R = 31 rows, S = 2048,
-bfloat16, soft cap 50. Ends with the share of (row, slot) pairs that tiles of
+Needs libtpu (the `tpu` extra) or jax's CUDA plugin (`cuda`), no TPU and no GPU;
+what is missing is left out. Shapes: one sequence a chip of Gemma-2 2B's pass 3
+with N = 16, A = 16: M = 128 traces of R = 31 rows, S = 2048, bfloat16, soft cap
+50. Ends with the share of (row, slot) pairs that tiles of
 several sizes compute, beside the share needed.
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 
 # Four chips of each kind; those of a larger slice run the same program.
 TOPOLOGIES = "v5e:2x2", "v5p:2x2x1", "v6e:2x2"
+GPUS = ("h100:1",)
 K, G, E, S, M, R = 4, 2, 256, 2048, 128, 31
 ROWS = R * G  # of one trace and key head
 
@@ -51,14 +53,16 @@ def compile_for(topology: str):
   """Yields (kernel, seconds, bytes of temporary memory a chip)."""
   import jax
   import jax.numpy as jnp
-  from jax.experimental import topologies
   from jax.sharding import NamedSharding, PartitionSpec
 
-  from cacheaug.kernels import context_tpu
+  from cacheaug.kernels import context_gpu, context_tpu
+  from cacheaug.projects.planning import topology as topologies
 
-  chips = topologies.get_topology_desc(
-    platform="tpu", topology_name=topology
-  ).devices
+  chips = topologies.compiler_devices(topologies.parse(topology))
+  gpu = topology in GPUS
+  kernels = context_gpu if gpu else context_tpu
+  # As for a plan: nothing can be timed here.
+  options = {"xla_gpu_autotune_level": 0} if gpu else {}
   mesh = jax.sharding.Mesh(np.array(chips), ("data",))
   spec = PartitionSpec("data")
 
@@ -71,10 +75,15 @@ def compile_for(topology: str):
   number = array(K, M * ROWS, dtype=jnp.float32)
   args = q, keys, keys, row, row, number, number, q
   for name, count in {"forward": 5, "backward_dq": 8}.items():
-    run = functools.partial(getattr(context_tpu, name), softcap=50.0)
+    run = functools.partial(getattr(kernels, name), softcap=50.0)
     run = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
     begin = time.perf_counter()
-    compiled = jax.jit(run).lower(*args[:count]).compile()
+    platform = "cuda" if gpu else "tpu"
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      lowered = (
+        jax.jit(run).trace(*args[:count]).lower(lowering_platforms=(platform,))
+      )
+    compiled = lowered.compile(compiler_options=options)
     seconds = time.perf_counter() - begin
     yield name, seconds, compiled.memory_analysis().temp_size_in_bytes
 
@@ -86,9 +95,14 @@ def main() -> None:
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   print("| topology | kernel | compilation, s | temporary bytes |")
   print("|---|---|---|---|")
-  for topology in TOPOLOGIES:
-    for name, seconds, size in compile_for(topology):
-      print(f"| {topology} | {name} | {seconds:.1f} | {size} |", flush=True)
+  from cacheaug.projects.planning.topology import NoCompiler
+
+  for topology in (*TOPOLOGIES, *GPUS):
+    try:
+      for name, seconds, size in compile_for(topology):
+        print(f"| {topology} | {name} | {seconds:.1f} | {size} |", flush=True)
+    except NoCompiler as e:
+      print(f"| {topology} | left out: {e} | | |", flush=True)
   rng = np.random.default_rng(0)
   points = [rng.choice(S - 16, M, replace=False) for _ in range(64)]
   points = np.sort(np.stack(points), -1)

@@ -59,6 +59,7 @@ def start(path, config):
   architecture = ARCHITECTURES.get(config.family, config.family)
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_name("a tiny one")
+  writer.add_license("apache-2.0")
   writer.add_context_length(config.max_positions)
   writer.add_block_count(config.layers)
   writer.add_embedding_length(config.width)

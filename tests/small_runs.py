@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from cacheaug import build, optim, sharding, validate
 from cacheaug import config as configs
 from cacheaug import step as stepping
-from cacheaug.data import pipeline
+from cacheaug.data import opening
 from cacheaug.data.sources import source_defaults
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +74,7 @@ class Steps:
     initial = build.load_initial(
       config, self.model, self.mesh, self.decoder, found
     )
-    self.batches = pipeline.open_batches(
+    self.batches = opening.open_batches(
       config.data, tokenizer, split="train", seed=config.seed
     )
     optimizer, _ = optim.make_optimizer(

@@ -19,7 +19,7 @@ from cacheaug.augment import objective, traces
 from cacheaug.augment.point_sampling import Draw, sample_points
 from cacheaug.data import tokenizers
 from cacheaug.errors import UserError
-from cacheaug.evals import report
+from cacheaug.evals import report, run_report
 from cacheaug.model import lora
 from cacheaug.model.transformer import Transformer
 from cacheaug.weights import huggingface, leaves
@@ -248,7 +248,7 @@ def test_lora_decoder_and_its_table(tmp_path, decoder_path):
   counted = [line.split(",")[6] for line in table.splitlines()[1:]]
   model, _ = build.open_model(config)
   params = cacheaug.load(decoder_path).decoder
-  sums = train.finish.sums_by_source(
+  sums = run_report.sums_by_source(
     config,
     model,
     params,

@@ -16,7 +16,7 @@ from cacheaug.projects.lm_eval.answering import (
   AUGMENTED,
   FROZEN,
   Answerer,
-  Asked,
+  Request,
 )
 
 CONTEXTS = [
@@ -102,7 +102,7 @@ def test_most_likely_is_what_would_be_said(tiny, latents):
 
 def test_texts_are_those_of_generate(tiny):
   lm = augmented(tiny, "replace")
-  asked = [Asked(tuple(lm.encode(c)), NEW) for c in CONTEXTS]
+  asked = [Request(tuple(lm.encode(c)), NEW) for c in CONTEXTS]
   answerer = Answerer(lm, latents=True, batch=2)
   found = answerer.texts(asked)
   for column, latents in ((FROZEN, False), (AUGMENTED, True)):
@@ -130,8 +130,8 @@ def test_short_contexts_are_answered_frozen_and_counted(tiny):
     [(short, continuation), (enough, continuation)]
   )
   assert one[FROZEN] == one[AUGMENTED] and two[FROZEN] != two[AUGMENTED]
-  assert answerer.met["short"] == 1 and answerer.met["requests"] == 2
-  (one,) = answerer.texts([Asked(short, NEW)])
+  assert answerer.counts["short"] == 1 and answerer.counts["requests"] == 2
+  (one,) = answerer.texts([Request(short, NEW)])
   assert one[FROZEN] == one[AUGMENTED]
 
 
@@ -185,15 +185,15 @@ def test_too_long_contexts_lose_their_left_alike(tiny, scheme):
   context = tuple(lm.encode("x = 1\n" * 9))
   continuation = tuple(lm.tokenizer.encode("abc"))
   (long,) = answerer.loglikelihoods([(context, continuation)])
-  assert answerer.met["truncated"] == 1
+  assert answerer.counts["truncated"] == 1
   cut = Answerer(lm, latents=True, batch=2)
   assert cut.loglikelihoods([(context[-22:], continuation)]) == [long]
-  (text,) = answerer.texts([Asked(context, NEW)])
-  assert cut.texts([Asked(context[-(24 - NEW) :], NEW)]) == [text]
+  (text,) = answerer.texts([Request(context, NEW)])
+  assert cut.texts([Request(context[-(24 - NEW) :], NEW)]) == [text]
   with pytest.raises(UserError, match="30 tokens exceeds the decoder's 24"):
     answerer.loglikelihoods([(context, context[:30])])
   with pytest.raises(UserError, match="max_gen_toks=24 leaves no room"):
-    answerer.texts([Asked(context, 24)])
+    answerer.texts([Request(context, 24)])
 
 
 def test_refusals(tiny):

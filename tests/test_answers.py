@@ -11,7 +11,7 @@ from tolerances import jit
 
 from cacheaug.augment import objective, traces
 from cacheaug.augment.point_sampling import Draw, sample_points, valid_points
-from cacheaug.data import pipeline, sources, tokenizers
+from cacheaug.data import opening, sources, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.evals import exact_match, perplexity
 
@@ -44,7 +44,7 @@ def _config(tmp_path, **changes):
 
 
 def _open(config, split="train"):
-  return pipeline.open_batches(config, BYTES, split=split, seed=0)
+  return opening.open_batches(config, BYTES, split=split, seed=0)
 
 
 def _documents(batch):

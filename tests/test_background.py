@@ -17,7 +17,7 @@ from test_generate_engine import (
 from tolerances import far
 
 from cacheaug.errors import UserError
-from cacheaug.inference.session import Plan, Session
+from cacheaug.inference.session import InsertionSchedule, Session
 from cacheaug.model import decode_rows
 from cacheaug.projects.background import session as background
 from cacheaug.projects.background import worker
@@ -87,11 +87,11 @@ def session(of=None, **options):
   model, decoder = model_and_params()
   return BackgroundSession(
     model,
-    decode_rows.split_layers(decoder),
+    decode_rows.unstack_layers(decoder),
     read(),
     max_new_tokens=NEW,
     worker=of,
-    **{"look": 1, "scored": True} | options,
+    **{"poll_every": 1, "scored": True} | options,
   )
 
 
@@ -99,7 +99,7 @@ def synchronous(spec=None, **options):
   model, decoder = model_and_params()
   one = Session(
     model,
-    decode_rows.split_layers(decoder),
+    decode_rows.unstack_layers(decoder),
     read(),
     max_new_tokens=NEW,
     coproc=spec and coproc_of(spec),
@@ -114,7 +114,7 @@ def synchronous(spec=None, **options):
 def bits(done, rows=slice(None)):
   """Tokens, their nll, and the last hidden state."""
   state = done.state
-  parts = state.said, state.nll, state.hidden, state.position
+  parts = state.generated, state.nll, state.hidden, state.position
   return [np.asarray(x)[rows].tobytes() for x in parts]
 
 
@@ -136,7 +136,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_worker_is_the_frozen_decoder(fault, warnings):
   with Broken(FAULTS[fault]) as broken:
-    one = session(broken, plan=Plan(every=2))
+    one = session(broken, plan=InsertionSchedule(every=2))
     one.run(NEW)
     again = session(broken)
     again.run(NEW)
@@ -163,7 +163,7 @@ def test_no_worker_or_one_that_is_off_or_closed(warnings):
 def test_time_outs(warnings):
   """Decoding is over while the pass still hangs."""
   with Gate(limits=Limits(timeout=0.05)) as slow:
-    one = session(slow, plan=Plan(every=1))
+    one = session(slow, plan=InsertionSchedule(every=1))
     one.run(1)
     slow.entered.wait(60)
     job = one._jobs[0]
@@ -180,7 +180,7 @@ def test_time_outs(warnings):
 
 def test_decoding_never_waits(warnings):
   with Gate() as stuck:
-    one = session(stuck, look=2)
+    one = session(stuck, poll_every=2)
     one.run(NEW)
     assert one.finished and bits(one) == bits(synchronous())
     found = stuck.metrics()
@@ -195,7 +195,7 @@ def test_decoding_never_waits(warnings):
 def test_late_by_nothing_is_the_synchronous_path(scheme, start):
   """Bit for bit, for some of a batch, and one on top of the other."""
   spec = spec_of(scheme, start)
-  options = dict(on=[True, False, True], plan=Plan(every=2))
+  options = dict(on=[True, False, True], plan=InsertionSchedule(every=2))
   with Prompt(spec) as prompt:
     one = session(prompt, **options)
     one.run(NEW)
@@ -262,7 +262,7 @@ def late_by(late, spec=SPEC, **options):
 def test_late_latents_as_by_hand(scheme, start, late):
   spec = spec_of(scheme, start)
   one, found = late_by(late, spec)
-  said = np.asarray(one.state.said).tolist()
+  said = np.asarray(one.state.generated).tolist()
   assert said == [late_by_hand(p, spec, late) for p in prompts()]
   assert [(x.step, x.late) for x in one.insertions] == [(late, late)] * 3
   shift = N if scheme == "insert" else 0
@@ -271,7 +271,7 @@ def test_late_latents_as_by_hand(scheme, start, late):
   assert found.lateness == {late: 3}
   far(one.state.hidden, synchronous().state.hidden)
   # Not what latents computed on the spot would have been.
-  on_time = synchronous(spec, plan=Plan(at=(late,)))
+  on_time = synchronous(spec, plan=InsertionSchedule(at=(late,)))
   far(one.state.hidden, on_time.state.hidden)
 
 
@@ -291,7 +291,7 @@ def test_slots_for_latents_are_made_when_they_come():
   plain = session().state.cache.positions.shape
   with Gate() as gate:
     # Room for more latents than the last of the plain slots would hold.
-    one = session(gate, plan=Plan(after=(36,), most=40))
+    one = session(gate, plan=InsertionSchedule(after=(36,), most=40))
     one.run(3)
     assert one.state.cache.positions.shape == plain
     gate.gate.set()
@@ -306,7 +306,7 @@ def test_slots_for_latents_are_made_when_they_come():
 
 def test_a_full_queue_refuses(warnings):
   with Gate(limits=Limits(waiting=1)) as gate:
-    one = session(gate, plan=Plan(every=1))
+    one = session(gate, plan=InsertionSchedule(every=1))
     one.run(1)  # Its snapshot is being worked on, the next one waits.
     assert gate.entered.wait(60)
     one.run(NEW)
@@ -383,7 +383,7 @@ def test_work_for_nobody_is_dropped():
 
 def test_later_latents_overtake():
   with Gate() as gate:
-    one = session(gate, plan=Plan(at=(0, 2)))
+    one = session(gate, plan=InsertionSchedule(at=(0, 2)))
     one.run(3)
     old, new = one._jobs
     gate.gate.set()
@@ -394,20 +394,20 @@ def test_later_latents_overtake():
   assert (found.expired, found.inserted) == (3, 3)
   # As if the first had never been asked for.
   with Gate() as gate:
-    alone = session(gate, plan=Plan(at=(2,)))
+    alone = session(gate, plan=InsertionSchedule(at=(2,)))
     alone.run(3)
     gate.gate.set()
     assert alone._jobs[0].wait(60)
     alone.run(NEW)
-  assert np.array_equal(one.state.said, alone.state.said)
+  assert np.array_equal(one.state.generated, alone.state.generated)
 
 
 def test_latents_after_a_token():
   plain = synchronous()
-  token = int(plain.state.said[0, 1])
-  plan = Plan(at=(), after=(token,), most=1)
+  token = int(plain.state.generated[0, 1])
+  plan = InsertionSchedule(at=(), after=(token,), most=1)
   with Prompt() as prompt:
-    one = session(prompt, plan=plan, look=4)
+    one = session(prompt, plan=plan, poll_every=4)
     one.run(NEW)
   assert bits(one) == bits(synchronous(SPEC, plan=plan))
   assert one.insertions
@@ -456,5 +456,5 @@ def test_where_it_computes():
 def test_limits_that_are_none(changes, message):
   with pytest.raises(UserError, match=message):
     Limits(**changes)
-  with pytest.raises(UserError, match="look=0 must be at least 1"):
-    session(look=0)
+  with pytest.raises(UserError, match="poll_every=0 must be at least 1"):
+    session(poll_every=0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
+from cases import slow_but
 from tolerances import (
   GRADIENT,
   LOSS,
@@ -64,7 +65,7 @@ def of_loss(sums, scheme):
   return run(coproc)
 
 
-@pytest.mark.parametrize("scheme", traces.POSITIONS)
+@pytest.mark.parametrize("scheme", slow_but(traces.POSITIONS, quick=(2,)))
 def test_peers_are_the_same_loss_and_gradients(scheme):
   loss, gradients = of_loss(objective.coprocessor_loss, scheme)
   for peer in (dense_reference.naive_loss, dense_reference.cached_dense_loss):

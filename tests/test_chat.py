@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest import mock
 
 import jax
 import pytest
@@ -218,3 +219,94 @@ def test_lm_eval_leaves_out_a_system_message_that_is_refused(tmp_path):
   text = model.apply_chat_template(CONVERSATIONS[2])
   assert text == lm.render(CONVERSATIONS[2][1:])
   assert jax.numpy.asarray(model.tok_encode(text))[0] == 2
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma"])
+@pytest.mark.parametrize("template", ["adds a bos", "adds none"])
+def test_lm_eval_has_the_tokens_of_its_own_class(tmp_path, name, template):
+  transformers = pytest.importorskip(
+    "transformers", reason="needs the extra 'parity'"
+  )
+  huggingface = pytest.importorskip("lm_eval.models.huggingface")
+  from cacheaug.projects.lm_eval.answering import Answerer
+  from cacheaug.projects.lm_eval.model import AugmentedLM
+
+  directory = with_template(tmp_path / "d", TEMPLATES[name])
+  if template == "adds none":
+    path = directory / "tokenizer.json"
+    entries = json.loads(path.read_text()) | {"post_processor": None}
+    path.write_text(json.dumps(entries))
+    path = directory / "tokenizer_config.json"
+    entries = json.loads(path.read_text()) | {"model_max_length": 512}
+    path.write_text(json.dumps(entries))
+  tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+  theirs = mock.Mock(
+    tokenizer=tokenizer,
+    add_bos_token=None,
+    prefix_token_id=tokenizer.bos_token_id,
+    chat_template_args={},
+  )
+  lm = cacheaug.load(str(directory))
+  answerer = Answerer(lm, latents=False, batch=1)
+  ours = AugmentedLM(latents=False, answerer=answerer)
+  assert ours.prefix_token_id == theirs.prefix_token_id
+  for prompt in ("Hi", " <start> there ", ""):  # before a template: no special
+    want = huggingface.HFLM.tok_encode(theirs, prompt)
+    assert ours.tok_encode(prompt) == want
+  for messages in CONVERSATIONS[:2]:
+    for generation in (True, False):
+      want = huggingface.HFLM.apply_chat_template(theirs, messages, generation)
+      text = ours.apply_chat_template(messages, generation)
+      assert text == want
+      for whole in (text, text + "an answer<eos>", text.rstrip()):
+        ids = huggingface.HFLM.tok_encode(theirs, whole)
+        assert ours.tok_encode(whole) == ids
+
+
+@pytest.mark.slow
+def test_lm_eval_runs_with_a_template(lm, tmp_path, monkeypatch):
+  lm_eval = pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
+  from lm_eval.api.task import ConfigurableTask
+
+  from cacheaug.projects.lm_eval.answering import Answerer
+  from cacheaug.projects.lm_eval.model import AugmentedLM
+
+  monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+  path = tmp_path / "t.jsonl"
+  rows = [{"q": f"question {i}", "c": ["yes", "no"]} for i in range(3)]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  task = ConfigurableTask(
+    config={
+      "task": "t",
+      "dataset_path": "json",
+      "dataset_kwargs": {
+        "data_files": {"test": str(path)},
+        "cache_dir": str(tmp_path / "cache"),
+      },
+      "test_split": "test",
+      "output_type": "multiple_choice",
+      "doc_to_text": "{{q}}",
+      "doc_to_choice": "{{c}}",
+      "doc_to_target": 0,
+      "metric_list": [{"metric": "acc"}],
+    }
+  )
+  answerer = Answerer(lm, latents=False, batch=2)
+  model = AugmentedLM(latents=False, answerer=answerer)
+  asked = []
+  score = answerer.loglikelihoods
+
+  def recorded(pairs):
+    asked.extend(pairs)
+    return score(pairs)
+
+  monkeypatch.setattr(answerer, "loglikelihoods", recorded)
+  lm_eval.simple_evaluate(
+    model=model, tasks=[task], apply_chat_template=True, bootstrap_iters=0
+  )
+  for i, (context, _) in enumerate(asked):
+    message = {"role": "user", "content": rows[i // 2]["q"]}
+    ids = lm.encode(lm.render([message]))
+    assert list(context) == ids[: len(context)]
+    assert len(ids) - len(context) <= 1  # A space at the end is scored.
+  assert len(asked) == 6

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cacheaug import errors
-from cacheaug.data import pipeline, shards, sources, tokenizers
+from cacheaug.data import opening, shards, sources, tokenizers
 
 _S, _B = 96, 8
 
@@ -63,7 +63,7 @@ def config(request, corpora):
 
 def _open(config, split="train", seed=0, **changes):
   tokenizer = tokenizers.ByteTokenizer()
-  return pipeline.open_batches(
+  return opening.open_batches(
     config, tokenizer, split=split, seed=seed, **changes
   )
 
@@ -103,9 +103,9 @@ def test_batch_is_the_same_in_every_process(corpora):
   config = _config(corpora, x=_text(corpora, "x"), p={"kind": "problems"})
   script = """
 import hashlib, pickle, sys
-from cacheaug.data import pipeline, tokenizers
+from cacheaug.data import opening, pipeline, tokenizers
 config = pickle.loads(bytes.fromhex(sys.argv[1]))
-batch = pipeline.open_batches(
+batch = opening.open_batches(
   config, tokenizers.ByteTokenizer(), split="train", seed=5).at(11)
 print(hashlib.sha256(batch["tokens"].tobytes()).hexdigest())
 """

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import tolerances
 from absl import flags
+from cases import slow_but
 
 from cacheaug.augment.traces import Layout
 from cacheaug.data.tokenizers import ByteTokenizer
 from cacheaug.errors import UserError
-from cacheaug.inference.session import Plan
+from cacheaug.inference.session import InsertionSchedule
 from cacheaug.lm import LM, Coprocessor
 from cacheaug.projects.context_store.lm import (
   context_of,
@@ -48,7 +49,9 @@ def lm():
   return make("replace")
 
 
-@pytest.fixture(scope="module", params=["replace", "insert"])
+@pytest.fixture(
+  scope="module", params=slow_but(["replace", "insert"], quick=(0,))
+)
 def either(request):
   return make(request.param)
 
@@ -122,7 +125,7 @@ def test_decoding_from_the_store_is_decoding_right_after(
   off = either.complete(TEXTS, NEW, latents=False, scored=True)
   tolerances.far(off[0].nll, plain[0].nll)
   # Latents that are planned for later come on top, where they would.
-  plan = Plan(at=(0, 3))
+  plan = InsertionSchedule(at=(0, 3))
   options = dict(latents=True, plan=plan, scored=True)
   a, b = (
     either.complete(TEXTS, NEW, **options),

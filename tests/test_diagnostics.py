@@ -256,7 +256,7 @@ def test_attention_mass_is_what_the_decoders_own_attention_gives(
   @jit
   def direct():
     x = jnp.concatenate([z, transformer.embed(model, decoder, laid.ahead)], 2)
-    apart = decode_rows.split_layers(decoder)
+    apart = decode_rows.unstack_layers(decoder)
     transformer.run(model, apart, x, laid.rows, cache)
     return tuple(traced)
 

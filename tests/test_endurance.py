@@ -14,7 +14,7 @@ import small_runs
 from etils import epath
 from fsspec.implementations import memory
 
-from cacheaug.data import pipeline, shards, tokenizers
+from cacheaug.data import opening, pipeline, shards, tokenizers
 from cacheaug.errors import UserError
 from cacheaug.evals import report
 from cacheaug.evals.bootstrap import DocumentSums
@@ -138,7 +138,7 @@ def on_disk(tmp_path, monkeypatch):
   monkeypatch.setattr(shards, "_IN_MEMORY_BYTES", 0)
   config = small_runs.get_config(str(tmp_path))
   tokenizer = tokenizers.load("byte")
-  return pipeline.open_batches(config.data, tokenizer, split="train", seed=0)
+  return opening.open_batches(config.data, tokenizer, split="train", seed=0)
 
 
 def _failing(monkeypatch, waits_needed):

@@ -15,7 +15,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.data.tokenizers import ByteTokenizer
 from cacheaug.errors import UserError
 from cacheaug.inference.sampling import Sampling
-from cacheaug.inference.session import Plan
+from cacheaug.inference.session import InsertionSchedule
 from cacheaug.lm import LM, Coprocessor
 
 NEW = 3
@@ -92,7 +92,7 @@ def test_commands_without_a_coprocessor_decode():
     (dict(latents="off"), "latents='off': give True or False"),
     (dict(latents=1), "latents is 1: give a list of True and False"),
     (dict(latents=[1]), "latents: 1 is neither True nor False"),
-    (dict(plan=(0,)), r"plan is \(0,\): give a Plan"),
+    (dict(plan=(0,)), r"plan is \(0,\): give a InsertionSchedule"),
     (dict(sampling=0.7), "sampling is 0.7: give a Sampling"),
     (dict(gate=3), "gate=3 is neither"),
   ),
@@ -114,7 +114,7 @@ def test_what_callers_may_give(augmented):
     dict(seed=-1),
     dict(seed=2**40),
     dict(seed=np.uint8(3)),
-    dict(plan=Plan(at=[0])),
+    dict(plan=InsertionSchedule(at=[0])),
     dict(gate=None),
   ):
     asked = dict(prompts=["abc"], max_new_tokens=NEW) | options
@@ -123,9 +123,12 @@ def test_what_callers_may_give(augmented):
 
 def test_wrong_types_of_laws_and_plans():
   for make, message in (
-    (lambda: Plan(at=0), "at is 0: give a list of whole numbers"),
-    (lambda: Plan(after=("a",)), "after: an entry='a' is not a whole"),
-    (lambda: Plan(every=1.5), "every=1.5 is not a whole number"),
+    (lambda: InsertionSchedule(at=0), "at is 0: give a list of whole numbers"),
+    (
+      lambda: InsertionSchedule(after=("a",)),
+      "after: an entry='a' is not a whole",
+    ),
+    (lambda: InsertionSchedule(every=1.5), "every=1.5 is not a whole number"),
     (lambda: Sampling("hot"), "temperature is 'hot': give a number"),
     (lambda: Sampling(float("nan")), "temperature=nan must be 0"),
     (lambda: Sampling(1.0, top_k=1.5), "top_k=1.5 is not a whole number"),
@@ -214,10 +217,10 @@ def test_running_text_has_one_bos(asked, lm):
 
 
 def test_a_continuation_that_melts_into_its_context(asked, lm):
-  asked.answerer.met.clear()
+  asked.answerer.counts.clear()
   pairs = (("Ans", "wer"), ("Ans", "x"))
   got = asked.loglikelihood(requests("loglikelihood", *pairs))
-  assert asked.answerer.met["melted"] == 1
+  assert asked.answerer.counts["melted"] == 1
   ids = [*lm.encode("Ans"), *lm.tokenizer.encode("wer")]
   nll = lm.nll([[*ids, 5]], [[3]], ahead=3)
   np.testing.assert_allclose(
@@ -231,7 +234,7 @@ def test_a_continuation_that_melts_into_its_context(asked, lm):
 
 def test_arguments_that_do_nothing_are_taken(asked):
   plain = {"until": ["\n"], "do_sample": False}
-  expected = asked._asked("a", plain)
+  expected = asked._request("a", plain)
   for more in (
     dict(num_beams=1),
     dict(repetition_penalty=1, min_p=0, no_repeat_ngram_size=0),
@@ -239,14 +242,14 @@ def test_arguments_that_do_nothing_are_taken(asked):
     dict(top_k=None, top_p=None, num_beams=None),
     dict(until=["\n", "", None]),
   ):
-    assert asked._asked("a", plain | more) == expected, more
+    assert asked._request("a", plain | more) == expected, more
   for more, message in (
     (dict(num_beams=4), "num_beams=4 is not supported"),
     (dict(repetition_penalty=1.2), "repetition_penalty=1.2 is not"),
     (dict(bad_words=["a"]), "'bad_words' is not known"),
   ):
     with pytest.raises(UserError, match=message):
-      asked._asked("a", plain | more)
+      asked._request("a", plain | more)
   with pytest.raises(UserError, match="max_gen_toks=0 must be at least 1"):
     none = dict(max_gen_toks=0)
     asked.generate_until(requests("generate_until", ("a", plain | none)))

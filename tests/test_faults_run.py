@@ -126,12 +126,12 @@ def test_a_run_on_a_full_disk_ends_in_one_line(small_disk, tmp_path):
 
 
 def test_a_full_disk_while_packing_is_one_line(small_disk, tmp_path):
-  from cacheaug.data import pipeline, tokenizers
+  from cacheaug.data import opening, tokenizers
 
   config = small_runs.get_config(str(tmp_path / "d"))
   config.data.cache_dir = str(small_disk(8192))
   with pytest.raises(UserError) as caught:
-    pipeline.open_batches(
+    opening.open_batches(
       config.data, tokenizers.load("byte"), split="train", seed=0
     )
   assert "data.cache_dir" in _line(caught)
@@ -391,6 +391,12 @@ def test_a_key_that_came_later_counts_as_it_was_before(tmp_path):
     workdirs.check(config, str(tmp_path))
 
 
+def test_words_for_a_person_may_change_between_versions(tmp_path):
+  config, path = _begun(tmp_path)
+  _edit(path, lambda saved: saved["decoder"].update(how_to_get="by post"))
+  workdirs.check(config, str(tmp_path))
+
+
 def test_a_key_that_was_renamed_or_dropped_is_understood(tmp_path, monkeypatch):
   config, path = _begun(tmp_path)
   monkeypatch.setattr(
@@ -616,12 +622,12 @@ def _processes(monkeypatch, count=2):
 
 
 def _rows(directory, documents):
-  from cacheaug.data import pipeline, tokenizers
+  from cacheaug.data import opening, tokenizers
 
   config = small_runs.get_config(str(directory))
   text = directory / "text.txt"
   text.write_text("\n---\n".join(documents))
-  return pipeline.open_batches(
+  return opening.open_batches(
     config.data, tokenizers.load("byte"), split="train", seed=0
   ).describe()
 
@@ -696,7 +702,7 @@ def test_what_process_zero_finds_wrong_ends_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_a_batch_has_one_checksum_on_any_devices(tmp_path, devices):
   from cacheaug import sharding
-  from cacheaug.data import pipeline, tokenizers
+  from cacheaug.data import opening, tokenizers
   from cacheaug.run.checksum import batch_checksum
 
   config = small_runs.get_config(str(tmp_path))
@@ -704,7 +710,7 @@ def test_a_batch_has_one_checksum_on_any_devices(tmp_path, devices):
   byte = tokenizers.load("byte")
 
   def batches(**processes):
-    return pipeline.open_batches(
+    return opening.open_batches(
       config.data, byte, split="train", seed=0, **processes
     )
 

@@ -211,7 +211,7 @@ def test_augmentation_agrees_with_xla(kind):
     shapes = nn.unbox(jax.eval_shape(function, key))
     body = shapes.get("transformer", shapes)
     if "blocks" in body:
-      body = jax.eval_shape(decode_rows.split_layers, body)
+      body = jax.eval_shape(decode_rows.unstack_layers, body)
     return shapes | ({"transformer": body} if "transformer" in shapes else body)
 
   decoder = make(lambda k: transformer.init(model, k))

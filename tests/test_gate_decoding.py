@@ -7,7 +7,7 @@ import pytest
 import cacheaug
 from cacheaug.errors import UserError
 from cacheaug.inference import gates
-from cacheaug.inference.session import Plan
+from cacheaug.inference.session import InsertionSchedule
 
 PROMPTS = [
   "def main(argv):\n  for name in argv[1:]:\n    print(",
@@ -15,7 +15,7 @@ PROMPTS = [
   "import os",
 ]
 NEW = 12
-PLAN = Plan(every=4)
+PLAN = InsertionSchedule(every=4)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from absl import flags
 from absl.testing import flagsaver
 
 import cacheaug
+from cacheaug import config as configs
 from cacheaug.errors import UserError
 from cacheaug.inference.sampling import Sampling
-from cacheaug.inference.session import Plan
+from cacheaug.inference.session import InsertionSchedule
 from cacheaug.weights import pretrained
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -117,7 +119,8 @@ def test_which_decoder_and_coprocessor(command, tmp_path):
   lm = command.open_lm("", "", "", True)
   assert lm.coprocessor.spec.latents == 4
   assert command.open_lm("", "", "", False).coprocessor is None
-  (tmp_path / "config.json").write_text('{"decoder": {"path": ""}}')
+  config = json.dumps(configs.base().to_dict())
+  (tmp_path / "config.json").write_text(config)
   for arguments, message in (
     (("x", "", "y", True), "--workdir and --coprocessor: give one"),
     (("", "shipped:nano", "", True), "--coprocessor is missing"),
@@ -134,7 +137,7 @@ def test_which_decoder_and_coprocessor(command, tmp_path):
 
 def test_plans_and_prompts(command, tmp_path):
   lm = command.open_lm("", "", "", False)
-  assert command.plan_of(lm, ["0"], -1, []) == Plan()
+  assert command.plan_of(lm, ["0"], -1, []) == InsertionSchedule()
   plan = command.plan_of(lm, ["0", "5"], 7, ["="])
   assert (plan.at, plan.every) == ((0, 5), 7)
   assert plan.after == (lm.tokenizer.encode("=")[0],)
@@ -195,10 +198,10 @@ def test_latents_come_as_often_as_trained(command, capsys):
   spec = dataclasses.replace(lm.coprocessor.spec, rounds=2, stride=4)
   params = dataclasses.replace(lm.coprocessor, spec=spec)
   lm = dataclasses.replace(lm, coprocessor=params)
-  assert command.plan_of(lm, ["0"], -1, []) == Plan(every=4)
+  assert command.plan_of(lm, ["0"], -1, []) == InsertionSchedule(every=4)
   assert "latents again after every 4 new tokens" in capsys.readouterr().err
   plan = command.plan_of(lm, ["0"], 0, [], before=["2"])
-  assert plan == Plan(before=(2,)) and not capsys.readouterr().err
+  assert plan == InsertionSchedule(before=(2,)) and not capsys.readouterr().err
   with pytest.raises(UserError, match="--insert_before=x: give counts"):
     command.plan_of(lm, ["0"], 0, [], before=["x"])
 

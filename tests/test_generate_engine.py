@@ -23,9 +23,9 @@ from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference import padding
 from cacheaug.inference.sampling import Sampling
-from cacheaug.inference.session import Plan, Session
+from cacheaug.inference.session import InsertionSchedule, Session
 from cacheaug.model import decode_rows, transformer
-from cacheaug.model.static_cache import SlotCache
+from cacheaug.model.static_cache import StaticCache
 
 NEW = 6  # as in test_generate, whose functions these are
 
@@ -35,13 +35,13 @@ def read():
   model, decoder = model_and_params()
   tokens, documents = padding.pad_left(prompts(), PAD)
   run = tolerances.jit(functools.partial(generate.read, model))
-  return run(decode_rows.split_layers(decoder), tokens, documents)
+  return run(decode_rows.unstack_layers(decoder), tokens, documents)
 
 
 def coproc_of(spec):
   model, _ = model_and_params()
   params = make_coprocessor(model, spec_of("insert", spec.start))
-  split = decode_rows.split_layers(params["transformer"])
+  split = decode_rows.unstack_layers(params["transformer"])
   return {**params, "transformer": split}
 
 
@@ -50,7 +50,7 @@ def session(spec=None, **options):
   coproc = None if spec is None else coproc_of(spec)
   return Session(
     model,
-    decode_rows.split_layers(decoder),
+    decode_rows.unstack_layers(decoder),
     read(),
     max_new_tokens=NEW,
     coproc=coproc,
@@ -81,7 +81,7 @@ def test_decoding_equals_forward_at_every_split():
     _, cache = transformer.prefill(
       model, params, tokens[:, :split], segments=segments[:, :split]
     )
-    cache, found = SlotCache.of(cache, 13, model.dtype), []
+    cache, found = StaticCache.of(cache, 13, model.dtype), []
     for t in range(split, tokens.shape[1], step):
       rows = slice(t, t + step)
       hidden, cache = decode_rows.write_rows(
@@ -97,7 +97,7 @@ def test_decoding_equals_forward_at_every_split():
     return jnp.concatenate(found, 1), cache.stacked()
 
   expected, kv = whole(decoder)
-  apart = decode_rows.split_layers(decoder)
+  apart = decode_rows.unstack_layers(decoder)
   for split, step, params in ((1, 1, apart), (4, 5, decoder), (6, 3, apart)):
     hidden, cache = parts(params, split, step)
     real = segments[:, split:, None]
@@ -190,7 +190,7 @@ def plain_logits(x, positions, longest):
 def test_latents_every_few_tokens_as_by_hand(scheme, start, every):
   spec = spec_of(scheme, start)
   steps = list(range(0, NEW, every))
-  said, done = say(spec, plan=Plan(every=every))
+  said, done = say(spec, plan=InsertionSchedule(every=every))
   expected = [by_hand(p, spec, steps) for p in prompts()]
   assert said.tolist() == expected
   assert [x.step for x in done.insertions if x.sequence == 0] == steps
@@ -202,7 +202,7 @@ def test_latents_every_few_tokens_as_by_hand(scheme, start, every):
 
 def test_latents_later_only():
   spec = spec_of("replace")
-  said, done = say(spec, plan=Plan(at=(3,)))
+  said, done = say(spec, plan=InsertionSchedule(at=(3,)))
   assert said.tolist() == [by_hand(p, spec, [3]) for p in prompts()]
   assert said[:, :3].tolist() == [naive(p)[:3] for p in prompts()]
   assert [x.position for x in done.insertions] == [
@@ -215,7 +215,7 @@ def test_latents_after_a_token():
   spec = spec_of("replace")
   free, _ = say()
   token = int(free[0, 1])
-  said, done = say(spec, plan=Plan(at=(), after=(token,), most=1))
+  said, done = say(spec, plan=InsertionSchedule(at=(), after=(token,), most=1))
   first = [
     row.index(token) + 1 if token in row else NEW for row in free.tolist()
   ]
@@ -232,7 +232,7 @@ def test_latents_after_a_token():
 @pytest.mark.parametrize("scheme", ("insert", "overlay", "replace"))
 def test_mixed_batch_equals_each_alone_bit_for_bit(scheme):
   """Also with no coprocessor at all: empty slots weigh exactly nothing."""
-  spec, plan = spec_of(scheme), Plan(every=2)
+  spec, plan = spec_of(scheme), InsertionSchedule(every=2)
   on, off = np.array([True, False, True]), np.array([False, True, False])
   runs = {
     name: say(spec, plan=plan, on=mask, scored=True)
@@ -258,7 +258,7 @@ def test_mixed_batch_equals_each_alone_bit_for_bit(scheme):
 
 
 def test_a_token_at_a_time_is_the_same():
-  spec, plan = spec_of("replace"), Plan(every=3)
+  spec, plan = spec_of("replace"), InsertionSchedule(every=3)
   whole, _ = say(spec, plan=plan)
   one = session(spec, plan=plan)
   parts = [one.run(1) for _ in range(NEW)]
@@ -313,15 +313,15 @@ def test_ended_sequences_leave_the_others_alone():
 )
 def test_plans_that_are_none(changes, message):
   with pytest.raises(UserError, match=message):
-    Plan(**changes)
+    InsertionSchedule(**changes)
 
 
 def test_plan():
-  assert Plan().steps(5) == [0]
-  assert Plan(every=3).steps(7) == [0, 3, 6]
-  assert Plan(at=(5, 2), every=0).steps(5) == [2]
-  assert Plan(at=(), every=9).steps(5) == []
-  assert Plan(every=3, after=(7,), most=2).room(7) == 5
+  assert InsertionSchedule().steps(5) == [0]
+  assert InsertionSchedule(every=3).steps(7) == [0, 3, 6]
+  assert InsertionSchedule(at=(5, 2), every=0).steps(5) == [2]
+  assert InsertionSchedule(at=(), every=9).steps(5) == []
+  assert InsertionSchedule(every=3, after=(7,), most=2).room(7) == 5
 
 
 def test_bfloat16():

@@ -6,7 +6,7 @@ import pytest
 import cacheaug
 from cacheaug.errors import UserError
 from cacheaug.inference.sampling import Sampling
-from cacheaug.inference.session import Plan
+from cacheaug.inference.session import InsertionSchedule
 
 pytestmark = pytest.mark.usefixtures("as_users_compile")
 
@@ -33,7 +33,10 @@ def plain(lm):
 
 def test_without_latents_bit_for_bit_plain_decoding(lm, plain):
   """Whatever the neighbours have, and however many slots wait for latents."""
-  for plan in (Plan(), Plan(every=1)):  # 64 slots as plain decoding, and 192
+  for plan in (
+    InsertionSchedule(),
+    InsertionSchedule(every=1),
+  ):  # 64 slots as plain decoding, and 192
     mixed = lm.complete(
       PROMPTS, NEW, latents=[True, False, False], plan=plan, scored=True
     )
@@ -87,7 +90,10 @@ def test_draws_repeat_by_seed_whatever_the_other_prompts(lm):
     (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
     (dict(max_new_tokens=1001), "and 1001 new ones exceed"),
     (dict(prompts=["a", "abcd"]), "prompt 0 has 2 tokens.*at least 4"),
-    (dict(prompts=["a"], plan=Plan(at=(1,))), "has 2 tokens.*at least 3"),
+    (
+      dict(prompts=["a"], plan=InsertionSchedule(at=(1,))),
+      "has 2 tokens.*at least 3",
+    ),
   ),
 )
 def test_what_cannot_be_done_is_refused(lm, options, message):
@@ -97,7 +103,7 @@ def test_what_cannot_be_done_is_refused(lm, options, message):
 
 def test_what_can_be_done_is_not(lm):
   assert len(lm.generate(["a", "abcd"], 2, latents=[False, True])) == 2
-  assert len(lm.generate(["a"], 6, plan=Plan(at=(2,)))) == 1
+  assert len(lm.generate(["a"], 6, plan=InsertionSchedule(at=(2,)))) == 1
   assert lm.complete([], 3) == [] and list(lm.stream([])) == []
   frozen = cacheaug.load("shipped:tiny")
   with pytest.raises(UserError, match="no coprocessor is attached"):

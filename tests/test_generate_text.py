@@ -5,7 +5,7 @@ import pytest
 
 from cacheaug.data import tokenizers
 from cacheaug.inference.text import TextStream
-from cacheaug.weights import huggingface
+from cacheaug.weights import pretrained
 
 BYTES = tokenizers.ByteTokenizer()
 TEXT = "naïve – 漢字 😀, and then END of it"
@@ -104,7 +104,7 @@ def test_long_texts_are_whole_and_take_linear_time(name, size, request):
     path = shared_data("tokenizers", "sp_test_model_1000.model")
     name = f"sentencepiece:{path}"
   elif name == "shipped":
-    name = f"hf:{huggingface.resolve('shipped:nano') / 'tokenizer.json'}"
+    name = f"hf:{pretrained.resolve('shipped:nano') / 'tokenizer.json'}"
   counting = Counting(tokenizers.load(name))
   before, *ids = counting.tokenizer.encode("a " + "".join(LONG))
   both = counting.tokenizer.decode([before, *ids])

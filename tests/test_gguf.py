@@ -10,11 +10,18 @@ import make_golden
 import numpy as np
 import pytest
 
+from cacheaug import build
+from cacheaug import config as configs
 from cacheaug.data import gguf_metadata
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
 from cacheaug.model import rope
-from cacheaug.weights import gguf_io, leaves, pretrained
+from cacheaug.weights import (
+  gguf_io,
+  leaves,
+  pretrained,
+  transformers_files,
+)
 
 gguf = pytest.importorskip("gguf", reason="pip install 'cacheaug[gguf]'")
 
@@ -175,6 +182,25 @@ def test_stop_ids(tmp_path):
   path = tmp_path / "m.gguf"
   gguf_files.write_plain(path, make_golden.GOLDEN / "qwen3", change=change)
   assert pretrained.stop_ids(path) == (3, 7)
+
+
+def test_reports_and_cards_say_quantised(tmp_path):
+  """And which licence the file names."""
+  path = tmp_path / "m.gguf"
+  config = model_config.make("llama", **SHAPE)
+  gguf_files.write_random(path, config, ("Q8_0", "F32", "Q4_0"))
+  run = configs.base()
+  run.decoder.path = str(path)
+  name = build.name_decoder(run, "123456789abc")
+  assert name == f"{path} (123456789abc, dequantised from Q8_0, Q4_0)"
+  entries = dict(source=str(path), family="llama", kind="pause", latents=2)
+  entries |= dict(decoder_fingerprint="", positions="replace", start="as_is")
+  card = transformers_files.model_card(entries)
+  assert "(family llama, dequantised from Q8_0, Q4_0)" in card
+  assert "license: apache-2.0" in card
+  gguf_files.write_random(path, config, ("BF16",))
+  assert "dequantised" not in transformers_files.model_card(entries)
+  assert "dequantised" not in build.name_decoder(run, "123456789abc")
 
 
 # --- refusals ---------------------------------------------------------------

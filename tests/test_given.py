@@ -99,7 +99,7 @@ def test_given_rows_are_the_blocks_first(kernel, trained, monkeypatch):
 
 def test_layers_apart_take_given_rows_too():
   model, params, _, x = setup()
-  split = decode_rows.split_layers(params)
+  split = decode_rows.unstack_layers(params)
   found = jit(lambda x: forward(model, split, x, False))(x)
   close(found, results("plain", True, False)[0], HIDDEN)
 

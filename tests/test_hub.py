@@ -82,6 +82,7 @@ def test_a_decoder_by_name(server):
   assert lm.fingerprint == cacheaug.load("shipped:nano").fingerprint
   assert lm.tokenizer is not None
   assert downloaded(server) == [
+    "README.md",
     "config.json",
     "generation_config.json",
     "model.safetensors",

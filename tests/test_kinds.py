@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import packed
 import pytest
+from cases import slow_but
 from packed import (
   DOCUMENTS,
   POINTS,
@@ -34,8 +35,11 @@ from cacheaug.model.rope import rope_table, rotate
 
 N = 3
 KINDS = tuple(k for k in kinds.NAMES if k != "coprocessor")
-CASES = [(kind, "harmless") for kind in KINDS]
-CASES += [pytest.param(kind, "as_is", marks=pytest.mark.slow) for kind in KINDS]
+# One kind of embeddings and one of keys and values are quick.
+CASES = slow_but(
+  [(kind, start) for start in ("harmless", "as_is") for kind in KINDS],
+  quick=[KINDS.index(kind) for kind in ("pause", "prefix")],
+)
 
 
 def setup(kind, start, scheme="insert"):

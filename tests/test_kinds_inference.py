@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 import small_runs
 import tolerances
+from cases import slow_but
 from test_generate import PAD, N, model_and_params, prompts
 from tolerances import (
   LOSS,
@@ -29,7 +30,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference import engine, padding
-from cacheaug.inference.session import Plan, Session
+from cacheaug.inference.session import InsertionSchedule, Session
 from cacheaug.model import decode_rows, transformer
 from cacheaug.projects.background.worker import Worker
 from cacheaug.weights import coprocessor_files
@@ -82,19 +83,19 @@ def context(kind):
     generate.read, model, keep_states=spec.kind.reads_states
   )
   return tolerances.jit(run)(
-    decode_rows.split_layers(decoder), tokens, documents
+    decode_rows.unstack_layers(decoder), tokens, documents
   )
 
 
 def session(kind, scheme="replace", **options):
   model, decoder, coproc, spec = setup(kind, scheme)
-  apart = decode_rows.split_layers(decoder)
+  apart = decode_rows.unstack_layers(decoder)
   args = model, apart, context(kind)
   kw = dict(coproc=coproc, spec=spec, scored=True, max_new_tokens=NEW)
   return Session(*args, **kw | options)
 
 
-@pytest.mark.parametrize("scheme", ["replace", "insert"])
+@pytest.mark.parametrize("scheme", slow_but(["replace", "insert"], quick=(0,)))
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_says_what_the_whole_text_would_score(kind, scheme):
   """Token by token over a static cache, and once as training scores it."""
@@ -120,13 +121,13 @@ def test_a_window_hides_in_decoding_what_it_hides_in_training(kind):
     if len(prompt) > window + 1:
       far(teacher_forced(*args), nll[i])
   with pytest.raises(UserError, match="traces.window=.*inserted once"):
-    session(kind, spec=spec, plan=Plan(at=(0, 2)))
+    session(kind, spec=spec, plan=InsertionSchedule(at=(0, 2)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sequences_without_latents_are_the_frozen_decoders(kind):
   """Bit for bit, whatever stands beside them; later insertions too."""
-  plan = Plan(at=(0, 2))
+  plan = InsertionSchedule(at=(0, 2))
   plain = session(kind, on=[False] * 3, plan=plan)
   expected, both = plain.run(NEW), session(kind, plan=plan, on=[1, 0, 1])
   said = both.run(NEW)
@@ -143,7 +144,7 @@ def test_once_at_the_end_and_in_one_program(kind, monkeypatch):
   """What exact match asks for says what a session says."""
   model, decoder, coproc, spec = setup(kind)
   expected = session(kind).run(NEW)
-  for name in ("start", "advance"):  # inside of one program, not their own
+  for name in ("start", "decode"):  # inside of one program, not their own
     function = getattr(engine, name).__wrapped__
     monkeypatch.setattr(engine, name, function)
   tokens, documents = padding.pad_left(prompts(), PAD)
@@ -158,7 +159,7 @@ def test_once_at_the_end_and_in_one_program(kind, monkeypatch):
 def test_latents_after_tokens_said_are_those_of_the_longer_prompt(kind):
   """So that slots, positions and states of what was said are right."""
   model, decoder, coproc, spec = setup(kind)
-  one = session(kind, plan=Plan(at=(2,)))
+  one = session(kind, plan=InsertionSchedule(at=(2,)))
   said, nll = one.run(NEW), one.nll()
   for i, prompt in enumerate(prompts()):
     text = [*prompt, *said[i, :2]]

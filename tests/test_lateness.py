@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
+from cases import slow_but
 from packed import (
   DOCUMENTS,
   STARTS_AT,
@@ -227,7 +228,13 @@ def dense(start, scheme):
 
 @pytest.mark.parametrize(
   "start, scheme",
-  [*(("harmless", scheme) for scheme in traces.POSITIONS), ("as_is", "insert")],
+  slow_but(
+    [
+      *(("harmless", scheme) for scheme in traces.POSITIONS),
+      ("as_is", "insert"),
+    ],
+    quick=(2,),
+  ),
 )
 def test_parallel_equals_one_at_a_time_equals_dense(start, scheme):
   _, spec, _, coproc, tokens = setup(N, start, scheme)
@@ -261,7 +268,7 @@ def test_a_lateness_of_zero_is_none(scheme):
   jax.tree.map(np.testing.assert_array_equal, zero, none)
 
 
-@pytest.mark.parametrize("start", traces.STARTS)
+@pytest.mark.parametrize("start", slow_but(traces.STARTS, quick=(1,)))
 def test_nothing_between_reaches_the_coprocessor(start):
   """d z / d embedding of any token, and what the predictions depend on.
 

@@ -12,12 +12,15 @@ import make_golden
 import numpy as np
 import pytest
 import tokenizers
+from cases import slow_but
 from tolerances import write_token
 
 from cacheaug.augment import objective
+from cacheaug.errors import UserError
+from cacheaug.lm import LM
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
-from cacheaug.model.static_cache import SlotCache
+from cacheaug.model.static_cache import StaticCache
 from cacheaug.model.transformer import Transformer
 from cacheaug.weights import huggingface, pretrained
 
@@ -76,7 +79,12 @@ def test_golden(case):
   assert_close(run(model, params, tokens, mask), theirs, mask)
 
 
-@pytest.mark.parametrize("case", make_golden.CASES)
+# The golden files hold the others to the same in the quick tests.
+_LIVE = tuple(make_golden.CASES)
+_QUICK = [_LIVE.index(case) for case in ("gemma2", "gemma3", "llama", "qwen3")]
+
+
+@pytest.mark.parametrize("case", slow_but(_LIVE, quick=_QUICK))
 def test_live(case, torch, tmp_path):
   """Past the window, with left padding, from a sharded directory."""
   reference = make_golden.build(case)
@@ -152,6 +160,30 @@ def test_text_half_of_an_image_model(torch, tmp_path):
   np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("case", ("llama_dynamic", "llama_yarn_by_hand"))
+def test_scaled_rope_past_the_positions_of_training(case, torch, tmp_path):
+  """Decoding grows beyond max_position_embeddings, as far as RoPE is scaled."""
+  reference = make_golden.build(case, max_position_embeddings=16)
+  reference.save_pretrained(tmp_path)
+  model, params = load(tmp_path)
+  lm = LM(model, params, None, "")
+  prompt = make_golden.batch(reference.config.vocab_size)[0][:1, :10]
+  ours = lm.decode(lm.prefill(prompt), 20, stop_ids=())
+  with torch.no_grad():
+    theirs = reference.generate(
+      torch.tensor(prompt).long(),
+      do_sample=False,
+      min_new_tokens=20,
+      max_new_tokens=20,
+      eos_token_id=[],
+      pad_token_id=0,
+    )
+  assert ours[0].tolist() == theirs[0, 10:].tolist()
+  limit = 32 if case == "llama_dynamic" else 64
+  with pytest.raises(UserError, match=f"exceed the decoder's {limit} positi"):
+    lm.decode(lm.prefill(prompt), limit)
+
+
 # --- a trained model --------------------------------------------------------
 
 PROMPTS = (
@@ -191,7 +223,7 @@ def greedy(model, params, prompts):
       )
       return (cache, hidden), token
 
-    cache = SlotCache.of(cache, width + STEPS, model.dtype)
+    cache = StaticCache.of(cache, width + STEPS, model.dtype)
     start = cache, hidden[:, -1]
     return jax.lax.scan(step, start, jnp.arange(STEPS))[1].T
 

@@ -63,7 +63,7 @@ def test_topologies_by_name():
 @pytest.mark.parametrize(
   "name", ["v5e", "v5e:", "v5e:16", "v5p:4x4", "h100:2x4", "tpu:8", "v5e:0x4"]
 )
-def test_unknown_topologies_are_refused(name):
+def test_unknown_topologies_are_out_of_memory(name):
   with pytest.raises(UserError, match="--topology=.*(for )?example"):
     topologies.parse(name)
 
@@ -122,7 +122,7 @@ def test_bytes_agree_with_a_real_state(tmp_path):
   assert kinds["frozen decoder"] == on_first(run.decoder)
 
 
-def test_a_mesh_that_does_not_divide_is_refused():
+def test_a_mesh_that_does_not_divide_is_out_of_memory():
   with pytest.raises(UserError, match="fsdp=48.*256 devices"):
     planner.plan(
       _gemma(mesh=dict(fsdp=48)),
@@ -131,7 +131,7 @@ def test_a_mesh_that_does_not_divide_is_refused():
     )
 
 
-def test_a_config_without_shape_is_refused():
+def test_a_config_without_shape_is_out_of_memory():
   config = configs.base()
   config.data.sources = ConfigDict({"a": source_defaults()})
   with pytest.raises(UserError, match="decoder.shape is empty.*decoder.path"):
@@ -159,12 +159,12 @@ def test_advice_names_keys_and_they_help():
   pod = topologies.parse("v5e:16x16")
   found = planner.plan(config, pod, use_compiler=False)
   assert not found["memory"]["fits"]
-  by_key = {r["keys"].partition("=")[0]: r for r in found["remedies"]}
+  by_key = {r["keys"].partition("=")[0]: r for r in found["suggestions"]}
   assert {"remat", "optimizer.accumulation", "data.batch"} <= set(by_key)
   assert by_key["remat"]["same_result"]
   assert not by_key["data.batch"]["same_result"]
   # One that is said to fit does, and the table says so.
-  fitting = next(r for r in found["remedies"] if r["fits"])
+  fitting = next(r for r in found["suggestions"] if r["fits"])
   changed = ConfigDict(config.copy_and_resolve_references())
   for change in fitting["keys"].split(" "):
     key, _, value = change.partition("=")
@@ -186,8 +186,8 @@ def test_times_by_hand():
   config, model = planner.prepare(_gemma())
   pod = topologies.parse("v5e:16x16")
   traffic = [
-    collectives.Traffic("all-gather", "devices", 1, 400e9),
-    collectives.Traffic("all-reduce", "slices", 1, 3.125e9),
+    collectives.CollectiveBytes("all-gather", "devices", 1, 400e9),
+    collectives.CollectiveBytes("all-reduce", "slices", 1, 3.125e9),
   ]
   found = times.of_step(config, model, pod, traffic, mfu=0.5)
   # 77.8 TFLOP a sequence (tests/test_flops.py), 4 on each device.
@@ -292,6 +292,35 @@ def test_collectives_as_the_tpu_compiler_writes_them():
   }
 
 
+def test_groups_as_libtpu_writes_them_since_0_0_42():
+  """With the devices' order, and an axis in part."""
+  line = (
+    "ENTRY %main (x: f32[8]) -> f32[8] {\n"
+    "  %g = bf16[16,8]{1,0} all-gather(%x), channel_id=1, replica_groups="
+    "mesh['axis_0'=1,'axis_1'=16,'axis_2'=16], device_ids=([16,16]T(1,0)) "
+    "{AXES}, dimensions={0}, use_global_device_ids=true\n}\n"
+  )
+  for axes, group in (
+    ("'axis_1'", 16),
+    ("'axis_1','axis_2'", 256),
+    ("'axis_1':(4)2", 2),
+  ):
+    (found,) = collectives.of_program(line.replace("AXES", axes))
+    assert found.bytes == 256 * (group - 1) / group, axes
+
+
+@pytest.mark.parametrize(
+  "groups", ["", "replica_groups={}, ", "replica_groups=v3"]
+)
+def test_what_cannot_be_read_is_not_counted_as_nothing(groups):
+  text = (
+    "ENTRY %main (x: f32[8]) -> f32[8] {\n"
+    f"  %g = f32[16]{{0}} all-gather(%x), channel_id=1, {groups}\n}}\n"
+  )
+  with pytest.raises(collectives.Unreadable):
+    collectives.of_program(text)
+
+
 def test_weights_travel_and_not_rows():
   """Without `placing` XLA gathers rows over the devices of fsdp."""
   model = make_model(layers=1, width=64, mlp_width=128)
@@ -344,14 +373,14 @@ def _command(*arguments, config=_ROOT / "configs/gemma2b.py"):
 
 def test_table_without_a_compiler():
   done = _command(
-    "--topology=h200:8",
+    "--topology=a100:8",
     "--config.mesh.fsdp=8",
     "--config.optimizer.accumulation=128",
   )
   assert done.returncode == 0, done.stderr
   for words in (
-    "h200:8: 8 devices, mesh data 1, fsdp 8, tensor 1",
-    "nothing was compiled (GPU programs are compiled on a GPU alone)",
+    "a100:8: 8 devices, mesh data 1, fsdp 8, tensor 1",
+    "nothing was compiled (GPU programs are compiled for h100 and h200 alone)",
     "optimizer state",
     "an assumption, not a measurement",
     "device-hours",
@@ -399,7 +428,10 @@ def test_a_program_that_jaxlib_cannot_read(tmp_path, monkeypatch):
   monkeypatch.setattr(compiling, "compile_step", lambda *args: said)
   found = planner.plan(config, topology, mfu=0.4, use_compiler=True)
   assert found["collectives"] == found["collectives_expected"]
-  assert "jaxlib cannot read the compiled program" in table(found)
+  words = "cannot be read, jaxlib does not know all of its instructions"
+  assert words in table(found)
+  assert found["compiled"]["by"] == compiling.versions("tpu")
+  assert f"compiled by {compiling.versions('tpu')} in 1 s" in table(found)
 
   def unreadable():
     raise jax.errors.JaxRuntimeError("async-update")
@@ -438,5 +470,5 @@ def test_what_does_not_fit_is_said_with_keys(tmp_path):
     config=config,
   )
   assert done.returncode == 0, done.stderr
-  assert "DOES NOT FIT" in done.stdout and "the compiler, in" in done.stdout
+  assert "DOES NOT FIT" in done.stdout and "the compiler (libtpu" in done.stdout
   assert re.search(r"optimizer.accumulation=\d+: saves .*: fits", done.stdout)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
+from cases import slow_but
 from packed import DOCUMENTS, STARTS_AT, S, note
 from tolerances import (
   GRADIENT,
@@ -32,7 +33,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference import engine, padding
-from cacheaug.inference.session import Plan, Session
+from cacheaug.inference.session import InsertionSchedule, Session
 from cacheaug.model import transformer
 from cacheaug.projects.background.worker import Worker
 from cacheaug.projects.speed import dense_reference
@@ -49,7 +50,9 @@ CASES = [  # scheme, start, rounds, stride
   ("replace", "as_is", 2, 0),
   ("insert", "as_is", 2, 0),
 ]
-cases = pytest.mark.parametrize("scheme, start, count, stride", CASES)
+cases = pytest.mark.parametrize(
+  "scheme, start, count, stride", slow_but(CASES, quick=(0, 2, 4))
+)
 
 
 @functools.cache
@@ -164,11 +167,11 @@ def one_by_one(*case):
   return jax.device_get((nll, value, grads))
 
 
-def decoded(*case, every=None, told=None):
-  """nll [b m, T], told what to say, latents as Plan(every=k) puts them."""
+def decoded(*case, every=None, forced_suffix=None):
+  """nll [b m, T], tokens forced, latents as a schedule of every=k puts them."""
   model, spec, decoder, coproc, _ = setup(*case)
   tokens, documents, after = prompts(spec.tokens_predicted)
-  after = after if told is None else told
+  after = after if forced_suffix is None else forced_suffix
   b, count = len(tokens), 0
   context = jit(lambda: generate.read(model, decoder, tokens, documents))()
   state = engine.start(
@@ -180,16 +183,18 @@ def decoded(*case, every=None, told=None):
   )
   stride = spec.stride if every is None else every
   for i in range(spec.rounds):
-    state = engine.advance(
+    state = engine.decode(
       model, decoder, state, stride * i, scored=True, forced=after
     )
     on = np.ones(b, bool)
-    state = engine.insert(model, decoder, coproc, state, count, on, spec)
+    state = engine.insert_latents(
+      model, decoder, coproc, state, count, on, spec
+    )
     count += 1
-  state = engine.advance(
+  state = engine.decode(
     model, decoder, state, spec.tokens_predicted, scored=True, forced=after
   )
-  np.testing.assert_array_equal(state.said, after)
+  np.testing.assert_array_equal(state.generated, after)
   return np.asarray(state.nll)
 
 
@@ -211,7 +216,7 @@ def test_training_is_one_round_after_another(scheme, start, count, stride):
 
 @cases
 def test_training_is_what_decoding_does(scheme, start, count, stride):
-  """Plan(every=stride): latents at p, p + k .. while the text is told."""
+  """every=stride: latents at p, p + k .. while the text is forced."""
   case = scheme, start, count, stride
   (nll, weights), _, _ = parallel(*case)
   there = in_order(weights) > 0
@@ -428,7 +433,7 @@ def test_flop_are_of_every_round(stride):
 
 
 def test_sessions_insert_as_trained():
-  """Plan(before=...) ends a chain at the prompt's end; rounds at one point."""
+  """before=... ends a chain at the prompt's end; rounds at one point."""
   for case in (CASES[2], CASES[4]):
     model, spec, decoder, coproc, _ = setup(*case)
     tokens, documents, after = prompts(spec.tokens_predicted)
@@ -443,8 +448,8 @@ def test_sessions_insert_as_trained():
       max_new_tokens=spec.ahead,
       coproc=coproc,
       spec=spec,
-      plan=Plan(before=before, rounds=spec.rounds_per_point),
-      told=after[:, :told],
+      plan=InsertionSchedule(before=before, rounds=spec.rounds_per_point),
+      forced_suffix=after[:, :told],
       scored=True,
     )
     said = session.run(1)
@@ -453,17 +458,19 @@ def test_sessions_insert_as_trained():
     assert steps == [spec.stride * i - told for i in range(spec.rounds)]
     own = after.copy()
     own[:, told] = said[:, 0]
-    same = decoded(*case, told=own)
+    same = decoded(*case, forced_suffix=own)
     close(session.nll()[:, 0], same[:, told], NLL)
 
 
 def test_a_trained_coprocessor_says_how_often():
   spec = Layout(N, A, rounds=2, stride=4)
-  assert Plan.trained(spec) == Plan(every=4)
-  assert Plan.trained(Layout(N, A, rounds=3)) == Plan(rounds=3)
-  assert Plan.trained(Layout(N, A)) == Plan()
-  plan = Plan(at=(0,), before=(8, 4), rounds=2)
-  assert plan.room(5) == 6 and plan.told == 8 and plan.first(5) == -8
+  assert InsertionSchedule.trained(spec) == InsertionSchedule(every=4)
+  assert InsertionSchedule.trained(Layout(N, A, rounds=3)) == InsertionSchedule(
+    rounds=3
+  )
+  assert InsertionSchedule.trained(Layout(N, A)) == InsertionSchedule()
+  plan = InsertionSchedule(at=(0,), before=(8, 4), rounds=2)
+  assert plan.room(5) == 6 and plan.forced_tokens == 8 and plan.first(5) == -8
   for wrong in (dict(before=(0,)), dict(rounds=0)):
     with pytest.raises(UserError, match="1 or more|at least 1"):
-      Plan(**wrong)
+      InsertionSchedule(**wrong)

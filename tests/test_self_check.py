@@ -107,11 +107,19 @@ def test_the_xla_path_is_right(softcap, dtype):
     softcap=softcap,
   )
   errors = self_check.errors_of(case, *jax.device_get((out, lse, dq)))
-  # Ten times below the tolerance, so that a device's rounding has room.
-  assert max(errors.values()) < self_check.TOLERANCE[dtype] / 2, errors
+  for name, tolerance in self_check.TOLERANCE[dtype].items():
+    # Room for a device's own rounding.
+    assert errors[name] < tolerance / 5, errors
 
 
-def test_the_gpu_kernel_is_right_in_interpret_mode():
+def test_the_gpu_kernel_is_right_in_interpret_mode(monkeypatch):
+  """With a tanh that is off by as much as the instruction may be."""
+  monkeypatch.setattr(
+    context_gpu,
+    "_tanh",
+    lambda x, dtype, interpret: jnp.tanh(x) * (1 + 2.0**-11),
+  )
+  jax.clear_caches()  # programs with another tanh
   problem = self_check.compare(
     functools.partial(context_gpu.forward, softcap=50.0, interpret=True),
     functools.partial(context_gpu.backward_dq, softcap=50.0, interpret=True),

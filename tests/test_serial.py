@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from cacheaug.data import pipeline, problems, serial, sources, tokenizers
+from cacheaug.data import (
+  opening,
+  problems,
+  serial,
+  sources,
+  tokenizers,
+)
 from cacheaug.errors import UserError
 
 BYTES = tokenizers.ByteTokenizer()
@@ -152,7 +158,7 @@ def _open(split="train", sequence=64, results=True, **changes):
       "results": results,
     }
   )
-  return pipeline.open_batches(config, BYTES, split=split, seed=0)
+  return opening.open_batches(config, BYTES, split=split, seed=0)
 
 
 @pytest.mark.parametrize("kind", serial.KINDS)

@@ -13,7 +13,7 @@ from test_generate_engine import NEW, coproc_of
 
 from cacheaug.errors import UserError
 from cacheaug.inference.sampling import Sampling
-from cacheaug.inference.session import Plan
+from cacheaug.inference.session import InsertionSchedule
 from cacheaug.model import decode_rows
 from cacheaug.projects.background.serve import Server
 from cacheaug.projects.background.worker import Worker
@@ -26,9 +26,9 @@ def server(worker=None, **options):
   model, decoder = model_and_params()
   return Server(
     model,
-    decode_rows.split_layers(decoder),
+    decode_rows.unstack_layers(decoder),
     worker=worker,
-    **{"max_new_tokens": NEW, "batch": B, "look": 2} | options,
+    **{"max_new_tokens": NEW, "batch": B, "poll_every": 2} | options,
   )
 
 
@@ -133,7 +133,7 @@ def test_with_a_real_worker_all_are_answered():
 
   model, _ = model_and_params()
   with Slow(model, coproc_of(SPEC), SPEC) as slow:
-    one = server(slow, look=1)
+    one = server(slow, poll_every=1)
     on = [one.submit(p) for p in prompts() * 5]
     off = [one.submit(p, latents=False) for p in prompts() * 5]
     found = {x.request: x for x in one.answers()}
@@ -193,9 +193,9 @@ def test_what_cannot_be_asked():
 
 def test_short_prompts_before_later_latents():
   with Prompt() as prompt:
-    (found,) = ask(server(prompt, plan=Plan(at=(2,))), [1])
+    (found,) = ask(server(prompt, plan=InsertionSchedule(at=(2,))), [1])
     assert not found.error and found.insertions[0].step == 2
-    after = Plan(at=(2,), after=(5,))
+    after = InsertionSchedule(at=(2,), after=(5,))
     (found,) = ask(server(prompt, plan=after), [1])
     assert "it needs at least 3" in found.error
 
@@ -243,7 +243,7 @@ def test_requests_from_many_threads():
     assert list(answer.ids) == naive(prompts()[which[answer.request]])
 
 
-@pytest.mark.parametrize("name", ("max_new_tokens", "batch", "look"))
+@pytest.mark.parametrize("name", ("max_new_tokens", "batch", "poll_every"))
 def test_servers_that_are_none(name):
   with pytest.raises(UserError, match=f"{name}=0 must be at least 1"):
     server(**{name: 0})

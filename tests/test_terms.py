@@ -4,12 +4,15 @@ Structured (the loss itself), the dense mask over one sequence, and one trace
 at a time over plain caches: the same number and the same gradients.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_runs
+from ml_collections import ConfigDict
 from tolerances import (
   GRADIENT,
   LOSS,
@@ -23,30 +26,32 @@ from tolerances import (
   tokens_of,
 )
 
-from cacheaug.augment import coprocessor, terms, traces
+from cacheaug.augment import coprocessor, objective, terms, traces
 from cacheaug.augment.terms import Terms
 from cacheaug.augment.traces import Layout
+from cacheaug.data.sources import source_defaults
 from cacheaug.errors import UserError
+from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
 
 N, A, S, J = 3, 3, 16, 2
 DOCUMENTS = np.array([[0] * 12 + [1] * 4], np.int32)
 POINTS = np.array([[6, 9]], np.int32)  # of the last a target is not there
-STEPS = np.full((1, S, J), -1, np.int32)
-STEPS[0, 6], STEPS[0, 9] = (5, 7), (11, -1)
+RESULTS = np.full((1, S, J), -1, np.int32)
+RESULTS[0, 6], RESULTS[0, 9] = (5, 7), (11, -1)
 WINDOW, TOP = 5, 4
 
 
 @functools.cache
-def setup(positions="replace", window=0, kind="coprocessor"):
+def setup(positions="replace", window=0):
   model = make_model()
-  layout = Layout(N, A, positions, window=window, kind=kind)
-  coproc = make_coprocessor(model, Layout(N, A, kind=kind))
+  layout = Layout(N, A, positions, window=window)
+  coproc = make_coprocessor(model, Layout(N, A))
   batch = {
     "tokens": tokens_of(model, 1, S),
     "documents": DOCUMENTS,
-    "steps": STEPS,
+    "results": RESULTS,
   }
   return model, layout, make_params(model), coproc, batch
 
@@ -75,7 +80,8 @@ def total_of(p, states, own, added, **changes):
     return jax.nn.log_softmax(transformer.logits(model, decoder, rows))
 
   tokens = batch["tokens"][:, :12]
-  whole, _ = transformer.prefill(model, decoder, tokens)
+  if added.teacher:
+    whole, _ = transformer.prefill(model, decoder, tokens)
   # Of mean 1: 0.5 ** (0, 1, 2) are 7 / 12 on average.
   along = np.array([12, 6, 3]) / 7 if added.decay == 0.5 else np.ones(A)
   out = 0.0
@@ -89,7 +95,7 @@ def total_of(p, states, own, added, **changes):
       kl = (likely * (jnp.log(likely) - row[best])).sum()
       out += added.teacher * along[j] * kl
   rows = states if added.supervision_at == "decoder" else own
-  for j, label in enumerate(STEPS[0, p]):
+  for j, label in enumerate(RESULTS[0, p]):
     if label >= 0:
       out -= added.supervision * logp(rows[j])[label]
   return out
@@ -212,6 +218,37 @@ def test_the_window_is_a_windows_whatever_the_positions(positions):
   )
 
 
+@pytest.mark.parametrize("kind", ["prefix", "handover"])
+def test_a_bias_of_attention_in_tiles_equals_one_softmax(kind):
+  """Of handed-over keys: loss and gradients, the bias's own among them."""
+  model = make_model()
+  layout = Layout(N, A, "replace", kind=kind, window=WINDOW, kv_bias=True)
+  coproc, batch = make_coprocessor(model, layout), setup()[4]
+
+  def run(name, coproc):
+    other = model.clone(attention=Kernel(name))
+
+    @jit
+    def both(coproc):
+      def loss(coproc):
+        args = other, make_params(model), coproc, batch, POINTS, layout
+        return objective.coprocessor_loss(*args)[0].sum()
+
+      return jax.value_and_grad(loss)(coproc)
+
+    return both(coproc)
+
+  loss, grads = run("xla", coproc)
+  plain, plain_grads = run("plain", coproc)
+  close(loss, plain, LOSS)
+  close_trees(grads, plain_grads, GRADIENT)
+  assert np.abs(grads["kv_bias"]).max() > 1e-4
+  none = coproc | {"kv_bias": jnp.zeros_like(coproc["kv_bias"])}
+  far(run("xla", none)[0], loss)
+  without = {k: v for k, v in coproc.items() if k != "kv_bias"}
+  close(run("xla", none)[0], run("xla", without)[0], LOSS)
+
+
 def test_labels_weigh_less_with_every_step():
   added = Terms(supervision=2.0, supervision_until=10)
   weights = [float(terms.supervision_weight(added, s)) for s in (0, 5, 10, 11)]
@@ -231,8 +268,10 @@ def test_labels_weigh_less_with_every_step():
       "supervision.at='coprocessor'.*'pause'",
     ),
     (dict(supervision=1), dict(rounds=2, stride=2), "traces.stride=2"),
+    (dict(supervision=1), dict(latents=1), "coprocessor.latents=1"),
     (dict(teacher=1), {}, "teacher.weight=1 with traces.window=0"),
     (dict(teacher_top=0), {}, "teacher.top=0"),
+    ({}, dict(kv_bias=True), "coprocessor.kv_bias.*'coprocessor'"),
     (dict(decay=0.0), {}, "traces.decay=0.0"),
     ({}, dict(window=2), "traces.window=2 is less than the 3 tokens"),
     ({}, dict(window=9, rounds=2), "traces.window=9 with traces.rounds=2"),
@@ -241,17 +280,52 @@ def test_labels_weigh_less_with_every_step():
 )
 def test_terms_that_cannot_be_are_refused(added, layout, said):
   with pytest.raises(UserError, match=said) as caught:
-    Terms(**added).check(Layout(N, A, **layout))
+    Terms(**added).check(Layout(**dict(latents=N, ahead=A) | layout))
   assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("at, free", [("decoder", 2), ("coprocessor", 3)])
-def test_more_labels_than_latents_are_refused(at, free):
+def test_results_beyond_the_latents_are_not_taught(at, free):
   added = Terms(supervision=1.0, supervision_at=at)
-  steps = np.zeros((1, S, free), np.int32)
-  labels, weights = terms.labels_of(steps, POINTS, Layout(N, A), added)
-  assert labels.shape == (1, 2, free) and weights.sum() == 2 * free
-  with pytest.raises(UserError, match=f"can bear {free} labels"):
-    terms.labels_of(np.zeros((1, S, 4)), POINTS, Layout(N, A), added)
-  # Two rounds have twice the latents.
-  terms.labels_of(np.zeros((1, S, 4)), POINTS, Layout(N, A, rounds=2), added)
+  layout = Layout(N, A)
+  assert added.labelled(layout) == free
+  assert added.labelled(dataclasses.replace(layout, rounds=2)) == free + N
+  results = np.zeros((1, S, 4), np.int32)
+  results[0, POINTS[0, 1], 1:] = -1
+  points = np.append(POINTS, [[-1]], 1)
+  labels, weights = terms.labels_of(results, points, free)
+  assert labels.shape == (1, 3, free)
+  assert weights.sum(-1).tolist() == [[free, 1, 0]]
+
+
+# --- in the trainer ----------------------------------------------------------
+
+
+def steps_of(tmp_path, **changes):
+  config = small_runs.get_config(str(tmp_path))
+  source = source_defaults()
+  source.kind, source.kinds = "problems", ("hops",)
+  source.steps_min, source.steps_max = 2, 3
+  config.data.sources = ConfigDict({"hops": source})
+  config.data.answers_only = config.data.results = True
+  config.data.sequence, config.coprocessor.latents = 64, 4
+  config.traces.count = 2
+  config.update_from_flattened_dict(
+    {"supervision.weight": 0.5, "supervision.until": 4, "traces.decay": 0.5}
+    | changes
+  )
+  return small_runs.Steps(config)
+
+
+def test_training_learns_labels_and_accumulates_them(tmp_path):
+  whole = steps_of(tmp_path)
+  batch = whole.batches.at(0)
+  assert (batch["results"] >= 0).any()
+  losses = whole.take(3)
+  halves = steps_of(tmp_path, **{"optimizer.accumulation": 2})
+  np.testing.assert_allclose(halves.take(3), losses, rtol=1e-5)
+  plain = steps_of(tmp_path, **{"supervision.weight": 0.0, "traces.decay": 1.0})
+  assert plain.take(1) == pytest.approx(
+    losses[:1], rel=1e-6
+  )  # of the nll alone
+  far(plain.take(2)[-1], losses[-1])

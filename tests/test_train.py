@@ -97,7 +97,7 @@ def test_baseline_is_over_the_very_tokens_of_the_step(tmp_path):
 def test_mfu_where_the_devices_peak_is_known(tmp_path):
   config = small_runs.get_config(str(tmp_path))
   sums = np.ones(4), np.ones(4)
-  metrics = {"running": sums, "batch": sums}
+  metrics = {"running": sums, "batch": sums, "terms": {}}
   metrics |= {"gradient_norm": 1.0, "parameter_norm": 1.0}
   found = []
 

@@ -24,7 +24,7 @@ from cacheaug.model import transformer
 from cacheaug.model.attention import Rows
 from cacheaug.model.layers import Block, RMSNorm
 from cacheaug.model.rope import rope_table
-from cacheaug.model.static_cache import SlotCache
+from cacheaug.model.static_cache import StaticCache
 
 T = 7  # beyond the window of 5, so that decoding drops keys
 
@@ -85,7 +85,7 @@ def test_steps_after_left_padding_equal_forward_at_every_split():
       )
       return cache, hidden
 
-    cache = SlotCache.of(cache, slots + T - 1, model.dtype)
+    cache = StaticCache.of(cache, slots + T - 1, model.dtype)
     steps = jnp.arange(T - 1), given.T
     return jax.lax.scan(step, cache, steps)[1].swapaxes(0, 1)
 
@@ -101,7 +101,7 @@ def test_a_token_fills_its_slot():
   def run(params):
     _, cache = transformer.prefill(model, params, tokens[:, :-1])
     position = jnp.full((2,), T - 1, jnp.int32)
-    cache = SlotCache.of(cache, T + 2, model.dtype)
+    cache = StaticCache.of(cache, T + 2, model.dtype)
     last, cache = write_token(
       model, params, cache, tokens[:, -1], position, T - 1
     )

@@ -21,7 +21,7 @@ from cacheaug import build, sharding, validate
 from cacheaug import config as configs
 from cacheaug.data import (
   gguf_metadata,
-  pipeline,
+  opening,
   record_files,
   shards,
   tokenizers,
@@ -38,7 +38,7 @@ _PAGE = (_ROOT / "docs" / "troubleshooting.md").read_text()
 
 def _batches(config: ConfigDict) -> None:
   tokenizer = tokenizers.load("byte")
-  pipeline.open_batches(config.data, tokenizer, split="train", seed=0)
+  opening.open_batches(config.data, tokenizer, split="train", seed=0)
 
 
 def no_weights(config, directory):
@@ -223,7 +223,7 @@ def open_files(config, directory, monkeypatch):
     record_files.resource, "getrlimit", lambda _: (1024, 4096)
   )
   tokenizer = tokenizers.load("byte")
-  batches = pipeline.open_batches(config.data, tokenizer, split="train", seed=0)
+  batches = opening.open_batches(config.data, tokenizer, split="train", seed=0)
   try:
     batches.at(0)
   except UserError as error:  # Without the cache's own name.
@@ -322,6 +322,32 @@ def shape_that_does_not_divide(config, directory):
 
 def no_traces(config, directory):
   config.traces.count = 40
+  validate.check_config(config, 1)
+
+
+def a_small_window(config, directory):
+  config.traces.window = 1
+  validate.check_config(config, 1)
+
+
+def a_window_below_the_sliding_one(config, directory):
+  config.traces.window = 4
+  validate.check_model(config, configs.model_of(config))
+
+
+def a_teacher_that_sees_no_more(config, directory):
+  config.teacher.weight = 1.0
+  validate.check_config(config, 1)
+
+
+def a_teacher_without_latents(config, directory):
+  config.objective, config.traces.decay = "language_model", 0.9
+  config.language_model.loss = "traces"
+  validate.check_config(config, 1)
+
+
+def labels_of_a_prefix(config, directory):
+  config.supervision.weight, config.coprocessor.kind = 0.5, "prefix"
   validate.check_config(config, 1)
 
 

@@ -24,6 +24,8 @@ The other kinds (kinds.py) change this:
   handover     {transformer: {blocks}, soft_tokens}; see kv_latents.py.
   prefix       {prefix_keys, prefix_values}; see kv_latents.py.
 
+Both of the latter may have a {kv_bias} [L, N, K].
+
 The harmless start of pause, prefix and handover needs no projection: soft
 tokens or prefix begin at zero (and get gradients all the same).
 """
@@ -59,13 +61,17 @@ def init_boxed(model: Transformer, layout: Layout, key: jax.Array) -> Params:
     boxed = nn.with_logical_partitioning(init, letters)
     return boxed(key, shape, model.param_dtype)
 
+  tree = {}
+  if layout.kv_bias:
+    axes = ("L", c.layers), ("N", layout.latents), ("K", c.kv_heads)
+    tree["kv_bias"] = param(body, zeros, *axes)
   if layout.kind is Kind.PREFIX:
     axes = ("L", c.layers), ("N", layout.latents), ("K", c.kv_heads)
     axes = *axes, ("E", c.head_dim)
     init = zeros if harmless else normal
     keys = zip(("prefix_keys", "prefix_values"), (body, soft), strict=True)
-    return {name: param(key, init, *axes) for name, key in keys}
-  tree, parts = {}, layout.kind.network
+    return tree | {name: param(key, init, *axes) for name, key in keys}
+  parts = layout.kind.network
   if parts:
     tree["transformer"] = layout.kind.part(transformer.init(model, body))
   at_zero = harmless and "final_norm" not in parts  # no projection
@@ -119,7 +125,7 @@ def fewer(
       f"and can be used with 1 to {layout.latents}"
     )
   first, axis = layout.latents - latents, {"soft_tokens": 0}
-  axis |= {"prefix_keys": 1, "prefix_values": 1}
+  axis |= {"prefix_keys": 1, "prefix_values": 1, "kv_bias": 1}
   kept = {
     name: jax.lax.slice_in_dim(params[name], first, None, axis=axis[name])
     for name in axis
@@ -171,7 +177,7 @@ def to_latents(
   hidden: jax.Array,  # [B, M, N, D] of `hidden_states`
   traces: Traces,
   inputs: jax.Array,  # [B, M, N, D], as of `latents`, these two
-  base: jax.Array | None = None,
+  base: jax.Array | None = None,  # [B, M, N, D]
 ) -> jax.Array:  # z [B, M, N, D]
   """The second half of `latents`."""
   base = inputs if base is None else base

@@ -55,12 +55,16 @@ _REFUSALS = {
     "embeddings, this kind hands over keys and values; give --nodiagnostics"
   ),
   "labels": (
-    "supervision.weight: coprocessor.kind={kind!r} hands over keys and values, "
-    "off which no head reads a label; set it to 0, or the kind to {able}"
+    "coprocessor.kind={kind!r} hands over keys and values, off which no head "
+    "reads a label ({able} have rows): set supervision.weight=0"
   ),
   "labels_of_its_own": (
-    "supervision.at='coprocessor': coprocessor.kind={kind!r} has no rows that "
-    "a head could read; set it to 'decoder', or the kind to {able}"
+    "supervision.at='coprocessor': coprocessor.kind={kind!r} has no rows of "
+    "its own ({able} do): set it to 'decoder'"
+  ),
+  "kv_bias": (
+    "coprocessor.kv_bias: coprocessor.kind={kind!r} hands over no keys that "
+    "could have a bias (only {able} do); set it to False"
   ),
   "dense": (
     "coprocessor.kind={kind!r}: there is no dense way to compute it; compare "
@@ -69,7 +73,9 @@ _REFUSALS = {
 }
 
 
+_ALL = " ".join(key for key in _REFUSALS if key != "kv_bias")
 _PAUSE = "store diagnostics labels"
+_HANDOVER = "scratch store kv_bias"
 _STATES = "scratch late diagnostics labels labels_of_its_own"
 
 
@@ -89,14 +95,21 @@ class Kind(enum.StrEnum):
 
   # fmt: off
   #             name           network      kv     states does
-  COPROCESSOR = "coprocessor", _WHOLE,      False, False, " ".join(_REFUSALS)
+  COPROCESSOR = "coprocessor", _WHOLE,      False, False, _ALL
   PAUSE       = "pause",       (),          False, False, _PAUSE
-  PREFIX      = "prefix",      (),          True,  False, ""
-  HANDOVER    = "handover",    ("blocks",), True,  False, "scratch store"
+  PREFIX      = "prefix",      (),          True,  False, "kv_bias"
+  HANDOVER    = "handover",    ("blocks",), True,  False, _HANDOVER
   ACTIVATIONS = "activations", _WHOLE,      False, True,  _STATES
   # fmt: on
 
-  def __new__(cls, name, network, latents_are_kv, reads_states, does):
+  def __new__(
+    cls,
+    name: str,
+    network: tuple[str, ...],
+    latents_are_kv: bool,
+    reads_states: bool,
+    does: str,
+  ) -> "Kind":
     """A row of the table."""
     kind = str.__new__(cls, name)
     kind._value_ = name
@@ -142,7 +155,9 @@ class Kind(enum.StrEnum):
     if feature in self.does:
       return
     names = [kind.value for kind in Kind if feature in kind.does]
-    able = " and ".join(names) if len(names) > 1 else repr(names[0])
+    able = repr(names[0])
+    if len(names) > 1:
+      able = f"{', '.join(names[:-1])} and {names[-1]}"
     text = _REFUSALS[feature]
     raise UserError(text.format(kind=self.value, able=able, **numbers))
 

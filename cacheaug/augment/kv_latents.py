@@ -8,6 +8,10 @@ Their N latents are entries of the decoder's cache and not rows that it runs:
             where in the text. Harmless: added to the context's own entries of
             p-N+1 .. p.
 
+With `coprocessor.kv_bias` a trained bias [L, N, K], 0 at the start, is added to
+the scores of attention to them: how much of a row's attention N entries get
+that stand for many.
+
 There is no last latent to predict y_1 from, so the decoder runs x[p] again:
 traces.py draws the block. With positions 'replace' and the harmless start both
 begin as exactly the frozen decoder; handover if it is a copy of it, as its rows
@@ -32,8 +36,16 @@ def latent_kv(
   cache: KVCache,
   traces: Traces,
   inputs: jax.Array,  # [B, M, N, D], embeddings of traces.input_tokens
-) -> Given:  # keys, values [L, B, M, N, K, E]
+) -> Given:  # keys, values [L, B, M, N, K, E], maybe bias [L, B, M, N, K]
   """Pass 2 of these kinds: the latents as keys and values, in place of z."""
+  kv = _keys_and_values(model, params, cache, traces, inputs)
+  if "kv_bias" not in params:
+    return kv
+  bias = params["kv_bias"].astype(jnp.float32)[:, None, None]
+  return *kv, jnp.broadcast_to(bias, kv[0].shape[:-1])
+
+
+def _keys_and_values(model, params, cache, traces, inputs):
   if "transformer" in params:
     rows = transformer.run(
       model,

@@ -20,7 +20,7 @@ LAWS = ("uniform", "stratified")
 # The names on disk, of exports and of stores, that older versions gave.
 _ON_DISK = {"positions": "scheme"}
 # Fields that came after stores did: see `to_entries`.
-_ONLY_IF_SET = ("window",)
+_ONLY_IF_SET = ("window", "kv_bias")
 # What every version has written; the rest came later.
 REQUIRED = (
   *("latents", "ahead", "start", "mask_documents"),

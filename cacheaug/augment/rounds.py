@@ -37,7 +37,7 @@ the first round the whole context; N rows, here one, each round:
          2   #         #  #     #
 
 Positions, hidden entries and inputs tokens are those of inference with
-Plan(every=k) (inference/engine.py), to which this is held in tests.
+InsertionSchedule(every=k) (inference/session.py), which tests hold this to.
 """
 
 import dataclasses

@@ -1,12 +1,13 @@
 """What may be added to the plain objective; without it this file is not used.
 
-supervision: the intermediate results of an answer, as labels of its latents.
-Label j (of `batch["steps"]` at the trace's point) is to be read off latent j
-by the decoder's frozen head: off the row that the decoder runs the latent
-through, as if the latents were written steps, or off the coprocessor's own
-output row. Latents without a label are free. The weight may fall to 0 over the
-first steps: labels show a way, and the objective alone decides in the end
-whether it is kept. (LOTUS and SIM-CoT supervise latents so.)
+supervision: the results of an answer's steps, as labels of its latents. Result
+j (of `batch["results"]` at the trace's point) is to be read off latent j by the
+decoder's frozen head: off the row that the decoder runs the latent through, as
+if the latents were written steps, or off the coprocessor's own output row.
+Latents beyond the results are free, results beyond the latents are not taught,
+and the decoder's last latent row is left to the answer. The weight may fall to
+0 over the first steps: labels show a way, and the objective alone decides in
+the end whether it is kept. (LOTUS and SIM-CoT supervise latents so.)
 
 teacher: with a window the frozen decoder that still sees the whole context, the
 hidden states of pass 1, tells for each ahead token how likely each of its top
@@ -92,6 +93,11 @@ class Terms:
     if not self.supervision:
       return
     layout.kind.check("labels")
+    if not self.labelled(layout):
+      raise UserError(
+        "supervision.at='decoder' with coprocessor.latents=1: the row of the "
+        "only latent predicts the answer; use more latents, or 'coprocessor'"
+      )
     if self.supervision_at == "coprocessor":
       layout.kind.check("labels_of_its_own")
     if layout.stride:
@@ -101,23 +107,25 @@ class Terms:
         "to 0, or the weight"
       )
 
+  def labelled(self, layout: Layout) -> int:
+    """How many latents of a trace can have a label."""
+    # The decoder's last latent row predicts the first ahead token.
+    taken = 1 if self.supervision_at == "decoder" else 0
+    return layout.latents * layout.rounds - taken
+
 
 def coprocessor_loss(
   model: Transformer,
   decoder: Params,
   coproc: Params,
-  batch: dict[str, jax.Array],  # as of objective.coprocessor_loss, and steps
+  batch: dict[str, jax.Array],  # as of objective.coprocessor_loss, and results
   points: jax.Array,  # [B, M]
   layout: Layout,
   *,
   terms: Terms,
   step: jax.Array,  # [], steps taken before this one
 ) -> tuple[jax.Array, Sums, Extras]:
-  """What is minimised (times the number of tokens), the plain sums, the terms.
-
-  Raises:
-    UserError: more labels than latents.
-  """
+  """The sum to minimise, the plain objective's sums, and the terms."""
   tokens, documents = batch["tokens"], batch["documents"]
   late = batch.get("late")
   traces = rounds.layout_traces(tokens, documents, points, layout, late)
@@ -144,9 +152,11 @@ def coprocessor_loss(
     )
     divergence *= traces.weights
     extras["teacher"] = divergence.sum(), traces.weights.sum()
-    total += terms.teacher * (divergence * along).sum()
+    total += terms.teacher * (divergence.sum((0, 1)) * along).sum()
   if terms.supervision:
-    labels, weights = labels_of(batch["steps"], points, layout, terms)
+    labels, weights = labels_of(
+      batch["results"], points, terms.labelled(layout)
+    )
     rows = latents[:, :, : labels.shape[-1]]
     missed = objective.rows_nll(model, decoder, rows, labels) * weights
     extras["supervision"] = missed.sum(), weights.sum()
@@ -191,33 +201,21 @@ def teacher_divergence(
 
 
 def labels_of(
-  steps: jax.Array,  # [B, S, J] tokens, -1 = none
+  results: jax.Array,  # [B, S, K] tokens, -1 = none
   points: jax.Array,  # [B, M], -1 = no trace
-  layout: Layout,
-  terms: Terms,
+  latents: int,  # that can have a label
 ) -> tuple[jax.Array, jax.Array]:  # [B, M, J] tokens and weights
-  """The labels of each trace's first J latents, and 0 where there is none.
-
-  Raises:
-    UserError: more labels than latents that can bear one.
-  """
-  latents = layout.latents * layout.rounds
-  # The decoder's last latent row predicts the first ahead token.
-  free = latents - (1 if terms.supervision_at == "decoder" else 0)
-  if steps.shape[-1] > free:
-    raise UserError(
-      f"coprocessor.latents={layout.latents} with traces.rounds="
-      f"{layout.rounds} can bear {free} labels (supervision.at="
-      f"{terms.supervision_at!r}), the data has up to {steps.shape[-1]} an "
-      "answer: raise the latents"
-    )
+  """The labels of each trace's first J latents; weight 0 without a label."""
   at = jnp.maximum(points, 0)
-  labels = jax.vmap(lambda row, i: row[i])(steps, at)
-  there = (points >= 0)[..., None] & (labels >= 0)
-  return jnp.maximum(labels, 0), there.astype(jnp.float32)
+  labels = jax.vmap(lambda row, i: row[i])(results[..., :latents], at)
+  known = (points >= 0)[..., None] & (labels >= 0)
+  return jnp.maximum(labels, 0), known.astype(jnp.float32)
 
 
-def supervision_weight(terms: Terms, step: jax.Array) -> jax.Array | float:
+def supervision_weight(
+  terms: Terms,
+  step: jax.Array,  # []
+) -> jax.Array | float:
   """The labels' weight in the step after `step` of them."""
   if not terms.supervision_until:
     return terms.supervision

@@ -93,6 +93,7 @@ class Layout:
   rounds: int = 1  # of latents a trace, see rounds.py
   stride: int = 0  # k, tokens between rounds; 0: all rounds at one point
   window: int = 0  # W, context tokens that rows after a point see; 0: all
+  kv_bias: bool = False  # latents that are keys have a bias of attention
 
   def __post_init__(self):
     object.__setattr__(self, "kind", Kind.of(self.kind))
@@ -114,6 +115,8 @@ class Layout:
       )
     if self.rounds > 1:
       self.kind.check("rounds", rounds=self.rounds)
+    if self.kv_bias:
+      self.kind.check("kv_bias")
     if self.window < 0:
       raise UserError(f"traces.window={self.window} must be 0 (off) or more")
     if self.window and self.rounds > 1:

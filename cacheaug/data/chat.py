@@ -10,29 +10,29 @@ import functools
 import json
 import pathlib
 import re
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-
 from cacheaug import errors
+
+if typing.TYPE_CHECKING:
+  import jinja2
+  import jinja2.nodes
+  import jinja2.parser
 
 Messages = Sequence[Mapping[str, Any]]
 
 _FILE = "chat_template.jinja"
 _FURTHER = "additional_chat_templates"
-# Marks the end of a last message that the model is to go on with.
+# Marks the end of a last message that the model continues.
 _END = "CONTINUE_FINAL_MESSAGE_TAG "
 # Names of a message's reasoning; templates read the first, or `thinking`.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class Rendered(str):
-  """A conversation as text; what spells a special token in it means that."""
+  """A conversation as text, in which special tokens are spelled out."""
 
 
 def find_templates(directory: pathlib.Path) -> dict[str, str]:
@@ -101,8 +101,8 @@ def render(
     messages: each with at least 'role' and 'content'.
     special_tokens: 'bos_token' and so on; templates spell them.
     add_generation_prompt: end with what opens the model's answer.
-    continue_final_message: end within the last message, which the model goes
-      on with; `add_generation_prompt` must be False then.
+    continue_final_message: end within the last message, which the model
+      continues; `add_generation_prompt` must be False then.
     **variables: further ones that the template knows: tools, documents, ...
 
   Returns:
@@ -111,6 +111,8 @@ def render(
   Raises:
     UserError: no template, messages that it refuses, or one that is broken.
   """
+  import jinja2
+
   template = _choose(templates, variables.get("tools"))
   messages = _checked(messages)
   if continue_final_message:
@@ -192,33 +194,40 @@ def _cut(text: str) -> str:
   return text[:end] if whole else text[:end].rstrip()
 
 
-class _Generation(jinja2.ext.Extension):
-  """The tag {% generation %}, whose content is printed as it is."""
-
-  tags = frozenset({"generation"})
-
-  def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-    """See `jinja2.ext.Extension`."""
-    line = next(parser.stream).lineno
-    body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-    call = self.call_method("_content")
-    return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-  def _content(self, caller: Callable[[], str]) -> str:
-    return caller()
-
-
 @functools.lru_cache(maxsize=16)
-def _compile(template: str) -> jinja2.Template:
+def _compile(template: str) -> "jinja2.Template":
+  import jinja2.ext
+  import jinja2.sandbox
+
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True,
     lstrip_blocks=True,
-    extensions=[_Generation, jinja2.ext.loopcontrols],
+    extensions=[_generation_tag(), jinja2.ext.loopcontrols],
   )
   environment.filters["tojson"] = _to_json
   environment.globals["raise_exception"] = _raise
   environment.globals["strftime_now"] = _now
   return environment.from_string(template)
+
+
+def _generation_tag() -> type:
+  """The extension {% generation %}, whose content is printed as it is."""
+  import jinja2.ext
+  import jinja2.nodes
+
+  class Generation(jinja2.ext.Extension):
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: "jinja2.parser.Parser") -> "jinja2.nodes.Node":
+      line = next(parser.stream).lineno
+      body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+      call = self.call_method("_content")
+      return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _content(self, caller: Callable[[], str]) -> str:
+      return caller()
+
+  return Generation
 
 
 def _to_json(
@@ -239,6 +248,8 @@ def _to_json(
 
 
 def _raise(message: str) -> None:
+  import jinja2
+
   raise jinja2.TemplateError(message)
 
 

@@ -1,4 +1,4 @@
-"""Files that a source's `path` names, and the documents cut out of them."""
+"""The files of a source, and the documents that they are cut into."""
 
 import codecs
 import collections.abc
@@ -24,7 +24,19 @@ _SUFFIXES = {
 def expand(
   path: str, kind: str, label: str
 ) -> tuple[list[pathlib.Path], pathlib.Path]:
-  """Files that a path names, sorted, and the directory that contains all."""
+  """Lists the files that a path names.
+
+  Args:
+    path: a file, a directory or a glob pattern.
+    kind: 'text', 'jsonl' or 'array_record'.
+    label: config key of the source, for errors.
+
+  Returns:
+    The files, sorted, and the directory that contains all of them.
+
+  Raises:
+    UserError: if there is no such file.
+  """
   path = os.path.expanduser(path)
   if os.path.isfile(path):
     return [pathlib.Path(path)], pathlib.Path(path).parent
@@ -32,13 +44,13 @@ def expand(
     root = pathlib.Path(path)
     if kind == "array_record":
       paths = [p for p in walk(root, ("",)) if ".array_record" in p.name]
-      wanted = ".array_record"
+      suffixes = ".array_record"
     else:
       paths = walk(root, _SUFFIXES[kind])
-      wanted = " or ".join(_SUFFIXES[kind])
+      suffixes = " or ".join(_SUFFIXES[kind])
     if not paths:
       raise errors.UserError(
-        f"{label}.path={path!r}: no {wanted} file in this directory; give a "
+        f"{label}.path={path!r}: no {suffixes} file in this directory; give a "
         "glob such as 'DIR/**/*.md' for other names"
       )
     return paths, root
@@ -57,23 +69,26 @@ def walk(
   suffixes: tuple[str, ...],
   skipped: frozenset[str] = frozenset(),
 ) -> list[pathlib.Path]:
-  """Files below root, sorted by relative path.
+  """Lists the files below root, sorted by relative path.
 
-  Hidden ones are left out, and directories whose name is in `skipped`.
+  Args:
+    root: a directory.
+    suffixes: ends of the names that are listed.
+    skipped: names of directories that are left out, as hidden ones are.
   """
-  found = []
+  paths = []
   for directory, names, files in os.walk(root):
     names[:] = [n for n in names if not n.startswith(".") and n not in skipped]
-    found.extend(
+    paths.extend(
       pathlib.Path(directory, f)
       for f in files
       if f.endswith(suffixes) and not f.startswith(".")
     )
-  return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+  return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
 def spans(path: pathlib.Path, separator: str) -> list[tuple[int, int]]:
-  """Start and end byte of each document that is not blank.
+  """Finds the start and end byte of each document that is not blank.
 
   A byte order mark belongs to no document. A line break in the separator
   stands for the file's own: LF, CR LF, or CR where there is no LF.
@@ -110,7 +125,7 @@ def _split(
 def _cuts(
   data: bytes | mmap.mmap, separator: str, start: int
 ) -> collections.abc.Iterator[tuple[int, int]]:
-  """Start and end of each separator, and the end of the data."""
+  """Finds the start and end of each separator, and the end of the data."""
   mark = separator.replace("\r\n", "\n").encode()
   if b"\n" in mark and data.find(b"\r") >= 0:
     if data.find(b"\n") >= 0:
@@ -133,7 +148,7 @@ def _open(path: pathlib.Path) -> typing.BinaryIO:
 
 
 def read(path: pathlib.Path, start: int, end: int) -> bytes:
-  """Bytes of a file, of what is in it where it is compressed."""
+  """Reads bytes of a file; of a .gz file, bytes of its content."""
   if path.suffix == ".gz":
     return _gunzip(path)[start:end]
   with _open(path) as file:
@@ -143,6 +158,7 @@ def read(path: pathlib.Path, start: int, end: int) -> bytes:
 
 @functools.lru_cache(maxsize=1)  # Documents are read file by file, in order.
 def _gunzip(path: pathlib.Path) -> bytes:
+  content = b""
   try:
     with _open(path) as file:
       content = file.read()
@@ -159,7 +175,7 @@ def _gunzip(path: pathlib.Path) -> bytes:
 def stats(
   paths: list[pathlib.Path], names: list[str]
 ) -> list[tuple[str, int, int]]:
-  """Name, size and time of change of each file."""
+  """Gives the name, size and time of change of each file."""
   stats = [path.stat() for path in paths]
   return [
     (name, stat.st_size, stat.st_mtime_ns)
@@ -168,6 +184,6 @@ def stats(
 
 
 def and_more(paths: list[pathlib.Path]) -> str:
-  """The first path, and how many there are besides."""
+  """Names the first path and counts the others: 'a.txt and 3 more'."""
   more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
   return f"{paths[0]}{more}"

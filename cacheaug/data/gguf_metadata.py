@@ -87,7 +87,7 @@ def _read_all(
 
 
 class _Reader:
-  """Takes values from the start of a file, one after the other."""
+  """Reads values from the start of a file in sequence."""
 
   def __init__(self, data: mmap.mmap):
     self._data = data

@@ -1,16 +1,87 @@
-"""From one source of a config to its rows."""
+"""From the sources of a config to batches; text is packed first."""
 
 import os
 import pathlib
 import typing
 
 from cacheaug import errors
-from cacheaug.data import packing, problem_rows, shards, sources, tokenizers
+from cacheaug.data import (
+  packing,
+  pipeline,
+  problem_rows,
+  shards,
+  sources,
+  tokenizers,
+)
 
 if typing.TYPE_CHECKING:
   import ml_collections
 
-Rows = shards.PackedRows | problem_rows.ProblemRows
+
+def open_batches(
+  data_config: "ml_collections.ConfigDict",
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  split: str,
+  seed: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> pipeline.Batches:
+  """Opens the sources of a config, packing those that are not packed yet.
+
+  Args:
+    data_config: sources (name -> the keys of `sources.source_defaults`),
+      sequence (S), batch (B, global), cache_dir ('' for
+      $XDG_CACHE_HOME/cacheaug or ~/.cache/cacheaug), validation_fraction,
+      workers, answers_only.
+    tokenizer: makes the tokens.
+    split: 'train' or 'validation'.
+    seed: any integer; decides order and training problems, not the split.
+    process_index: p, this process.
+    process_count: P, processes that share a batch.
+
+  Returns:
+    The batches.
+
+  Raises:
+    UserError: for a bad config or unreadable text, naming the key or file.
+  """
+  if split not in shards.SPLITS:
+    raise errors.UserError(f"split={split!r}: use one of {shards.SPLITS}")
+  sequence, batch = data_config.sequence, data_config.batch
+  if sequence < 2:
+    raise errors.UserError(f"data.sequence={sequence}: need at least 2")
+  if batch < 1 or batch % process_count:
+    raise errors.UserError(
+      f"data.batch={batch}: must be a positive multiple of the "
+      f"{process_count} processes"
+    )
+  used = {}
+  for name, source in data_config.sources.items():
+    if source.weight < 0:
+      raise errors.UserError(
+        f"data.sources.{name}.weight={source.weight}: must not be negative"
+      )
+    if source.weight:
+      used[name] = source
+  if not used:
+    raise errors.UserError("data.sources: no source with a weight above 0")
+  return pipeline.Batches(
+    [
+      open_rows(data_config, name, source, tokenizer, split=split, seed=seed)
+      for name, source in used.items()
+    ],
+    [float(source.weight) for source in used.values()],
+    labels=[f"data.sources.{name}" for name in used],
+    seed=seed,
+    batch=batch,
+    sequence=sequence,
+    pad_id=tokenizer.pad_id,
+    process_index=process_index,
+    process_count=process_count,
+    answers=data_config.answers_only,
+    results=data_config.results,
+  )
 
 
 def open_rows(
@@ -21,11 +92,11 @@ def open_rows(
   *,
   split: str,
   seed: int,
-) -> Rows:
+) -> pipeline.Rows:
   """The rows of one source, packed first where they are not packed yet.
 
   Args:
-    data_config: as of `pipeline.open_batches`.
+    data_config: as of `open_batches`.
     name: of the source.
     source: its keys.
     tokenizer: makes the tokens.

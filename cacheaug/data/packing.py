@@ -38,14 +38,14 @@ _SHARD_BYTES = 4 << 20
 # Below this, starting workers (each imports the main module, hence jax, again)
 # costs about as much as it saves.
 _IN_PROCESS_BYTES = 16 << 20
-# What network file systems without locks say.
+# Errors of network file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def is_validation(
   documents: sources.Documents, fraction: float, *, label: str = "source"
 ) -> np.ndarray:
-  """Says which documents are held out, by hashing their keys.
+  """Decides which documents are held out, by hashing their keys.
 
   A document's split does not depend on seeds or on other documents, except
   that the smallest and largest hash go to validation and train, so that
@@ -261,7 +261,7 @@ def _pack_shard(job: _Job, shard: int) -> None:
   cut, lost = {False: 0, True: 0}, {False: 0, True: 0}
   for number in range(job.edges[shard], job.edges[shard + 1]):
     held_out = bool(job.held_out[number])
-    # Apart, as a prompt is encoded when there is no answer yet.
+    # Encoded separately, as a prompt is encoded before there is an answer.
     prompt, text = job.documents.parts(number)
     before = [*job.tokenizer.prefix]
     before += job.tokenizer.encode(prompt) if prompt else []
@@ -284,7 +284,7 @@ def _pack_shard(job: _Job, shard: int) -> None:
       "rows": len(records),
       "documents": len(parts),
       "tokens": sum(map(len, parts)),
-      # Answers that a row has a part of, and those that it has nothing of.
+      # Answers of which a row holds a part, and answers of which it holds none.
       "cut": cut[bool(held_out)],
       "lost": lost[bool(held_out)],
     }
@@ -300,9 +300,9 @@ def _whole(
   sequence: int,
   pad_id: int,
 ) -> list[bytes]:
-  """Records of rows that no document crosses the end of.
+  """Makes records of rows; no document crosses the end of a row.
 
-  What is longer than a row is cut off at its end.
+  A document that is longer than a row is cut off at the row's end.
   """
   rows: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
   room = 0
@@ -310,8 +310,8 @@ def _whole(
     if len(ids) > room:
       rows.append(([], []))
       room = sequence
-    for part, here in zip((ids, mark), rows[-1], strict=True):
-      here.append(part[:room])
+    for part, row in zip((ids, mark), rows[-1], strict=True):
+      row.append(part[:room])
     room -= min(room, len(ids))
   return [record for row in rows for record in _rows(*row, sequence, pad_id)]
 

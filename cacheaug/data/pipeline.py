@@ -16,17 +16,15 @@ from absl import logging
 
 from cacheaug import errors
 from cacheaug.data import (
-  opening,
   problem_rows,
   shards,
-  tokenizers,
 )
 
 if typing.TYPE_CHECKING:
   import grain
-  import ml_collections
 
 Batch = dict[str, np.ndarray]
+Rows = shards.PackedRows | problem_rows.ProblemRows
 
 # Two threads read ahead while the trainer computes; more would only compete
 # for the interpreter's lock.
@@ -63,7 +61,7 @@ class Batches:
 
   def __init__(
     self,
-    parts: list[opening.Rows],
+    parts: list[Rows],
     weights: list[float],
     *,
     labels: list[str],
@@ -88,7 +86,7 @@ class Batches:
       pad_id: token of the rows that fill up the last batch of `epoch`.
       process_index: p.
       process_count: P, a divisor of B.
-      answers: batches say which tokens are of answers.
+      answers: batches hold 'answers', the mask of answers' tokens.
       results: batches say what each step of a question results in.
     """
     self._answers = answers
@@ -205,20 +203,20 @@ class Batches:
     answers = np.empty(shape, bool)
     results = np.full((*shape, self._results), -1, np.int32)
     for k in np.unique(parts):
-      here = parts == k
+      chosen = parts == k
       try:
-        tokens[here], found = self._parts[k].take(
-          examples[here] - self._starts[k]
+        tokens[chosen], marks = self._parts[k].take(
+          examples[chosen] - self._starts[k]
         )
       except shards.UnreadableError as error:
         raise shards.UnreadableError(f"{self._labels[k]}: {error}") from error
       offset = np.int32(self._offsets[k])
-      answers[here] = found >= shards.ANSWER
-      found = np.where(answers[here], found - shards.ANSWER, found)
-      documents[here] = np.where(found < 0, found, found + offset)
+      answers[chosen] = marks >= shards.ANSWER
+      numbers = np.where(answers[chosen], marks - shards.ANSWER, marks)
+      documents[chosen] = np.where(numbers < 0, numbers, numbers + offset)
       if self._results:
-        steps = self._parts[k].results(examples[here] - self._starts[k])
-        results[here, :, : steps.shape[-1]] = steps
+        steps = self._parts[k].results(examples[chosen] - self._starts[k])
+        results[chosen, :, : steps.shape[-1]] = steps
     batch = {"tokens": tokens, "documents": documents}
     if self._answers:
       batch["answers"] = answers
@@ -226,7 +224,7 @@ class Batches:
 
 
 def pad_rows(batch: Batch, rows: int, pad_id: int = 0) -> Batch:
-  """The batch filled up with rows of padding to so many."""
+  """The batch with rows of padding added, up to `rows` rows."""
   fill = {"tokens": pad_id, "documents": -1, "answers": False, "results": -1}
   missing = rows - len(batch["tokens"])
   return {
@@ -254,7 +252,7 @@ class _Steps:
 
 
 def _order(
-  parts: list[opening.Rows], starts: np.ndarray, weights: list[float], seed: int
+  parts: list[Rows], starts: np.ndarray, weights: list[float], seed: int
 ) -> "grain.MapDataset":
   """Endless shuffled, mixed row numbers; those of part k start at starts[k]."""
   import grain
@@ -270,71 +268,3 @@ def _order(
   if len(datasets) == 1:
     return datasets[0]
   return grain.MapDataset.mix(datasets, weights)
-
-
-def open_batches(
-  data_config: "ml_collections.ConfigDict",
-  tokenizer: tokenizers.Tokenizer,
-  *,
-  split: str,
-  seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
-) -> Batches:
-  """Opens the sources of a config, packing those that are not packed yet.
-
-  Args:
-    data_config: sources (name -> the keys of `sources.source_defaults`),
-      sequence (S), batch (B, global), cache_dir ('' for
-      $XDG_CACHE_HOME/cacheaug or ~/.cache/cacheaug), validation_fraction,
-      workers, answers_only.
-    tokenizer: makes the tokens.
-    split: 'train' or 'validation'.
-    seed: any integer; decides order and training problems, not the split.
-    process_index: p, this process.
-    process_count: P, processes that share a batch.
-
-  Returns:
-    The batches.
-
-  Raises:
-    UserError: for a bad config or unreadable text, naming the key or file.
-  """
-  if split not in shards.SPLITS:
-    raise errors.UserError(f"split={split!r}: use one of {shards.SPLITS}")
-  sequence, batch = data_config.sequence, data_config.batch
-  if sequence < 2:
-    raise errors.UserError(f"data.sequence={sequence}: need at least 2")
-  if batch < 1 or batch % process_count:
-    raise errors.UserError(
-      f"data.batch={batch}: must be a positive multiple of the "
-      f"{process_count} processes"
-    )
-  used = {}
-  for name, source in data_config.sources.items():
-    if source.weight < 0:
-      raise errors.UserError(
-        f"data.sources.{name}.weight={source.weight}: must not be negative"
-      )
-    if source.weight:
-      used[name] = source
-  if not used:
-    raise errors.UserError("data.sources: no source with a weight above 0")
-  return Batches(
-    [
-      opening.open_rows(
-        data_config, name, source, tokenizer, split=split, seed=seed
-      )
-      for name, source in used.items()
-    ],
-    [float(source.weight) for source in used.values()],
-    labels=[f"data.sources.{name}" for name in used],
-    seed=seed,
-    batch=batch,
-    sequence=sequence,
-    pad_id=tokenizer.pad_id,
-    process_index=process_index,
-    process_count=process_count,
-    answers=data_config.answers_only,
-    results=data_config.results,
-  )

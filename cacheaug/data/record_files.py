@@ -1,7 +1,7 @@
-"""Records of many ArrayRecord files at random, few files open at a time.
+"""Random access to the records of many ArrayRecord files, few of them open.
 
-Grain's own source keeps every file open that it has once read from: a packed
-corpus of 4 GB has a thousand, and `ulimit -n` is often 1024.
+Grain's source keeps every file open that it has read from: a packed corpus of
+4 GB has a thousand files, and `ulimit -n` is often 1024.
 """
 
 import collections
@@ -109,6 +109,19 @@ class RecordFiles:
     return records
 
 
+def allow(count: int) -> None:
+  """Raises the limit of open files by `count`, where the system permits it.
+
+  For a reader that keeps all of its files open.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  needed = count + 256  # 256 for libraries, sockets and logs
+  if soft != resource.RLIM_INFINITY and soft < needed:
+    if hard != resource.RLIM_INFINITY:
+      needed = min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+
+
 def explain(error: BaseException) -> str:
   """A remedy where the limit of open files was met; else ''."""
   if "Too many open files" not in str(error):
@@ -124,6 +137,6 @@ def _threads() -> concurrent.futures.ThreadPoolExecutor:
 
 @functools.cache
 def _most_open() -> int:
-  """A share of what the process may open, for all sources together."""
+  """A share of the process's limit, for all sources together."""
   soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
   return max(8, min(soft // 4, 512))

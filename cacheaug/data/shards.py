@@ -1,8 +1,8 @@
 """A cache of packed rows: its files, and reading rows from them.
 
-A cache is a directory. A shard is, for each split, an ArrayRecord file of
-rows, plus a JSON file with their sizes and checksums that is renamed into
-place after them; `meta.json` comes last of all. What has no JSON file does not
+A cache is a directory. A shard is an ArrayRecord file of rows for each split,
+plus a JSON file with their sizes and checksums, which is renamed into place
+after them; `meta.json` is written last. A shard without its JSON file does not
 exist.
 
 A row is the bytes of tokens uint16[S] (int32[S] for a vocabulary over 65536)
@@ -33,7 +33,7 @@ _IN_MEMORY_BYTES = 256 << 20
 
 
 class _CorruptError(Exception):
-  """A shard's file differs from what its JSON file says."""
+  """A shard's file has not the size or checksum of its JSON file."""
 
   def __init__(self, shard: int, path: pathlib.Path):
     super().__init__(str(path))
@@ -211,7 +211,7 @@ def write_json(path: pathlib.Path, entries: dict[str, typing.Any]) -> None:
 def read_shard_json(
   directory: pathlib.Path, shard: int
 ) -> dict[str, typing.Any] | None:
-  """What the shard holds; None if it is missing or cut short."""
+  """Reads the sizes and checksums of a shard; None if it is incomplete."""
   try:
     entry = json.loads(json_path(directory, shard).read_text())
   except (FileNotFoundError, ValueError):
@@ -231,7 +231,7 @@ def _sizes_match(
 
 
 def is_complete(directory: pathlib.Path) -> bool:
-  """Whether every shard is there, as far as sizes tell."""
+  """Whether every shard exists and has its size."""
   try:
     meta = json.loads((directory / "meta.json").read_text())
   except (FileNotFoundError, ValueError):

@@ -1,9 +1,10 @@
-"""Where documents come from: an ordered, indexable list of texts by kind.
+"""Sources of documents: an ordered, indexable list of texts for each kind.
 
-  stdlib        the source of Python's own standard library, one file each
-  text          files, plain or .gz; one file each, or split at `separator`
-  jsonl         lines, plain or .gz; the text is `field`, or a question there
-                and its answer in `answer_field`
+  stdlib        the source of Python's standard library, a document per file
+  text          files, plain or .gz; a document per file, or split at
+                `separator`
+  jsonl         lines, plain or .gz; the text is in `field`, or a question is
+                in `field` and its answer in `answer_field`
   array_record  records of ArrayRecord files; each is UTF-8 text
   tfds          a TensorFlow Datasets name or directory; `split`, `field`
 
@@ -48,7 +49,7 @@ def source_defaults() -> "ml_collections.ConfigDict":
   source.kind = "stdlib"
   # File, directory or glob; for tfds a data set's name or directory.
   source.path = ""
-  # Split of a tfds data set, in its own syntax, e.g. 'train[:10%]'.
+  # Split of a tfds data set, in the syntax of tfds, e.g. 'train[:10%]'.
   source.split = "train"
   # Key of the text in a jsonl object or a tfds example.
   source.field = "text"
@@ -56,7 +57,7 @@ def source_defaults() -> "ml_collections.ConfigDict":
   # text of `field`, and the answer. Such documents stay within a row.
   source.answer_field = ""
   source.prompt = "{}\n"
-  # Cuts a text file into documents; '' makes each file one document.
+  # Cuts a text file into documents; '' makes each file a document.
   source.separator = ""
   # Share of the training sequences, relative to the other sources'; 0 drops
   # the source.
@@ -81,7 +82,7 @@ def source_defaults() -> "ml_collections.ConfigDict":
 
 
 class Documents(abc.ABC):
-  """The documents of one source, in a fixed order. Can be pickled.
+  """The documents of a source, in a fixed order. Can be pickled.
 
   Attributes:
     total_bytes: size of the text in bytes, or an estimate of it.
@@ -100,14 +101,14 @@ class Documents(abc.ABC):
     """Text of a document; UserError if it is not UTF-8."""
 
   def parts(self, index: int) -> tuple[str, str]:
-    """What comes before the answer, and the answer (all, if not answered)."""
+    """The prompt and its answer; ('', text) where there are no answers."""
     return "", self[index]
 
   @abc.abstractmethod
   def key(self, index: int) -> str:
     """Name of a document, independent of machine, seed and other documents.
 
-    The train/validation split is decided by it.
+    It decides whether the document is held out.
     """
 
   @abc.abstractmethod
@@ -127,13 +128,13 @@ class _FileDocuments(Documents):
     separator: str = "",
     field: "_Fields | None" = None,
   ):
-    """Opens nothing yet: where documents start is found when it is needed.
+    """Opens no file: documents are located when they are first needed.
 
     Args:
       paths: files in order; `.gz` files are decompressed in memory.
       root: directory that document keys are relative to.
       label: config key of the source, for errors.
-      separator: cuts files into documents; '' makes each file one document.
+      separator: cuts files into documents; '' makes each file a document.
       field: when given, documents are JSON objects and the text is in these.
     """
     self._paths = paths
@@ -148,10 +149,10 @@ class _FileDocuments(Documents):
     spans = []
     for path in self._paths:
       try:
-        found = files.spans(path, self._separator)
+        spans_of_file = files.spans(path, self._separator)
       except errors.UserError as error:
         raise errors.UserError(f"{self._label}: {error}") from error
-      spans.append(np.array(found, np.int64).reshape(-1, 2))
+      spans.append(np.array(spans_of_file, np.int64).reshape(-1, 2))
     if not any(map(len, spans)):
       raise errors.UserError(
         f"{self._label}: no text in {files.and_more(self._paths)}; give a file "
@@ -182,7 +183,7 @@ class _FileDocuments(Documents):
       ) from error
     if self._field:
       return self._parse(text, path, index)
-    # A separator usually stands on a line of its own.
+    # A separator is usually a whole line.
     return "", text.strip("\r\n") if self._separator else text
 
   def _parse(
@@ -232,7 +233,7 @@ class _Index:
     return cls(file, np.concatenate(spans), first)
 
   def locate(self, index: int) -> tuple[int, int]:
-    """A document's file, and its place among those of that file."""
+    """A document's file, and its number within that file."""
     file = int(self.file[index])
     return file, index - int(self.first[file])
 
@@ -340,6 +341,7 @@ class _TfdsDocuments(Documents):
     cut = field if self.answered else field.name
     self._fingerprint = repr((self._name, split, cut, self._length, sizes))
     self.total_bytes = info.dataset_size
+    self._files = sum(len(lengths or ()) for _, lengths, _ in sizes)
 
   def _open(self) -> typing.Any:
     """Opens the data source and returns the builder."""
@@ -373,8 +375,14 @@ class _TfdsDocuments(Documents):
   def parts(self, index: int) -> tuple[str, str]:
     if self._data is None:
       self._open()
+    record_files.allow(self._files)
     where = f"{self._label}: {self._path}, example {index}"
-    return self._field.read(self._data[index], where)
+    try:
+      record = self._data[index]
+    except Exception as error:  # The library raises RuntimeError, ValueError.
+      remedy = record_files.explain(error) or "prepare the data set again"
+      raise errors.UserError(f"{where}: cannot be read; {remedy}") from error
+    return self._field.read(record, where)
 
   def key(self, index: int) -> str:
     return f"{self._name}/{self._split}#{index}"
@@ -437,7 +445,7 @@ class _Fields:
 
 
 def _fields(source: "ml_collections.ConfigDict", label: str) -> _Fields:
-  """Refuses an answer where there are no fields, or a prompt without {}."""
+  """Reads the keys of fields; refuses those that do not fit together."""
   if not source.answer_field:
     return _Fields(source.field)
   if source.kind not in ("jsonl", "tfds"):

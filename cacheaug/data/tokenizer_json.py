@@ -46,7 +46,7 @@ class HuggingFaceTokenizer:
     them; an explicit null there says that there is none.
 
     Args:
-      path: a `tokenizer.json`, or the directory that holds one.
+      path: a `tokenizer.json`, or the directory that contains it.
 
     Raises:
       UserError: if a file is missing or cannot be read.
@@ -77,10 +77,9 @@ class HuggingFaceTokenizer:
     Args:
       tokenizer: `tokenizers.Tokenizer`.
       path: the file that it came from.
-      named: text or id of 'bos', 'eos', 'pad', 'unk'; None for one that there
-        is not.
+      named: text or id of 'bos', 'eos', 'pad', 'unk'; None where it is absent.
       templates: chat templates by name.
-      content: what the tokenizer is made of; decides its name.
+      content: bytes that identify the tokenizer; its name is their checksum.
     """
     self._path = path
     self._tokenizer = _configured(tokenizer)
@@ -108,7 +107,7 @@ class HuggingFaceTokenizer:
     self.name = f"hf-{digest(content + key.encode())}"
 
   def _largest_id(self) -> int:
-    """Of all that `encode` gives, with what stands before and after."""
+    """The largest id that `encode`, the prefix and the suffix can have."""
     added = self._tokenizer.get_added_tokens_decoder()
     return max(
       [
@@ -265,7 +264,7 @@ def _configured(tokenizer: Any) -> Any:
 
 
 def _surroundings(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """What the post-processor puts before and after each text."""
+  """Ids that the post-processor puts before and after each text."""
   for probe in _PROBES:
     text = tokenizer.encode(probe, add_special_tokens=False).ids
     if text:

@@ -16,7 +16,7 @@ from cacheaug.data.tokenizer_json import HuggingFaceTokenizer, well_formed
 
 
 class Tokenizer(Protocol):
-  """What the rest of the package asks of a tokenizer.
+  """The interface of a tokenizer.
 
   Attributes:
     name: identifies the mapping from text to ids; part of cache addresses.
@@ -212,7 +212,7 @@ class SentencePieceTokenizer:
     return self._processor.id_to_piece(token)
 
   def save(self, directory: str | pathlib.Path) -> None:
-    """Writes `tokenizer.model`, and what decides about BOS and EOS."""
+    """Writes `tokenizer.model`, and the flags of BOS and EOS."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.model").write_bytes(self._model)

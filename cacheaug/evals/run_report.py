@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from cacheaug import config as configs
 from cacheaug.augment import objective
 from cacheaug.augment.traces import Layout
-from cacheaug.data import pipeline, problem_rows
+from cacheaug.data import opening, pipeline, problem_rows
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap, exact_match, perplexity, report
@@ -45,9 +45,7 @@ def held_out(
   """
   data = ConfigDict(config.data.to_dict())
   data.sources = ConfigDict({name: config.data.sources[name].to_dict()})
-  batches = pipeline.open_batches(
-    data, tokenizer, split=split, seed=config.seed
-  )
+  batches = opening.open_batches(data, tokenizer, split=split, seed=config.seed)
   count = min(config.eval.sequences, batches.num_examples)
   chosen = np.linspace(0, batches.num_examples - 1, count).astype(int)
   size = min(config.eval.batch, count)

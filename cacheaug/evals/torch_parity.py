@@ -65,7 +65,7 @@ def expected(
   }
   out["tokens"] = lm.decode(lm.augment(read), tokens, stop_ids=())
   if not spec.reruns and spec.rounds == 1:
-    decoder, coproc = contexts.apart(lm.decoder), lm.coprocessor.layers
+    decoder, coproc = contexts.unstack_on_cpu(lm.decoder), lm.coprocessor.layers
     args = lm.model, decoder, coproc, read.cache, read.tokens, read.documents
     last = read.tokens.shape[1] - 1
     where = dict(last=last, position=read.position, spec=spec)

@@ -1,4 +1,4 @@
-"""A session's tokens as text: pieces as they come, and what it came to."""
+"""A session's tokens as text: in pieces as they come, and as completions."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -20,17 +20,17 @@ _CHUNK = 16
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """What one sequence said."""
+  """The result of one sequence."""
 
   prompt: tuple[int, ...]  # its tokens, BOS too
   text: str  # without the stop string or token
   ids: tuple[int, ...]  # without the stop token, with a stop string's tokens
   nll: np.ndarray | None  # [len(ids)] nats under the model, where scored
   insertions: tuple[Insertion, ...]
-  declined: tuple[Declined, ...] = ()  # where a gate said no
+  declined: tuple[Declined, ...] = ()  # where a gate declined latents
 
 
-class Writer:
+class Completions:
   """Runs a session to its end.
 
   Attributes:

@@ -19,12 +19,12 @@ from cacheaug.model import decode_rows, transformer
 from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Params, Transformer
 
-_split = jax.jit(decode_rows.split_layers)
+_unstack = jax.jit(decode_rows.unstack_layers)
 
 
-def apart(params: Params) -> Params:
-  """On the CPU a copy with the layers apart; see `decoding.split_layers`."""
-  return _split(params) if jax.default_backend() == "cpu" else params
+def unstack_on_cpu(params: Params) -> Params:
+  """On the CPU a copy with unstacked layers; see decode_rows.py."""
+  return _unstack(params) if jax.default_backend() == "cpu" else params
 
 
 def check_prompts(
@@ -125,7 +125,7 @@ def read(
   documents: jax.Array,  # [B, S]
   keep_states: bool = False,
 ) -> Context:
-  """The decoder reads the prompts, each one document.
+  """Prefill: the decoder reads the prompts, each one document.
 
   With `keep_states` its hidden states stay for a coprocessor to read.
   """
@@ -185,19 +185,19 @@ def decode(
 ) -> jax.Array:  # [B, max_new_tokens]
   """The most likely continuation.
 
-  A sequence ends with the first of `stop_ids` that it says, and is filled up
-  with stop_ids[0]; the -1 by default is no token and ends none.
+  A sequence ends with its first token of `stop_ids`, and is filled up with
+  stop_ids[0]; the -1 by default is no token and ends none.
   """
   # The barrier: once a call in place of once a step.
-  decoder = jax.lax.optimization_barrier(apart(decoder))
+  decoder = jax.lax.optimization_barrier(unstack_on_cpu(decoder))
   keys = jax.random.split(jax.random.key(0), len(context.tokens))  # unused
   state = engine.start(model, context, keys, max_new_tokens=max_new_tokens)
-  state = engine.advance(
+  state = engine.decode(
     model, decoder, state, max_new_tokens, stop_ids=stop_ids
   )
   # All sequences may be done before the last step.
-  said = jnp.arange(max_new_tokens)[None] < state.step
-  return jnp.where(said, state.said, stop_ids[0])
+  decoded = jnp.arange(max_new_tokens)[None] < state.step
+  return jnp.where(decoded, state.generated, stop_ids[0])
 
 
 @functools.partial(

@@ -1,13 +1,13 @@
-"""Decoding on a static cache, with latents inserted wherever they are asked.
+"""Decoding on a static cache, with latents inserted at any token.
 
 A cache of S prompt slots, T for the new tokens and N for each augmentation,
-in this order. What is said has the same slots with latents and without, and a
+in this order. New tokens have the same slots with latents and without, and a
 slot that stays empty weighs exactly nothing: a sequence without latents gets
 the frozen decoder's tokens and logits bit for bit, whatever stands in the
 other sequences of its batch.
 
-`start` makes the state, `insert` augments some of its sequences, `advance`
-says further tokens in one loop on the device; the last two work in place.
+`start` makes the state, `insert_latents` augments some of its sequences,
+`decode` adds tokens in one loop on the device; the last two work in place.
 """
 
 import functools
@@ -18,12 +18,13 @@ import jax.numpy as jnp
 
 from cacheaug.augment import coprocessor, kv_latents, objective, traces
 from cacheaug.augment.traces import Layout, Traces
+from cacheaug.errors import UserError
 from cacheaug.inference import padding
 from cacheaug.inference.sampling import GREEDY, Sampling, choose
 from cacheaug.model import decode_rows, transformer
 from cacheaug.model.attention import NO_LIMIT, Rows
 from cacheaug.model.cache import KVCache
-from cacheaug.model.static_cache import SlotCache
+from cacheaug.model.static_cache import StaticCache
 from cacheaug.model.transformer import Params, Transformer
 
 
@@ -42,18 +43,21 @@ class Context:
 
 
 @flax.struct.dataclass
-class State:
-  """Sequences that are being decoded; of `start`, used up by what takes it."""
+class DecodeState:
+  """Sequences that are being decoded, made by `start`.
 
-  cache: SlotCache
+  A function that takes a state donates it: the caller goes on with the result.
+  """
+
+  cache: StaticCache
   hidden: jax.Array  # [B, D], of the row that predicts the next token
   position: jax.Array  # [B], of the next token
-  tokens: jax.Array  # [B, S + T], prompts and what was said since
+  tokens: jax.Array  # [B, S + T], prompts and new tokens
   documents: jax.Array  # [B, S + T], -1 = padding
-  nll: jax.Array  # [B, T] nats of the tokens said, where asked for
-  step: jax.Array  # [], tokens said
+  nll: jax.Array  # [B, T] nats of the new tokens, where scored
+  step: jax.Array  # [], new tokens so far
   done: jax.Array  # [B]
-  paused: jax.Array  # [B], said a token to pause after
+  paused: jax.Array  # [B], its last token is one to pause after
   keys: jax.Array  # [B] keys
   states: jax.Array | None  # [B, S + T, D] of the tokens, where they are read
   prompt: int = flax.struct.field(pytree_node=False)  # S
@@ -65,8 +69,8 @@ class State:
     return self.tokens.shape[1] - self.prompt
 
   @property
-  def said(self) -> jax.Array:
-    """[B, T] new tokens; from `step` on not yet said."""
+  def generated(self) -> jax.Array:
+    """[B, T] new tokens; those from `step` on are not yet decoded."""
     return self.tokens[:, self.prompt :]
 
   def latent_slot(self, count: int | jax.Array, n: int) -> int | jax.Array:
@@ -84,8 +88,8 @@ def start(
   *,
   max_new_tokens: int,
   latents: int = 0,
-) -> State:
-  """A state after a context, with slots for so many tokens and latents."""
+) -> DecodeState:
+  """A state after a context, with slots for the new tokens and latents."""
   b, s = context.tokens.shape
   slots = context.cache.length + max_new_tokens + latents
   slots = padding.round_up(slots, padding.CACHE)
@@ -93,8 +97,8 @@ def start(
   states = context.states
   if states is not None:
     states = jnp.pad(states, (*more, (0, 0)))
-  return State(
-    cache=SlotCache.of(context.cache, slots, model.dtype),
+  return DecodeState(
+    cache=StaticCache.of(context.cache, slots, model.dtype),
     hidden=context.hidden,
     position=context.position,
     tokens=jnp.pad(context.tokens, more),
@@ -110,15 +114,15 @@ def start(
   )
 
 
-def widen(state: State, latents: int) -> State:
-  """The same with slots for so many latents, if it has fewer; then a copy."""
+def grow_cache(state: DecodeState, latents: int) -> DecodeState:
+  """The state with slots for `latents`; a copy where it had fewer."""
   slots = padding.round_up(state.latent_slot(0, 0) + latents, padding.CACHE)
   more = slots - state.cache.positions.shape[1]
-  return _widen(state, more) if more > 0 else state
+  return _grow_cache(state, more) if more > 0 else state
 
 
 @functools.partial(jax.jit, static_argnames="more")
-def _widen(state, more):
+def _grow_cache(state, more):
   return state.replace(cache=state.cache.pad(more))
 
 
@@ -182,11 +186,19 @@ def compute_latents(
 
   It reads the whole cache, or the states of its slots; with `late` both as
   they were so many tokens ago, when no latents may have been inserted since.
+
+  Raises:
+    UserError: a coprocessor with an attention bias, which no cache keeps.
   """
   point = dict(last=last, position=position, spec=spec, late=late)
   laid = lay_point(tokens, documents, **point)
   positions = laid.rows.positions[:, 0, : spec.latents]
   copied, repeated = objective.embedded(model, decoder, laid)
+  if spec.kv_bias:
+    raise UserError(
+      "coprocessor.kv_bias=True: a cache keeps no bias of attention, so "
+      "latents cannot be inserted; evaluate by position (lm.nll, evaluate)"
+    )
   if spec.reruns:
     kv = kv_latents.latent_kv(model, coproc, cache, laid, copied)
     keys, values = (x[:, :, 0].astype(cache.keys.dtype) for x in kv)
@@ -217,21 +229,21 @@ def rerun_last_token(
 @functools.partial(
   jax.jit, static_argnames=("model", "spec"), donate_argnames="state"
 )
-def insert(
+def insert_latents(
   model: Transformer,
-  decoder: Params,  # stacked, or of decode_rows.split_layers
+  decoder: Params,  # stacked, or of decode_rows.unstack_layers
   coproc: Params,
-  state: State,
+  state: DecodeState,
   count: jax.Array,  # [], augmentations before this one
   on: jax.Array,  # [B]; the others stay as they are
   spec: Layout,
-) -> State:
+) -> DecodeState:
   """N latents after the last token of each sequence that is `on`.
 
   The coprocessor reads the cache as it stands, earlier latents in it; or the
   states of all tokens, but of no latents.
   """
-  cache = state.cache.stacked() if state.states is None else _said(state)
+  cache = state.cache.stacked() if state.states is None else _token_slots(state)
   latents = compute_latents(
     model,
     decoder,
@@ -249,25 +261,25 @@ def insert(
   )
 
 
-def _said(state: State) -> KVCache:
-  """Where the tokens stand, hidden ones too; without their kv."""
+def _token_slots(state: DecodeState) -> KVCache:
+  """The tokens' positions, hidden ones too; without keys and values."""
   index = jnp.arange(state.tokens.shape[1])[None]
-  there = (state.documents >= 0) & (index < state.prompt + state.step)
+  exists = (state.documents >= 0) & (index < state.prompt + state.step)
   positions = state.cache.positions[:, : index.shape[1]]
-  return KVCache(None, None, positions, there.astype(jnp.int32))
+  return KVCache(None, None, positions, exists.astype(jnp.int32))
 
 
 def write_latents(
   model: Transformer,
   decoder: Params,
-  state: State,
+  state: DecodeState,
   latents: Latents,
   *,
-  count: jax.Array,  # [], as of `insert`, these three
+  count: jax.Array,  # [], as of `insert_latents`, these three
   on: jax.Array,  # [B]
   spec: Layout,
-) -> State:
-  """The second half of `insert`: latents enter the static cache."""
+) -> DecodeState:
+  """The second half of `insert_latents`: latents enter the static cache."""
   cache, positions = state.cache, latents.positions
   if spec.positions == "replace":
     cache = cache.hide_after(jnp.where(on, positions[:, 0] - 1, NO_LIMIT))
@@ -302,30 +314,30 @@ def write_latents(
   static_argnames=("model", "sampling", "stop_ids", "pause_ids", "scored"),
   donate_argnames="state",
 )
-def advance(
+def decode(
   model: Transformer,
-  decoder: Params,  # as of `insert`
-  state: State,
-  until: jax.Array,  # [], tokens said at the end
+  decoder: Params,  # as of `insert_latents`
+  state: DecodeState,
+  until: jax.Array,  # [], new tokens at the end
   *,
   sampling: Sampling = GREEDY,
   stop_ids: tuple[int, ...] = (-1,),
   pause_ids: tuple[int, ...] = (),
   scored: bool = False,
   forced: jax.Array | None = None,  # [B, T] new tokens, -1 where free
-) -> State:
-  """Says tokens until there are `until`, or all sequences are done.
+) -> DecodeState:
+  """Decodes tokens until there are `until`, or all sequences are done.
 
-  A sequence ends with the first of `stop_ids` that it says, and is filled up
-  with stop_ids[0]; the -1 by default is no token and ends none. The loop also
-  stops after a step in which a sequence says one of `pause_ids`. `scored`
-  keeps each token's nll under the model (before temperature and cuts).
-  `forced` tokens are said whatever the model would; they end nothing.
+  A sequence ends with its first token of `stop_ids`, and is filled up with
+  stop_ids[0]; the -1 by default is no token and ends none. The loop also stops
+  after a step in which a sequence gets one of `pause_ids`. `scored` keeps each
+  token's nll under the model (before temperature and cuts). `forced` tokens
+  are taken in place of the model's own; they end nothing.
   """
   state = state.replace(paused=jnp.zeros_like(state.paused))
   return jax.lax.while_loop(
     lambda s: (s.step < until) & ~s.done.all() & ~s.paused.any(),
-    lambda s: _say(
+    lambda s: _decode_step(
       model, decoder, s, sampling, stop_ids, pause_ids, scored, forced
     ),
     state,
@@ -334,27 +346,29 @@ def advance(
 
 @functools.partial(jax.jit, donate_argnames="state")
 def end(
-  state: State,
+  state: DecodeState,
   ended: jax.Array,  # [B]
-) -> State:
-  """Ends the sequences named by `ended`, beside those that have."""
+) -> DecodeState:
+  """Ends the sequences in `ended`; those that have ended stay so."""
   return state.replace(done=state.done | ended)
 
 
-def _say(model, decoder, state, sampling, stop_ids, pause_ids, scored, forced):
+def _decode_step(
+  model, decoder, state, sampling, stop_ids, pause_ids, scored, forced
+):
   """One token of every sequence."""
   logits = transformer.logits(model, decoder, state.hidden)
   token = choose(logits, sampling, state.keys, state.step)
   token = jnp.where(state.done, stop_ids[0], token)
   free = jnp.ones_like(state.done)
   if forced is not None:
-    here = forced[:, state.step]
-    free = here < 0
-    token = jnp.where(free, token, here)
+    fixed = forced[:, state.step]
+    free = fixed < 0
+    token = jnp.where(free, token, fixed)
 
   def among(ids):
-    found = (token[:, None] == jnp.array(ids, jnp.int32)[None]).any(-1)
-    return found & free
+    matches = (token[:, None] == jnp.array(ids, jnp.int32)[None]).any(-1)
+    return matches & free
 
   done = state.done | among(stop_ids)
   tokens = jax.lax.dynamic_update_slice(
@@ -363,9 +377,9 @@ def _say(model, decoder, state, sampling, stop_ids, pause_ids, scored, forced):
   nll = state.nll
   if scored:
     at = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], -1)
-    here = jax.nn.logsumexp(logits, -1, keepdims=True) - at
-    here = jnp.where(state.done[:, None], 0.0, here)
-    nll = jax.lax.dynamic_update_slice(nll, here, (0, state.step))
+    new = jax.nn.logsumexp(logits, -1, keepdims=True) - at
+    new = jnp.where(state.done[:, None], 0.0, new)
+    nll = jax.lax.dynamic_update_slice(nll, new, (0, state.step))
   x = transformer.embed(model, decoder, jnp.maximum(token, 0)[:, None])
   hidden, cache = decode_rows.write_rows(
     model,

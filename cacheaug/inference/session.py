@@ -1,6 +1,6 @@
-"""One batch being decoded: when latents are inserted, and what was said.
+"""One batch being decoded: when latents are inserted, and its new tokens.
 
-The loop over tokens runs on the device (`engine.advance`); this is the loop
+The loop over tokens runs on the device (`engine.decode`); this is the loop
 around it, which stops it where latents are due.
 """
 
@@ -22,7 +22,7 @@ from cacheaug.model.transformer import Params, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class InsertionSchedule:
   """When latents are inserted; by default once, at the prompt's end.
 
   Raises:
@@ -54,19 +54,19 @@ class Plan:
       raise UserError(f"before={self.before}: counts of tokens are 1 or more")
 
   @classmethod
-  def trained(cls, spec: Layout) -> "Plan":
+  def trained(cls, spec: Layout) -> "InsertionSchedule":
     """What a coprocessor was trained for, along the whole of the new text."""
     return cls(every=spec.stride, rounds=spec.rounds_per_point)
 
   def first(self, max_new_tokens: int) -> int:
-    """New tokens that there surely are before the first latents; may be < 0."""
+    """The least new tokens before the first latents; below 0 in the prompt."""
     if self.before:
-      return -self.told
+      return -self.forced_tokens
     return 0 if self.after else min(self.steps(max_new_tokens), default=0)
 
   @property
-  def told(self) -> int:
-    """Tokens of a prompt's end that are read as if they were said."""
+  def forced_tokens(self) -> int:
+    """Tokens of a prompt's end that are decoded as if they were new."""
     return max(self.before, default=0)
 
   def steps(self, max_new_tokens: int) -> list[int]:
@@ -79,6 +79,9 @@ class Plan:
     """The most insertions that there can be."""
     points = len(self.steps(max_new_tokens)) + len(set(self.before))
     return self.rounds * (points + (self.most if self.after else 0))
+
+
+Plan = InsertionSchedule  # its former name, for one release
 
 
 def before_stop(
@@ -124,22 +127,22 @@ class Session:
   def __init__(
     self,
     model: Transformer,
-    decoder: Params,  # stacked, or of decoding.split_layers
+    decoder: Params,  # stacked, or of decode_rows.unstack_layers
     context: Context,
     *,
     max_new_tokens: int,
     coproc: Params | None = None,
     spec: Layout | None = None,
     on: Sequence[bool] | None = None,
-    plan: Plan | None = None,
+    plan: InsertionSchedule | None = None,
     sampling: Sampling = GREEDY,
     seed: int = 0,
     stop_ids: tuple[int, ...] = (),
     scored: bool = False,
     gate: Gate | None = None,
-    told: Sequence[Sequence[int]] | None = None,
+    forced_suffix: Sequence[Sequence[int]] | None = None,
   ):
-    """Lays out the cache; no token is said yet, but for those told.
+    """Lays out the cache, and decodes the forced suffix if there is one.
 
     Args:
       model: of decoder and coprocessor.
@@ -154,26 +157,27 @@ class Session:
       seed: sequence i draws from key(seed) folded with i, whatever its batch.
       stop_ids: end a sequence.
       scored: keep each token's nll.
-      gate: asked wherever latents are due, by the hidden state of the row that
-        predicts the next token; where it says no there are none.
-      told: [B, plan.told] tokens, the ends of the prompts where latents are due
-        before these: the context is then of what comes before.
+      gate: called wherever latents are due, by the hidden state of the row that
+        predicts the next token; latents are inserted where it is true.
+      forced_suffix: [B, plan.forced_tokens] tokens, the prompts' ends, where
+        latents are due before these: the context is then of the rest.
     """
     b = len(context.tokens)
     self._model, self._decoder = model, decoder
     self._coproc, self._spec = coproc, spec
     self._on = np.ones(b, bool) if on is None else np.array(on, bool)
-    plan, self._gate = plan or Plan(), gate
-    self._told = plan.told
+    plan, self._gate = plan or InsertionSchedule(), gate
+    self._forced_tokens = plan.forced_tokens
     forced = None
-    if self._told:
-      if told is None:
+    if self._forced_tokens:
+      if forced_suffix is None:
         raise UserError(
           f"before={plan.before}: latents before a prompt's end need the "
-          "prompt's end told; LM.generate does, a server does not"
+          "prompt's end as forced_suffix; LM.generate gives it, a server "
+          "does not"
         )
       free = np.full((b, max_new_tokens), -1, np.int32)
-      forced = np.concatenate([np.array(told, np.int32), free], 1)
+      forced = np.concatenate([np.array(forced_suffix, np.int32), free], 1)
     # Of the first token; stored contexts need not count from the padding.
     self._skipped = np.asarray(context.cache.positions).min(
       1, where=np.asarray(context.cache.segments) > 0, initial=NO_LIMIT
@@ -182,8 +186,8 @@ class Session:
     self._rounds, self._room, latents = 1, 0, 0
     pause_ids: tuple[int, ...] = ()
     if spec is not None:
-      self._due = sorted({self._told - n for n in plan.before})
-      self._due += [self._told + n for n in plan.steps(max_new_tokens)]
+      self._due = sorted({self._forced_tokens - n for n in plan.before})
+      self._due += [self._forced_tokens + n for n in plan.steps(max_new_tokens)]
       self._rounds, self._room = plan.rounds, plan.room(max_new_tokens)
       latents, pause_ids = self._room * spec.latents, plan.after
       if spec.window and self._room > 1:
@@ -203,48 +207,48 @@ class Session:
       model,
       context,
       fold(jax.random.key(seed), jnp.arange(b)),
-      max_new_tokens=self._told + max_new_tokens,
+      max_new_tokens=self._forced_tokens + max_new_tokens,
       latents=latents if self._at_once else 0,
     )
     self.insertions: list[Insertion] = []
     self.declined: list[Declined] = []
     self._count = self._step = 0
     self._done = np.zeros(b, bool)
-    if self._told:
-      self.run(self._told)
+    if self._forced_tokens:
+      self.run(self._forced_tokens)
 
   @property
   def finished(self) -> bool:
-    """No sequence has more to say."""
+    """All sequences have ended, or have their most new tokens."""
     return self._step >= self.state.room or bool(self._done.all())
 
   @property
   def done(self) -> np.ndarray:
-    """[B], sequences that have ended by a stop token or by `end`."""
+    """[B], which sequences have ended, by a stop token or by `end`."""
     return self._done.copy()
 
   def end(self, sequence: int) -> None:
-    """Ends a sequence; what it has said stays."""
+    """Ends a sequence; its tokens so far stay."""
     self._done[sequence] = True
     self.state = engine.end(self.state, self.done)
 
   def run(self, tokens: int) -> np.ndarray:  # [B, up to `tokens`]
-    """Up to so many further tokens of each sequence, and latents where due."""
+    """Decodes up to `tokens` further tokens a sequence, latents where due."""
     first = self._step
     until = min(first + tokens, self.state.room)
     while self._step < until and not self.finished:
       self._insert_where_due()
       stop = min([until, *(d for d in self._due if d > self._step)])
-      self.state = engine.advance(
+      self.state = engine.decode(
         self._model, self._decoder, self.state, stop, **self._options
       )
       self._step = int(self.state.step)
       self._done = np.array(self.state.done)
-    return np.asarray(self.state.said)[:, first : self._step]
+    return np.asarray(self.state.generated)[:, first : self._step]
 
-  def nll(self) -> np.ndarray:  # [B, tokens said]
+  def nll(self) -> np.ndarray:  # [B, new tokens]
     """Nats of each token under the model, 0 after a sequence's end."""
-    return np.asarray(self.state.nll)[:, self._told : self._step]
+    return np.asarray(self.state.nll)[:, self._forced_tokens : self._step]
 
   def _insert_where_due(self) -> None:
     paused = np.asarray(self.state.paused)
@@ -259,10 +263,10 @@ class Session:
     if not on.any() or not (due or planned + self._rounds <= self._room):
       return
     if self._gate is not None:
-      asked, on = on, on & np.asarray(self._gate(self.state.hidden))
+      wanted, on = on, on & np.asarray(self._gate(self.state.hidden))
       self.declined += [
-        Declined(int(i), self._step - self._told)
-        for i in np.flatnonzero(asked & ~on)
+        Declined(int(i), self._step - self._forced_tokens)
+        for i in np.flatnonzero(wanted & ~on)
       ]
     for _ in range(self._rounds if on.any() else 0):
       self._insert(on)
@@ -270,7 +274,7 @@ class Session:
   def _insert(self, on: np.ndarray) -> None:
     n = self._spec.latents
     slot = self.state.latent_slot(self._count, n)
-    self.state = engine.insert(
+    self.state = engine.insert_latents(
       self._model,
       self._decoder,
       self._coproc,
@@ -283,10 +287,12 @@ class Session:
     self._note(on, slot)
 
   def _note(self, on: np.ndarray, slot: int) -> None:
-    """Enters latents that now stand in the cache."""
+    """Records latents that are now in the cache."""
     n = self._spec.latents
     first = np.asarray(self.state.position) - n - self._skipped
     self.insertions += [
-      Insertion(int(i), self._step - self._told, int(first[i]), slot, n)
+      Insertion(
+        int(i), self._step - self._forced_tokens, int(first[i]), slot, n
+      )
       for i in np.flatnonzero(on)
     ]

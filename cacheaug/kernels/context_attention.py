@@ -1,13 +1,14 @@
 """Attention of many rows over one frozen context, in tiles.
 
-The context part of passes 1 to 3: a row sees the slots start <= s < stop of a
-cache, an interval, as a trace's point, a packed document and a sliding window
-all are intervals. Rows come sorted by their points, so that a run of rows
-sees few of the context's tiles and the rest are skipped: the staircase of
-augment/traces.py. The context is a constant: its keys and values get no
-gradient, three products a tile in the backward pass and not five.
+This module computes the context part of passes 1 to 3. Each row sees the slots
+start <= s < stop of a cache: a trace's point, a packed document and a sliding
+window are all such intervals. Rows are sorted by their points, so that
+neighbouring rows need few of the context's tiles; the others are skipped (the
+staircase of augment/traces.py). The context is a constant: its keys and values
+get no gradient, so a tile costs three products in the backward pass and not
+five.
 
-This is the plain XLA form, for the CPU and as the reference of the kernels in
+The XLA form here runs on a CPU, and is the reference of the kernels in
 context_tpu.py and context_gpu.py, which have the same two functions.
 """
 
@@ -34,14 +35,14 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
   """Softmax over the interval times values [B, K, Q, E]; log-sum-exp [B, K, Q].
 
-  Both float32; 0 and MASKED where a row sees nothing.
+  Both are float32; a row that sees nothing has 0 and MASKED.
   """
 
   def tile(carry, rows, slots):
     q, start, stop = rows
-    keys, values, at = slots
+    keys, values, slot = slots
     top, total, out = carry
-    scores, seen = _scores(q, keys, start, stop, at, softcap)
+    scores, seen = _scores(q, keys, start, stop, slot, softcap)
     higher = jnp.maximum(top, jnp.where(seen, scores, MASKED).max(-1))
     weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0.0)
     shrink = jnp.exp(top - higher)
@@ -58,9 +59,9 @@ def forward(
 
   def finish(carry):
     top, total, out = carry
-    some = total > 0
-    total = jnp.where(some, total, 1.0)
-    lse = jnp.where(some, top + jnp.log(total), MASKED)
+    sees_any = total > 0
+    total = jnp.where(sees_any, total, 1.0)
+    lse = jnp.where(sees_any, top + jnp.log(total), MASKED)
     return out / total[..., None], lse
 
   rows = q, start, stop
@@ -73,8 +74,8 @@ def backward_dq(
   values: jax.Array,  # [B, K, S, E]
   start: jax.Array,  # [B, Q]
   stop: jax.Array,  # [B, Q]
-  lse: jax.Array,  # [B, K, Q] of all that a row sees, here and elsewhere
-  delta: jax.Array,  # [B, K, Q] sum of out * its gradient, likewise
+  lse: jax.Array,  # [B, K, Q] over the context and the row's own block
+  delta: jax.Array,  # [B, K, Q] sum of out * dout over E, out of both too
   dout: jax.Array,  # [B, K, Q, E]
   *,
   softcap: float,
@@ -83,8 +84,8 @@ def backward_dq(
 
   def tile(dq, rows, slots):
     q, start, stop, lse, delta, dout = rows
-    keys, values, at = slots
-    scores, seen = _scores(q, keys, start, stop, at, softcap)
+    keys, values, slot = slots
+    scores, seen = _scores(q, keys, start, stop, slot, softcap)
     weights = jnp.where(seen, jnp.exp(scores - lse[..., None]), 0.0)
     back = _product("bkqe,bkte->bkqt", dout, values) - delta[..., None]
     back *= weights
@@ -105,66 +106,66 @@ def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _scores(q, keys, start, stop, at, softcap):
-  """Scores [B, K, q, t] of a tile, and which of them are seen."""
+def _scores(q, keys, start, stop, slot, softcap):
+  """Scores [B, K, q, t] of a tile, and the mask of those that rows see."""
   scores = _product("bkqe,bkte->bkqt", q, keys)
   if softcap:
     scores = softcap * jnp.tanh(scores / softcap)
-  at = at[None, None]
-  seen = (start[..., None] <= at) & (at < stop[..., None])
+  slot = slot[None, None]
+  seen = (start[..., None] <= slot) & (slot < stop[..., None])
   return scores, seen[:, None]
 
 
 def _last(stop, slots):
-  """The tile after the last that any of these rows sees."""
+  """Index of the tile after the last one that any of these rows sees."""
   return -(-stop.max() // slots)
 
 
 def _over_tiles(tile, begin, finish, rows, keys, values, start, stop):
-  """Runs `tile` over runs of rows and, for each, the tiles that it sees.
+  """Applies `tile` to groups of rows and, for each, the tiles that it sees.
 
-  rows: arrays [B, Q] or [B, K, Q, ...]; what `finish` returns is put back
-  together along Q.
+  rows: arrays [B, Q] or [B, K, Q, ...]. The results of `finish` are joined
+  along Q.
   """
   b, heads, q, _ = rows[0].shape
   s = keys.shape[2]
   if q <= ROWS and s <= SLOTS:
     slots = keys, values, jnp.arange(s)
     return finish(tile(begin(rows), rows, slots))
-  runs = -(-q // ROWS)
-  size = -(-q // runs)
+  groups = -(-q // ROWS)
+  size = -(-q // groups)
   slots = min(SLOTS, s)
 
-  def split(x):  # [B, (K,) Q, ...] -> [runs, B, (K,) size, ...]
+  def split(x):  # [B, (K,) Q, ...] -> [groups, B, (K,) size, ...]
     axis = 1 if x.ndim == 2 else 2
     pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, runs * size - q)
+    pad[axis] = (0, groups * size - q)
     x = jnp.pad(x, pad).reshape(
-      *x.shape[:axis], runs, size, *x.shape[axis + 1 :]
+      *x.shape[:axis], groups, size, *x.shape[axis + 1 :]
     )
     return jnp.moveaxis(x, axis, 0)
 
-  def join(x):  # [runs, B, K, size, ...] -> [B, K, Q, ...]
+  def join(x):  # [groups, B, K, size, ...] -> [B, K, Q, ...]
     x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(b, heads, runs * size, *x.shape[4:])[:, :, :q]
+    return x.reshape(b, heads, groups * size, *x.shape[4:])[:, :, :q]
 
   pad = ((0, 0), (0, 0), (0, -s % slots), (0, 0))
   keys, values = jnp.pad(keys, pad), jnp.pad(values, pad)
 
-  def one(args):
+  def attend_group(args):
     rows, start, stop = args
-    some = start < stop
-    first = jnp.where(some, start, s).min() // slots
-    last = _last(jnp.where(some, stop, 0), slots)
+    sees_any = start < stop
+    first = jnp.where(sees_any, start, s).min() // slots
+    last = _last(jnp.where(sees_any, stop, 0), slots)
 
     def body(i, carry):
       def cut(x):
         return jax.lax.dynamic_slice_in_dim(x, i * slots, slots, 2)
 
-      at = i * slots + jnp.arange(slots)
-      return tile(carry, rows, (cut(keys), cut(values), at))
+      slot = i * slots + jnp.arange(slots)
+      return tile(carry, rows, (cut(keys), cut(values), slot))
 
     return finish(jax.lax.fori_loop(first, last, body, begin(rows)))
 
   args = jax.tree.map(split, (rows, start, stop))
-  return jax.tree.map(join, jax.lax.map(one, args))
+  return jax.tree.map(join, jax.lax.map(attend_group, args))

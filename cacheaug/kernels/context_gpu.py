@@ -1,21 +1,23 @@
 """Attention of rows over intervals of a constant context, on GPU (Pallas).
 
-The same mathematics and interface as kernels/context_tpu.py, lowered by
-Pallas to Triton. **It has not been run on a GPU**: what has been seen is the
-numbers in interpret mode, the lowering by Pallas, and that Triton compiles
-what comes out for compute capabilities 9.0 and 10.0.
+The mathematics and the interface are those of kernels/context_tpu.py; Pallas
+lowers these kernels to Triton. **No GPU has run them.** Tests compare their
+numbers in interpret mode, and tests/compile_kernels.py compiles them for an
+H100 without one, through the same XLA that would run them there.
 
-Why a kernel of our own: cuDNN's attention has no soft cap, tokamax's
-head_dim-256 backward is weak, and all of them compute the context's dK and
-dV, which do not exist here: 3 products in the backward, not 5.
+This package has its own kernels because cuDNN's attention has no soft cap,
+tokamax's backward pass is slow at head_dim 256, and all of them compute the
+context's dK and dV, which nobody needs here: 3 products in the backward pass,
+not 5.
 
-One program takes one block of rows of one key head and walks the key blocks
-from first to last that any of its rows sees. Blocks of rows are started from
-the last: where traces are sorted by point those have the most to do, and the
-short ones fill the gaps at the end.
+One program computes one block of rows of one key head, over the key blocks from
+the first to the last one that any of its rows sees. The grid starts with the
+last blocks of rows: traces are sorted by point, so these have the most work,
+and the short blocks fill the gaps at the end.
 
-jax 0.12 deprecates Pallas' Triton lowering in favour of its Mosaic one, which
-asks for kernels of another form; it still works there.
+jax 0.11 deprecates Pallas' Triton backend in favour of the Mosaic GPU one. It
+works up to jax 0.12.0.1, the newest tried. Mosaic kernels have another form
+(explicit copies, barriers, warpgroup products) and were not tried.
 """
 
 import dataclasses
@@ -33,7 +35,7 @@ from cacheaug.kernels.intervals import BITS, LOWEST, MASKED, dot, masked_scores
 def supported(
   head_dim: int, dtype: jnp.dtype, compute_capability: str | None = None
 ) -> str | None:
-  """Why these kernels do not take shapes and device, or None where they do.
+  """The reason why these kernels do not support shapes or device, or None.
 
   Args:
     head_dim: E.
@@ -55,7 +57,7 @@ def supported(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """Rows and keys of a tile, and how Triton is to work on it."""
+  """Rows and keys of a tile, and Triton's parameters for it."""
 
   q: int
   k: int
@@ -64,13 +66,13 @@ class Tiles:
 
   @property
   def params(self) -> plgpu.CompilerParams:
-    """What Pallas hands on to Triton."""
+    """Compiler parameters that Pallas passes to Triton."""
     return plgpu.CompilerParams(num_warps=self.warps, num_stages=self.stages)
 
 
-# bfloat16 tiles by head_dim, chosen by what Triton 3.6 and ptxas said of them
-# for compute capability 9.0: KB of shared memory (227 may be used), registers
-# a thread, bytes spilled. All use the warpgroup products.
+# bfloat16 tiles by head_dim. Triton 3.6 and ptxas report for compute capability
+# 9.0: KB of shared memory (of 227), registers a thread, bytes spilled. All of
+# them use the warpgroup products.
 _FORWARD = {
   64: Tiles(128, 128, 8, 3),  # 112 KB, 164, 0
   128: Tiles(128, 128, 8, 2),  # 160 KB, 249, 0
@@ -81,8 +83,8 @@ _BACKWARD = {
   128: Tiles(128, 64, 8, 2),  # 128 KB, 192, 0
   256: Tiles(64, 64, 8, 2),  # 192 KB, 211, 0; with 4 warps 572 spilled
 }
-# float32 is for comparing numbers, not for speed: its products are exact and
-# so do without the matrix units. At head_dim 256 the backward spills 1 KB.
+# float32 serves comparisons, not speed: its products are exact and so cannot
+# use the matrix units. At head_dim 256 the backward pass spills 1 KB.
 _FORWARD_FLOAT32 = Tiles(64, 32, 8, 2)
 _BACKWARD_FLOAT32 = Tiles(32, 32, 4, 2)
 
@@ -129,12 +131,12 @@ def _forward_kernel(
     top, total, out = carry
     keys = keys_ref[pl.ds(block * block_k, block_k), :]
     scores, _ = _scores(q, keys, block, low, high, softcap, interpret)
-    now = jnp.maximum(top, scores.max(1))
-    p = jnp.exp2(scores - now[:, None])
-    shrink = jnp.exp2(top - now)
+    new_top = jnp.maximum(top, scores.max(1))
+    p = jnp.exp2(scores - new_top[:, None])
+    shrink = jnp.exp2(top - new_top)
     values = values_ref[pl.ds(block * block_k, block_k), :]
     out = out * shrink[:, None] + dot(p.astype(values.dtype), values)
-    return now, total * shrink + p.sum(1), out
+    return new_top, total * shrink + p.sum(1), out
 
   top, total, out = jax.lax.fori_loop(
     first_ref[...],
@@ -171,7 +173,7 @@ def _dq_kernel(
 ):
   q, dout = q_ref[...], dout_ref[...]
   low, high, delta = start_ref[...], stop_ref[...], delta_ref[...]
-  # A row that sees nothing anywhere has MASKED here, as its scores are.
+  # The lse of a row that sees nothing is MASKED, as its scores are.
   lse = jnp.maximum(lse_ref[...] * BITS, LOWEST)
 
   def add(block, dq):
@@ -196,16 +198,18 @@ def _specs(q, keys, block_q):
   b, k, rows, e = q.shape
   blocks = rows // block_q
 
-  def turn(i):
+  def from_last(i):
     return blocks - 1 - i
 
   return (
     (blocks, k, b),
-    pl.BlockSpec((None, None), lambda i, h, b: (b, turn(i))),
-    pl.BlockSpec((None, None, block_q, e), lambda i, h, b: (b, h, turn(i), 0)),
+    pl.BlockSpec((None, None), lambda i, h, b: (b, from_last(i))),
+    pl.BlockSpec(
+      (None, None, block_q, e), lambda i, h, b: (b, h, from_last(i), 0)
+    ),
     pl.BlockSpec((None, None, keys.shape[2], e), lambda i, h, b: (b, h, 0, 0)),
-    pl.BlockSpec((None, block_q), lambda i, h, b: (b, turn(i))),
-    pl.BlockSpec((None, None, block_q), lambda i, h, b: (b, h, turn(i))),
+    pl.BlockSpec((None, block_q), lambda i, h, b: (b, from_last(i))),
+    pl.BlockSpec((None, None, block_q), lambda i, h, b: (b, h, from_last(i))),
   )
 
 

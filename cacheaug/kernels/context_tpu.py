@@ -1,13 +1,14 @@
 """Attention of rows over intervals of a constant context, on TPU (Pallas).
 
-The context part of the structured attention: many rows, each seeing one
-interval of the context's slots (kernels/intervals.py), keys and values
-constant. Mosaic lowers it; compiled for v5e, v5p and v6e without a device,
-computed in interpret mode; not yet run on a TPU.
+These kernels compute the context part of the structured attention: many rows,
+each of which sees one interval of the context's slots (kernels/intervals.py);
+keys and values are constants. Mosaic lowers them. Tests compare their numbers
+in interpret mode, and tests/compile_kernels.py compiles them for v5e, v5p and
+v6e; **no TPU has run them.**
 
-Why not splash attention (jax.experimental.pallas.ops.tpu.splash_attention),
-which has soft cap, GQA and head_dim 256 too. Per (row, slot) pair and unit of
-head_dim, 2 FLOP a product:
+Splash attention (jax.experimental.pallas.ops.tpu.splash_attention) has soft
+cap, GQA and head_dim 256 too. It costs more, per (row, slot) pair and unit of
+head_dim, at 2 FLOP a product:
 
                          splash                        here
   forward                2 products                    2 products
@@ -59,7 +60,7 @@ CHUNK_BYTES = 2**20
 
 
 def supported(head_dim: int, dtype: jnp.dtype) -> str | None:
-  """Why these kernels do not take the shapes, or None where they do."""
+  """The reason why these kernels do not support the shapes, or None."""
   return intervals.unsupported(head_dim, dtype)
 
 
@@ -91,16 +92,16 @@ def _chunk(first, j, blocks):
 
 def _walk(first, last, keys_ref, values_ref, block_k, add):
   """Calls add(block, keys, values) for this chunk's blocks in [first, last)."""
-  at = pl.program_id(0), pl.program_id(2)
+  row_block = pl.program_id(0), pl.program_id(2)
   blocks = keys_ref.shape[0] // block_k
-  begin = _chunk(first[at], pl.program_id(3), blocks) * blocks
+  begin = _chunk(first[row_block], pl.program_id(3), blocks) * blocks
 
   def step(block, _):
-    here = pl.ds(pl.multiple_of((block - begin) * block_k, block_k), block_k)
-    add(block, keys_ref[here, :], values_ref[here, :])
+    slots = pl.ds(pl.multiple_of((block - begin) * block_k, block_k), block_k)
+    add(block, keys_ref[slots, :], values_ref[slots, :])
 
-  low = jnp.maximum(first[at], begin)
-  high = jnp.minimum(last[at], begin + blocks)
+  low = jnp.maximum(first[row_block], begin)
+  high = jnp.minimum(last[row_block], begin + blocks)
   jax.lax.fori_loop(low, high, step, None)
 
 
@@ -136,10 +137,10 @@ def _forward_kernel(
     q = q_ref[...]
     scores, _ = _scores(q, keys, block, low, high, softcap)
     before = top[...]
-    now = jnp.maximum(before, scores.max(1, keepdims=True))
-    p = jnp.exp2(scores - _wide(now, scores.shape[1]))
-    shrink = jnp.exp2(before - now)
-    top[...] = now
+    new_top = jnp.maximum(before, scores.max(1, keepdims=True))
+    p = jnp.exp2(scores - _wide(new_top, scores.shape[1]))
+    shrink = jnp.exp2(before - new_top)
+    top[...] = new_top
     total[...] = total[...] * shrink + p.sum(1, keepdims=True)
     out_ref[...] = out_ref[...] * _wide(shrink, q.shape[1]) + dot(
       p.astype(values.dtype), values
@@ -182,7 +183,7 @@ def _dq_kernel(
   def _begin():
     low[...] = _column(start_ref[...])
     high[...] = _column(stop_ref[...])
-    # A row that sees nothing anywhere has MASKED here, as its scores are.
+    # The lse of a row that sees nothing is MASKED, as its scores are.
     lse[...] = jnp.maximum(_column(lse_ref[...]) * BITS, LOWEST)
     delta[...] = _column(delta_ref[...])
     dq_ref[...] = jnp.zeros_like(dq_ref)
@@ -228,8 +229,8 @@ def _specs(e, block_q, block_k, blocks):
 def _fit(rows, block_q):
   """Rows of a tile: no more than there are, in whole vector registers.
 
-  Queries may end inside the last row block: what lies beyond is arbitrary,
-  stays in its own rows, and is not written back. So q is never copied.
+  Queries may end inside the last row block. The rows beyond them hold arbitrary
+  numbers, which reach no other row and are not written back: q is never copied.
   """
   return min(block_q, pl.cdiv(rows, LANES) * LANES)
 
@@ -338,9 +339,9 @@ def backward_dq(
   """The context's share of the gradient with respect to q.
 
   p = exp(s - lse) on the interval, ds = p (dout . v - delta) times the soft
-  cap's 1 - (s / softcap)^2, dq = ds @ keys: FlashAttention's backward with
-  what ring attention hands around. `lse` and `delta` belong to the whole
-  softmax, context and own block together; the other arguments are `forward`'s.
+  cap's 1 - (s / softcap)^2, dq = ds @ keys. This is FlashAttention's backward
+  pass with the `lse` and `delta` of the whole softmax, over context and own
+  block together, as in ring attention; the other arguments are `forward`'s.
 
   Args:
     q: as in `forward`, as are the next four.

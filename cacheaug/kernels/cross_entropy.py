@@ -1,9 +1,8 @@
 """Negative log-likelihood over a large vocabulary, in chunks of rows.
 
 No [rows, V] array outlives its chunk. Where the head is frozen, the forward
-pass also makes d(nll)/d(hidden) while it has the logits, so that the backward
-pass has nothing left to do but scale it: two products with the embedding, not
-three.
+pass also computes d(nll)/d(hidden) from the same logits, and the backward pass
+only scales it: two products with the embedding, not three.
 """
 
 from collections.abc import Callable
@@ -11,9 +10,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# Rows of logits held at once, on each device: many, where V is small; where it
-# is large, enough to keep the product with the embedding bound by arithmetic
-# and not by reading the embedding (2304 x 256k in bfloat16: 1.2 GB a chunk).
+# Rows of logits that a device holds at once. A small V allows many; for a large
+# one the number is enough that the product with the embedding is bound by
+# arithmetic and not by reading it (2304 x 256k in bfloat16: 1.2 GB a chunk).
 CHUNK_ELEMENTS = 2**21
 CHUNK_ROWS = 512
 
@@ -36,9 +35,9 @@ def token_nll(
     hidden: rows.
     targets: of each row.
     vocab_size: V.
-    shards: chunks cut the other axes and leave B as it is split.
-    frozen: gradients are wanted with respect to `hidden` alone. Else the
-      chunks' logits are computed again in the backward pass.
+    shards: of B; chunks are cut from the other axes alone.
+    frozen: no gradient with respect to the head's parameters is needed.
+      Otherwise the backward pass computes the chunks' logits again.
   """
   b = hidden.shape[0]
   rows = max(CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size)
@@ -70,8 +69,8 @@ def soft_nll(
   def chunk(hidden, targets):
     tokens, weights = targets
     logits = logits_of(hidden)
-    mine = jnp.take_along_axis(logits, tokens, -1)
-    return jax.nn.logsumexp(logits, -1) - (weights * mine).sum(-1)
+    chosen = jnp.take_along_axis(logits, tokens, -1)
+    return jax.nn.logsumexp(logits, -1) - (weights * chosen).sum(-1)
 
   targets = tokens, jax.lax.stop_gradient(weights)
   return _by_rows(jax.checkpoint(chunk), hidden, targets, vocab_size, shards)
@@ -109,26 +108,26 @@ def _by_rows(function, hidden, targets, vocab_size, shards):
 
 
 def _nll(logits_of, hidden, targets):
-  """Nll, and what its gradient needs."""
+  """Nll, logits and log-sum-exp of each row."""
   logits = logits_of(hidden)
   lse = jax.nn.logsumexp(logits, axis=-1)
-  mine = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-  return lse - mine, logits, lse
+  target_logit = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+  return lse - target_logit, logits, lse
 
 
 def _nll_and_gradient(logits_of, hidden, targets):
   """Nll and d(nll)/d(hidden), from the same logits."""
 
-  def nll(hidden):
+  def head(hidden):
     logits = logits_of(hidden)
     return logits, logits
 
-  logits, pull, _ = jax.vjp(nll, hidden, has_aux=True)
+  logits, head_vjp, _ = jax.vjp(head, hidden, has_aux=True)
   lse = jax.nn.logsumexp(logits, axis=-1)
   tokens = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,))
-  mine = tokens == targets[..., None]
-  out = lse - jnp.where(mine, logits, 0.0).sum(-1)
-  (gradient,) = pull(jnp.exp(logits - lse[..., None]) - mine)
+  is_target = tokens == targets[..., None]
+  out = lse - jnp.where(is_target, logits, 0.0).sum(-1)
+  (gradient,) = head_vjp(jnp.exp(logits - lse[..., None]) - is_target)
   return out, gradient
 
 
@@ -152,21 +151,21 @@ def _frozen(logits_of, size, hidden, targets):
 
 
 def _in_chunks(function, size, hidden, targets):
-  """Function of [B, t, D] and a tree of [B, t, ...], in turns over T."""
+  """Applies a function of [B, t, D] and trees of [B, t, ...] to chunks of T."""
   t = hidden.shape[1]
   if t <= size:
     return function(hidden, targets)
-  turns = -(-t // size)
-  size = -(-t // turns)
-  pad = turns * size - t
+  chunks = -(-t // size)
+  size = -(-t // chunks)
+  pad = chunks * size - t
 
-  def split(x):  # [B, T, ...] -> [turns, B, size, ...]
+  def split(x):  # [B, T, ...] -> [chunks, B, size, ...]
     x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], turns, size, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(x.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
 
   def join(x):
     x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], turns * size, *x.shape[3:])[:, :t]
+    return x.reshape(x.shape[0], chunks * size, *x.shape[3:])[:, :t]
 
   parts = split(hidden), jax.tree.map(split, targets)
   out = jax.lax.map(lambda a: function(*a), parts)

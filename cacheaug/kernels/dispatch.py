@@ -1,4 +1,4 @@
-"""Which kernel runs the context's part of attention, and over which devices."""
+"""Chooses the kernel of the context's part of attention, and its devices."""
 
 import dataclasses
 import functools
@@ -23,9 +23,9 @@ PALLAS = ("tpu", "gpu")  # run on the device that they are named after
 class Kernel:
   """An implementation of context_attention.py's two functions.
 
-  `plain` is none: one masked softmax over everything (model/attention.py).
-  With a mesh, each device runs the kernel on its own sequences and key heads:
-  the compiler cannot split what is inside one.
+  `plain` uses no kernel: one masked softmax over context and own block
+  (model/attention.py). With a mesh, each device runs the kernel on its own
+  sequences and key heads, because the compiler cannot split a kernel.
   """
 
   name: str = "xla"
@@ -75,21 +75,21 @@ class Kernel:
 def choose(
   name: str, platform: str, head_dim: int, dtype: jnp.dtype
 ) -> tuple[str, str]:
-  """The kernel to run and, in words, why.
+  """The kernel to run, and the reason in words.
 
   Args:
-    name: of NAMES; what config.attention says.
+    name: config.attention, of NAMES.
     platform: of the devices: cpu, tpu, gpu (or cuda).
     head_dim: E.
     dtype: of activations.
   """
   if name != "auto":
     return name, "config.attention asks for it"
-  wanted = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(platform)
-  if wanted is None:
+  kernel = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(platform)
+  if kernel is None:
     return "xla", f"there is no kernel for {platform}"
-  module = importlib.import_module(KERNELS[wanted])
+  module = importlib.import_module(KERNELS[kernel])
   reason = module.supported(head_dim, dtype)
   if reason:
-    return "xla", f"the {wanted} kernel does not take it: {reason}"
-  return wanted, f"devices are {platform}"
+    return "xla", f"the {kernel} kernel does not support it: {reason}"
+  return kernel, f"devices are {platform}"

@@ -1,9 +1,9 @@
-"""What the context kernels share: rows that each see one interval of slots.
+"""Helpers of the context kernels: each row sees one interval of slots.
 
-A row of a trace sees context slots start <= s < stop and no others: the point
-ends the interval, the start of a packed document or a sliding window begins
-it. So a mask is two integers a row, and a tile of scores needs computing only
-where some row's interval reaches into it:
+A row of a trace sees the context slots start <= s < stop and no others: its
+point ends the interval; a packed document or a sliding window begins it. So a
+mask is two integers a row, and only the tiles of scores that some row's
+interval reaches into are computed:
 
     slots       0 . . . 4 . . . 8 . . .      block_q = 2, block_k = 4
     row 0 [0, 2)  # #     |       |          first 0, last 1: one tile
@@ -35,7 +35,7 @@ HEAD_DIMS = (64, 128, 256)
 
 
 def unsupported(head_dim: int, dtype: jnp.dtype) -> str | None:
-  """Why no kernel takes these shapes, or None where they do."""
+  """The reason why no kernel supports these shapes, or None."""
   if head_dim not in HEAD_DIMS:
     return f"head_dim {head_dim} is none of {HEAD_DIMS}"
   if dtype not in (jnp.float32, jnp.bfloat16):
@@ -69,11 +69,11 @@ def pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
   A row of zeros has the interval [0, 0) and sees nothing; a key of zeros lies
   beyond every interval.
   """
-  lacking = -x.shape[axis] % multiple
-  if not lacking:
+  missing = -x.shape[axis] % multiple
+  if not missing:
     return x
   widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, lacking)
+  widths[axis] = (0, missing)
   return jnp.pad(x, widths)
 
 
@@ -94,7 +94,7 @@ def cost(
   keys: jax.Array,  # [B, K, S, E]
   matmuls: int,
 ) -> pl.CostEstimate:
-  """What XLA's scheduler should expect of a kernel with that many products.
+  """Cost of a kernel with `matmuls` products a tile, for XLA's scheduler.
 
   Half of all pairs: uniform points see half of the context on average. The
   true share is known on the device only.
@@ -122,9 +122,9 @@ def masked_scores(
   """
   slope = None
   if softcap:
-    bent = tanh(products * (1 / softcap))
-    slope = 1 - bent * bent
-    scores = bent * (softcap * BITS)
+    capped = tanh(products * (1 / softcap))
+    slope = 1 - capped * capped
+    scores = capped * (softcap * BITS)
   else:
     scores = products * BITS
   slots = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)

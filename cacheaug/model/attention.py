@@ -155,9 +155,14 @@ def _weighted(weights, values):
   return out.reshape(*weights.shape[:-1], -1)
 
 
-def _attend(q, own_k, own_v, own_mask, context, softcap):
+def _biased(scores, bias):
+  """Scores [B, K, m, r, G, T] plus their keys' bias [B, K, m, 1, 1, T]."""
+  return scores if bias is None else scores + bias
+
+
+def _attend(q, own_k, own_v, own_mask, bias, context, softcap):
   """Joint softmax over [context | own block] for one run of blocks."""
-  own = _scores(q, own_k, own_mask, softcap)
+  own = _biased(_scores(q, own_k, own_mask, softcap), bias)
   if context is None:
     return _weighted(jax.nn.softmax(own), own_v)
   keys, values, mask = context
@@ -183,7 +188,7 @@ def _interval(
   return start, stop
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
 def _joint(
   q,  # [B, K, M, R, G, E]
   own_k,  # [B, K, M, R, E]
@@ -193,19 +198,20 @@ def _joint(
   start,  # [B, M, R]
   stop,
   own_mask,  # [B, M, R, R]
+  bias,  # [B, K, M, 1, 1, R] or None
   softcap,
   kernel,
 ):
   """Softmax over [context interval | own block], joined by log-sum-exp."""
   return _joint_forward(
-    q, own_k, own_v, keys, values, start, stop, own_mask, softcap, kernel
+    q, own_k, own_v, keys, values, start, stop, own_mask, bias, softcap, kernel
   )[0]
 
 
 def _joint_forward(
-  q, own_k, own_v, keys, values, start, stop, own_mask, softcap, kernel
+  q, own_k, own_v, keys, values, start, stop, own_mask, bias, softcap, kernel
 ):
-  own = _scores(q, own_k, own_mask, softcap)
+  own = _biased(_scores(q, own_k, own_mask, softcap), bias)
   there, there_lse = kernel.forward(
     _merge(q),
     keys,
@@ -222,12 +228,12 @@ def _joint_forward(
   # again in the backward pass.
   out = checkpoint_name(out.astype(own_v.dtype), "attention")
   lse = checkpoint_name(lse, "attention")
-  saved = q, own_k, own_v, keys, values, start, stop, own_mask, out, lse
+  saved = q, own_k, own_v, keys, values, start, stop, own_mask, bias, out, lse
   return out, saved
 
 
 def _joint_backward(softcap, kernel, saved, dout):
-  q, own_k, own_v, keys, values, start, stop, own_mask, out, lse = saved
+  q, own_k, own_v, keys, values, start, stop, own_mask, bias, out, lse = saved
   b, k, m, r, g, e = q.shape
   delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
   dq = kernel.backward_dq(
@@ -242,8 +248,9 @@ def _joint_backward(softcap, kernel, saved, dout):
     softcap=softcap,
   ).reshape(q.shape)
   own = _scores(q, own_k, own_mask, softcap)  # [B, K, M, R, G, R]
-  weights = jnp.exp(own - lse[..., None])
+  weights = jnp.exp(_biased(own, bias) - lse[..., None])
   back = weights * (_scores(dout, own_v, None, 0.0) - delta[..., None])
+  dbias = None if bias is None else back.sum((3, 4), keepdims=True)
   if softcap:
     back *= 1.0 - (jnp.clip(own, -softcap, softcap) / softcap) ** 2
   dq += _weighted(back, own_k).astype(jnp.float32)
@@ -259,11 +266,12 @@ def _joint_backward(softcap, kernel, saved, dout):
     dk.astype(own_k.dtype),
     dv.astype(own_v.dtype),
     *(None,) * 5,
+    dbias,
   )
 
 
 def _joint_checked(
-  q, own_k, own_v, keys, values, start, stop, own_mask, softcap, kernel
+  q, own_k, own_v, keys, values, start, stop, own_mask, bias, softcap, kernel
 ):
   if keys.perturbed or values.perturbed:
     raise TypeError(
@@ -271,7 +279,8 @@ def _joint_checked(
       "tiled attention takes for constants: use the kernel 'plain'"
     )
   args = q, own_k, own_v, keys, values, start, stop, own_mask
-  return _joint_forward(*(x.value for x in args), softcap, kernel)
+  bias = None if bias is None else bias.value
+  return _joint_forward(*(x.value for x in args), bias, softcap, kernel)
 
 
 _joint.defvjp(_joint_checked, _joint_backward, symbolic_zeros=True)
@@ -300,8 +309,12 @@ def attend(
   window: jax.Array | int | None,
   softcap: float,
   kernel: Kernel,
+  bias: jax.Array | None = None,  # [B, M, R, K] float32
 ) -> jax.Array:  # [B, M, Q, H, E]
-  """Grouped-query attention over [cache | own block], softmax in float32."""
+  """Grouped-query attention over [cache | own block], softmax in float32.
+
+  `bias` is added to every score of the block's own keys, after any soft cap.
+  """
   b, m, r, h, e = q.shape
   heads, first = k.shape[3], k.shape[2] - r
   asking = jax.tree.map(
@@ -310,6 +323,8 @@ def attend(
   q = q.reshape(b, m, r, heads, h // heads, e)
   q = q.transpose(0, 3, 1, 2, 4, 5)  # [B, K, M, Q, G, E]
   k, v = (x.transpose(0, 3, 1, 2, 4) for x in (k, v))  # [B, K, M, R, E]
+  if bias is not None:
+    bias = bias.transpose(0, 3, 1, 2)[:, :, :, None, None]
   own_mask = block_mask(rows, window)[:, :, first:]
   context = None
   if cache is not None:
@@ -317,10 +332,10 @@ def attend(
   if rows.starts is None or kernel.name == "plain":
     if cache is not None:
       context.append(context_mask(asking, cache, window))
-    out = _attend(q, k, v, own_mask, context, softcap)
+    out = _attend(q, k, v, own_mask, bias, context, softcap)
   elif cache is not None:
     interval = _interval(asking, window)
-    args = q, k, v, *context, *interval, own_mask
+    args = q, k, v, *context, *interval, own_mask, bias
     out = _joint(*args, softcap, kernel)
   else:
     # A context that reads itself: each row up to its own slot.

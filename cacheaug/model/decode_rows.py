@@ -4,11 +4,11 @@ import jax
 
 from cacheaug.model.layers import Block, RMSNorm
 from cacheaug.model.rope import rope_table
-from cacheaug.model.static_cache import SlotCache
+from cacheaug.model.static_cache import StaticCache
 from cacheaug.model.transformer import Params, Transformer
 
 
-def split_layers(params: Params) -> Params:
+def unstack_layers(params: Params) -> Params:
   """The same tree with `blocks` a tuple of L trees; every pass takes either.
 
   Worth holding where rows are few: a loop that takes one layer after another
@@ -28,14 +28,14 @@ def split_layers(params: Params) -> Params:
 
 def write_rows(
   model: Transformer,
-  params: Params,  # stacked, or of split_layers
-  cache: SlotCache,
+  params: Params,  # stacked, or of unstack_layers
+  cache: StaticCache,
   x: jax.Array,  # [B, R, D]
   positions: jax.Array,  # [B, R]
   *,
   segments: jax.Array,  # [B, R]; 0 leaves a row's slot empty
   slot: jax.Array | int,  # [], the first of the R slots to fill
-) -> tuple[jax.Array, SlotCache]:  # [B, R, D], the cache with the rows in it
+) -> tuple[jax.Array, StaticCache]:  # [B, R, D], the cache with the rows in it
   """Runs R rows that join a static cache: `extend` and a write, in place.
 
   A row sees every filled slot of its segment, whatever its position, and of
@@ -46,7 +46,7 @@ def write_rows(
   block = Block(c, model.dtype, model.param_dtype, model.attention)
   ropes = rope_table(c, positions[:, None])
   x, keys, values = x[:, None].astype(model.dtype), [], []
-  for i, weights in enumerate(split_layers(params)["blocks"]):
+  for i, weights in enumerate(unstack_layers(params)["blocks"]):
     layer = c.other_layers[i], (cache.keys[i], cache.values[i])
     x, own = block.apply({"params": weights}, x, layer, None, rows, ropes)
     keys.append(own[0])

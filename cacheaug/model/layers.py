@@ -13,7 +13,7 @@ from cacheaug.model import attention, placement
 from cacheaug.model.cache import KVCache
 from cacheaug.model.config import SLIDING, ModelConfig
 from cacheaug.model.rope import Rope, rotate
-from cacheaug.model.static_cache import SlotLayer, SlotRows
+from cacheaug.model.static_cache import CacheWrite, LayerCache
 
 KV = tuple[jax.Array, jax.Array]  # keys, values [..., K, E]
 
@@ -112,8 +112,8 @@ class Attention(nn.Module):
   def __call__(
     self,
     x: jax.Array,  # [B, M, R, D]
-    rows: attention.Rows | None,  # none of a SlotLayer, which has its own
-    cache: KVCache | SlotLayer | None,
+    rows: attention.Rows | None,  # none of a LayerCache, which has its own
+    cache: KVCache | LayerCache | None,
     window: jax.Array | None,  # [] tokens
     rope: Rope,  # [B, M, R, E/2]
     wanted: int,
@@ -122,7 +122,12 @@ class Attention(nn.Module):
     """Rows from `wanted` on, and the keys and values of all.
 
     Of a SlotLayer, its keys and values in place of the rows' own. `given` is
+    of G rows of the block before these; its third array, if there is one, is
+    the bias [B, M, G, K] of attention to them.
+    =======
+    Of a LayerCache, its keys and values in place of the rows' own. `given` is
     of G rows of the block before these.
+    >>>>>>> main
     """
     c = self.config
     d, h, k, e = c.width, c.heads, c.kv_heads, c.head_dim
@@ -138,13 +143,16 @@ class Attention(nn.Module):
     query = rotate(query, [t[:, :, wanted:] for t in rope])
     query *= jnp.asarray(c.attention_scale, self.dtype)
     key = rotate(key, rope)
-    own = key, value
+    own, bias = (key, value), None
     if given is not None:
       key, value = (
         jnp.concatenate([first.astype(last.dtype), last], 2)
-        for first, last in zip(given, own, strict=True)
+        for first, last in zip(given[:2], own, strict=True)
       )
-    if isinstance(cache, SlotLayer):
+      if len(given) > 2:
+        after = ((0, 0), (0, 0), (0, x.shape[2]), (0, 0))
+        bias = jnp.pad(given[2].astype(jnp.float32), after)
+    if isinstance(cache, LayerCache):
       out, own = cache.attend(query, key, value, c.attention_softcap)
     else:
       out = attention.attend(
@@ -156,6 +164,7 @@ class Attention(nn.Module):
         window=window,
         softcap=c.attention_softcap,
         kernel=self.kernel,
+        bias=bias,
       )
     out = Linear(
       {"H": h, "E": e},
@@ -212,7 +221,7 @@ class Block(nn.Module):
     x: jax.Array,  # [B, M, R, D]
     layer: tuple[jax.Array, KV | None],
     rows: attention.Rows | None,
-    context: tuple[jax.Array, jax.Array] | SlotRows | None,
+    context: tuple[jax.Array, jax.Array] | CacheWrite | None,
     ropes: Sequence[Rope],
     wanted: int = 0,
     given: KV | None = None,  # [B, M, G, K, E]
@@ -233,14 +242,14 @@ class Block(nn.Module):
 
     other, kv = layer
     window = None
-    if SLIDING in c.layer_kinds and not isinstance(context, SlotRows):
+    if SLIDING in c.layer_kinds and not isinstance(context, CacheWrite):
       window = jnp.where(other, c.window, attention.NO_LIMIT)
     rope = ropes[0]
     if len(ropes) > 1:
       rope = jax.tree.map(lambda g, s: jnp.where(other, s, g), *ropes)
     cache = None
-    if isinstance(context, SlotRows):
-      cache = SlotLayer(*kv, context, other)
+    if isinstance(context, CacheWrite):
+      cache = LayerCache(*kv, context, other)
     elif context is not None:
       cache = KVCache(kv[0], kv[1], *context)
     y, own = Attention(name="attention", kernel=self.kernel, **kw)(

@@ -18,7 +18,7 @@ from cacheaug.model.cache import KVCache
 
 
 @flax.struct.dataclass
-class SlotCache:
+class StaticCache:
   """What KVCache holds, laid out for decoding.
 
   A slot whose segment is 0 is empty and never attended to.
@@ -30,7 +30,7 @@ class SlotCache:
   segments: jax.Array  # [B, S] int32, 0 = empty slot
 
   @classmethod
-  def of(cls, cache: KVCache, slots: int, dtype: Any) -> "SlotCache":
+  def of(cls, cache: KVCache, slots: int, dtype: Any) -> "StaticCache":
     """A copy with `slots` slots, those after the cache's own empty."""
     cache = cache.pad(slots - cache.length)
 
@@ -48,7 +48,7 @@ class SlotCache:
     )
     return KVCache(keys, values, self.positions, self.segments)
 
-  def write(self, rows: KVCache, slot: jax.Array | int) -> "SlotCache":
+  def write(self, rows: KVCache, slot: jax.Array | int) -> "StaticCache":
     """Writes `rows` over the slots from `slot` on, for all sequences alike."""
 
     def kv(layers, update):
@@ -62,29 +62,29 @@ class SlotCache:
       return jax.lax.dynamic_update_slice(array, update, (0, slot))
 
     at = (0, 0, slot, 0)
-    return SlotCache(
+    return StaticCache(
       kv(self.keys, rows.keys),
       kv(self.values, rows.values),
       put(self.positions, rows.positions),
       put(self.segments, rows.segments),
     )
 
-  def pad(self, slots: int) -> "SlotCache":
+  def pad(self, slots: int) -> "StaticCache":
     """A copy with so many further slots, empty."""
     row, kv = ((0, 0), (0, slots)), ((0, 0), (0, 0), (0, slots), (0, 0))
-    return SlotCache(
+    return StaticCache(
       keys=tuple(jnp.pad(x, kv) for x in self.keys),
       values=tuple(jnp.pad(x, kv) for x in self.values),
       positions=jnp.pad(self.positions, row),
       segments=jnp.pad(self.segments, row),
     )
 
-  def hide_after(self, limits: jax.Array) -> "SlotCache":
+  def hide_after(self, limits: jax.Array) -> "StaticCache":
     """Empties every slot at a position beyond `limits` [B]."""
     keep = self.positions <= limits[:, None]
     return self.replace(segments=jnp.where(keep, self.segments, 0))
 
-  def hide_before(self, limits: jax.Array) -> "SlotCache":
+  def hide_before(self, limits: jax.Array) -> "StaticCache":
     """Empties every slot at a position before `limits` [B]."""
     keep = self.positions >= limits[:, None]
     return self.replace(segments=jnp.where(keep, self.segments, 0))
@@ -95,7 +95,7 @@ class SlotCache:
     segments: jax.Array,  # [B, R]
     slot: jax.Array,  # []
     window: int | None,  # of sliding layers
-  ) -> tuple["SlotCache", "SlotRows"]:
+  ) -> tuple["StaticCache", "CacheWrite"]:
     """Enters rows that start at `slot`; their keys and values follow."""
 
     def put(array, update):
@@ -116,11 +116,11 @@ class SlotCache:
       )
       return mask & ~later[None]
 
-    return cache, SlotRows(slot, seen(None), seen(window))
+    return cache, CacheWrite(slot, seen(None), seen(window))
 
 
 @flax.struct.dataclass
-class SlotRows:
+class CacheWrite:
   """R new rows a sequence: where they are written and what they see."""
 
   slot: jax.Array  # [], the first of R slots
@@ -129,12 +129,12 @@ class SlotRows:
 
 
 @flax.struct.dataclass
-class SlotLayer:
+class LayerCache:
   """One layer's keys and values, and the rows that are about to join them."""
 
   keys: jax.Array  # [B, K, S, E]
   values: jax.Array
-  rows: SlotRows
+  rows: CacheWrite
   sliding: bool = flax.struct.field(pytree_node=False)
 
   def attend(

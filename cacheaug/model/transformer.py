@@ -25,7 +25,9 @@ from cacheaug.model.layers import Block, Embedder, Linear, RMSNorm
 from cacheaug.model.rope import rope_table
 
 Params = Any  # a tree of arrays
-Given = tuple[jax.Array, jax.Array]  # keys, values [L, B, M, G, K, E]
+# Keys and values [L, B, M, G, K, E], and maybe the bias [L, B, M, G, K] of
+# attention to them.
+Given = tuple[jax.Array, ...]
 
 # What the backward pass finds of a block, by name; it computes the rest again.
 # lean: the projections' and attention's outputs, so that no matrix product and
@@ -141,7 +143,7 @@ def run_blocks(
 
   Args:
     model: the architecture.
-    params: with `blocks` (stacked, or of decoding.split_layers) and
+    params: with `blocks` (stacked, or of decode_rows.unstack_layers) and
       `final_norm`.
     x: the rows' input embeddings.
     rows: where they stand.
@@ -207,7 +209,7 @@ def run(
       static_argnums=3,
     )
   x = x.astype(model.dtype)
-  if isinstance(params["blocks"], tuple):  # of decoding.split_layers
+  if isinstance(params["blocks"], tuple):  # of decode_rows.unstack_layers
     own, hidden = [], None
     for i, weights in enumerate(params["blocks"]):
       of_layer, first = jax.tree.map(lambda a, i=i: a[i], (layers[1], given))

@@ -1,8 +1,7 @@
-"""What the processes of one run must have in common, compared at its start.
+"""Compares, at a run's start, what all of its processes must have in common.
 
-Each host reads its own disk and its own command line. A batch is cut out of
-what all of them are supposed to see alike, so hosts that differ would train on,
-each on something else, and nothing would say so.
+Each host reads its own disk and its own command line. Hosts that see other text
+or another decoder would train without an error, each on something else.
 """
 
 import hashlib
@@ -18,13 +17,13 @@ from ml_collections import ConfigDict
 from cacheaug.config import leaves
 from cacheaug.errors import UserError, one_line
 
-# Keys that may differ between hosts: names of the same thing on each.
+# Keys that may differ between hosts, since each host has its own paths.
 _OWN = ("data.cache_dir", "data.workers", "decoder.path", "coprocessor.init")
 _EDGE = 1 << 20  # bytes read at each end of a file of weights
 
 
 def exchange(text: str) -> list[str]:
-  """The texts of all processes, by process; all must call it together."""
+  """Returns all processes' texts, in order; all must call it together."""
   if jax.process_count() == 1:
     return [text]
   data = np.frombuffer(text.encode(), np.uint8)
@@ -53,7 +52,7 @@ def check(facts: Callable[[], Mapping[str, str]]) -> None:
   """Refuses processes that differ; all must call it together.
 
   Args:
-    facts: gives what is compared -> this process's value, for a person to
+    facts: returns {name of a fact: this process's value}, both for a person to
       read. It is not called where there is one process.
 
   Raises:
@@ -61,8 +60,9 @@ def check(facts: Callable[[], Mapping[str, str]]) -> None:
   """
   if jax.process_count() == 1:
     return
-  found = exchange("\n".join(f"{k}\t{_plain(v)}" for k, v in facts().items()))
-  tables = [dict(x.split("\t", 1) for x in t.splitlines()) for t in found]
+  lines = (f"{k}\t{_on_one_line(v)}" for k, v in facts().items())
+  texts = exchange("\n".join(lines))
+  tables = [dict(x.split("\t", 1) for x in t.splitlines()) for t in texts]
   for process, table in enumerate(tables):
     for name in dict.fromkeys([*tables[0], *table]):
       first, other = (t.get(name, "absent") for t in (tables[0], table))
@@ -73,12 +73,12 @@ def check(facts: Callable[[], Mapping[str, str]]) -> None:
         )
 
 
-def _plain(value: str) -> str:
+def _on_one_line(value: str) -> str:
   return one_line(value, 1000)
 
 
 def of_config(config: ConfigDict) -> dict[str, str]:
-  """Facts of the command line and of the code that reads it."""
+  """Returns the facts of the command line and of the code that reads it."""
   facts = {
     "the cacheaug package": _package(),
     "the version of jax": jax.__version__,
@@ -92,11 +92,11 @@ def of_config(config: ConfigDict) -> dict[str, str]:
 
 
 def of_directory(path: str | Path) -> str:
-  """A digest of the files directly in a directory, or of one file.
+  """Returns a digest of the files directly in a directory, or of one file.
 
-  Of names and sizes, and of the first and last MiB of each: reading all
-  weights twice would double the time of a start, and weights that were trained
-  on differ everywhere.
+  The digest covers names, sizes, and the first and last MiB of each file.
+  Reading all weights twice would double the time of a start, and two versions
+  of weights differ everywhere.
   """
   path = Path(path)
   digest = hashlib.blake2b(digest_size=6)
@@ -112,7 +112,7 @@ def of_directory(path: str | Path) -> str:
 
 
 def _package() -> str:
-  """A digest of the package's own sources."""
+  """Returns a digest of the package's own sources."""
   root = Path(__file__).resolve().parent.parent
   digest = hashlib.blake2b(digest_size=6)
   for path in sorted(root.rglob("*.py")):

@@ -37,7 +37,7 @@ _SMALL = 2**20  # Bytes up to which a file's CRC is kept.
 
 
 class Unreadable(Exception):
-  """A checkpoint that is damaged; the message says what was found."""
+  """A checkpoint is damaged; the message names the damage."""
 
 
 def _describe(flat: Mapping[str, Any]) -> dict[str, list]:
@@ -49,7 +49,7 @@ def _crc(document: Any) -> int:
 
 
 def _all_succeeded(ok: bool) -> bool:
-  """Whether every process succeeded; they go on or fall back together."""
+  """Returns whether every process succeeded: all continue, or none does."""
   if jax.process_count() == 1:
     return ok
   return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
@@ -169,7 +169,7 @@ class Checkpoints:
   def restore_latest(
     self, abstract_state: Any
   ) -> tuple[Any, dict[str, Any], int] | None:
-    """The newest checkpoint that is whole, or None if there is none.
+    """Restores the newest checkpoint that is whole; None if there is none.
 
     A damaged one is reported in one line, renamed to `<step>.unreadable-<n>`
     and left for a person to look at; the one before it is tried.
@@ -275,15 +275,15 @@ class Checkpoints:
     finally:
       handler.close()
     sums = checksums([restored[k] for k in flat])
-    for name, found in zip(flat, sums.tolist(), strict=True):
-      if found != body["checksums"][name]:
+    for name, checksum in zip(flat, sums.tolist(), strict=True):
+      if checksum != body["checksums"][name]:
         raise Unreadable(f"checksum of {name} differs")
     leaves = [restored[k] for k in flat]
     state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
     return state, body["meta"]
 
   def _read_on_all(self, read) -> Any:
-    """`read()`, or Unreadable on every process if it failed on one."""
+    """Calls `read` on all processes; Unreadable on all if it fails on one."""
     reason, result = "another process could not read it", None
     ok = True
     try:
@@ -314,12 +314,13 @@ class Checkpoints:
 def read_params(
   directory: str | epath.Path,
 ) -> tuple[dict[str, jax.Array], dict[str, Any], int] | None:
-  """The weights of a run's newest whole checkpoint, and nothing else of it.
+  """Reads the weights of a run's newest whole checkpoint.
 
-  The running average where the run kept one, and what a LoRA adapts where that
-  is kept (by names that begin with `frozen/`). Optimizer state is not read. A
-  damaged checkpoint is reported, left where it is, and the one before it is
-  tried: the run itself may still be writing.
+  It reads the running average where the run keeps one, and the weights that a
+  LoRA adapts where they are saved (their names begin with `frozen/`). It does
+  not read the optimizer's state. A damaged checkpoint is reported, left in its
+  place, and the checkpoint before it is tried: the run itself may still be
+  writing.
 
   Args:
     directory: a run's `checkpoints`.
@@ -349,17 +350,17 @@ def _read_params(path: epath.Path) -> tuple[dict[str, jax.Array], dict]:
   kinds = (prefix, "frozen/")
   device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
 
-  def wanted(name):
+  def item_of(name):
     if not name.startswith(kinds):
       return ocp.PLACEHOLDER
     shape, dtype = tree[name]
     return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
 
-  item = {name: wanted(name) for name in tree}
+  item = {name: item_of(name) for name in tree}
   handler = ocp.PyTreeCheckpointHandler()
   _quiet_late_reads()
   try:
-    found = handler.restore(
+    restored = handler.restore(
       path / "state",
       args=ocp.args.PyTreeRestore(
         item,
@@ -368,7 +369,7 @@ def _read_params(path: epath.Path) -> tuple[dict[str, jax.Array], dict]:
     )
   finally:
     handler.close()
-  params = {k: v for k, v in found.items() if k.startswith(kinds)}
+  params = {k: v for k, v in restored.items() if k.startswith(kinds)}
   sums = checksums(params.values())
   for name, crc in zip(params, sums.tolist(), strict=True):
     if crc != body["checksums"][name]:
@@ -388,29 +389,31 @@ def _steps(directory: epath.Path) -> list[int]:
 
 def _measure(path: epath.Path) -> dict[str, list[int]]:
   """[bytes, CRC or -1] of each file below `path`, by relative name."""
-  found = {}
+  sizes = {}
   for file in path.iterdir():
     if file.is_dir():
       inner = _measure(file)
-      found.update({f"{file.name}/{k}": v for k, v in inner.items()})
+      sizes.update({f"{file.name}/{k}": v for k, v in inner.items()})
     else:
       size = file.stat().length
       crc = zlib.crc32(file.read_bytes()) if size <= _SMALL else -1
-      found[file.name] = [size, crc]
-  return found
+      sizes[file.name] = [size, crc]
+  return sizes
 
 
 def _check_files(path: epath.Path) -> None:
   if not (path / _FILES).exists():
     raise Unreadable(f"{_FILES} is missing: not saved to its end")
   for item, expected in json.loads((path / _FILES).read_text()).items():
-    found = _measure(path / item)
+    present = _measure(path / item)
     for name, (size, crc) in expected.items():
-      if name not in found:
+      if name not in present:
         raise Unreadable(f"{item}/{name} is missing")
-      if found[name][0] != size:
-        raise Unreadable(f"{item}/{name} has {found[name][0]} of {size} bytes")
-      if found[name][1] != crc:
+      if present[name][0] != size:
+        raise Unreadable(
+          f"{item}/{name} has {present[name][0]} of {size} bytes"
+        )
+      if present[name][1] != crc:
         raise Unreadable(f"CRC of {item}/{name} differs")
 
 
@@ -422,12 +425,12 @@ def _read_meta(path: epath.Path) -> dict[str, Any]:
   return body
 
 
-def _check_tree(path: epath.Path, stored: dict, wanted: dict) -> None:
+def _check_tree(path: epath.Path, stored: dict, expected: dict) -> None:
   """Refuses a whole checkpoint of another tree, naming the first leaf."""
-  for name in sorted(stored.keys() | wanted.keys()):
-    if stored.get(name) != wanted.get(name):
+  for name in sorted(stored.keys() | expected.keys()):
+    if stored.get(name) != expected.get(name):
       raise UserError(
         f"{path}: {name} is {stored.get(name, 'absent')} there and "
-        f"{wanted.get(name, 'absent')} in this config: use the config that "
+        f"{expected.get(name, 'absent')} in this config: use the config that "
         "the run was started with, or another --workdir"
       )

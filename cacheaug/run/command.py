@@ -1,4 +1,4 @@
-"""What every command shares: flags, plain logs, errors as one line."""
+"""Runs a command: parses its flags, logs plainly, prints errors as one line."""
 
 import contextlib
 import logging as std_logging
@@ -201,11 +201,11 @@ def _load(argv: list[str]) -> ConfigDict:
 
 def _keys(config: ConfigDict) -> set[str]:
   """Every key, `a.b.c`, inner dictionaries' own among them."""
-  found = set()
+  keys = set()
   for key, _ in leaves(config):
     parts = key.split(".")
-    found |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
-  return found
+    keys |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+  return keys
 
 
 def _config_help(argv: list[str]) -> str:

@@ -264,9 +264,9 @@ def staged(
   with tempfile.TemporaryDirectory() as name:
     local = pathlib.Path(name)
     yield local
-    found = [p for p in sorted(local.rglob("*")) if p.is_file()]
+    paths = [p for p in sorted(local.rglob("*")) if p.is_file()]
     with disk_errors(directory, "write there", "give another place"):
-      for path in sorted(found, key=lambda p: p.name == last):
+      for path in sorted(paths, key=lambda p: p.name == last):
         place = target / path.relative_to(local).as_posix()
         with path.open("rb") as file:
           write_whole(

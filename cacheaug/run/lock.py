@@ -16,22 +16,22 @@ from cacheaug.errors import UserError
 from cacheaug.run import files
 from cacheaug.run.heartbeat import EVERY, RUNNING
 
-# What file systems without locks say; a directory opened for reading cannot be
-# locked over NFS.
+# Errors of file systems without locks. NFS cannot lock a directory that is open
+# for reading.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
-# A heartbeat older than this, in seconds, is of a process that has ended.
+# Seconds after which a heartbeat counts as one of a process that has ended.
 _OLD = 24 * EVERY
-# A trainer that lives writes its heartbeat at least once in so many seconds.
+# A living trainer writes its heartbeat at least once in this time, in seconds.
 _WATCH = 3 * EVERY
 
 
 class Lock:
   """Keeps a second trainer out of a workdir, within `with`.
 
-  A lock of the operating system on the directory itself, which ends with the
-  process however it ends. Such a lock may not reach other hosts, and object
-  storage has none: there heartbeat.json is watched for a few seconds, and one
-  that still beats is of a living trainer.
+  It is a lock of the operating system on the directory itself, which ends with
+  the process, however that ends. Such a lock may not reach other hosts, and
+  object storage has none. For these cases heartbeat.json is watched for a few
+  seconds: if it changes, another trainer is alive.
 
   Args:
     workdir: of the run; need not exist yet.
@@ -52,7 +52,7 @@ class Lock:
       self._opened = None
 
   def acquire(self) -> None:
-    """Takes the directory; does nothing where it is ours, or not there yet.
+    """Takes the directory; does nothing if it is taken already, or absent.
 
     Raises:
       UserError: another trainer is at work there.
@@ -79,11 +79,11 @@ class Lock:
     self._opened = opened
 
   def _watch(self, beat: dict[str, Any]) -> None:
-    """Waits until a heartbeat of another host moves, or is known to rest."""
+    """Watches a heartbeat until it changes, or rests for long enough."""
     if beat.get("state") not in RUNNING:
       return
     if beat.get("host") == socket.gethostname():
-      # A lock reaches every process of this host, but there may be none.
+      # The lock, if the file system has locks, reaches every process here.
       if self._opened is not None or not _lives(beat.get("pid")):
         return
     if abs(time.time() - beat.get("written", 0.0)) > _OLD:
@@ -115,15 +115,15 @@ class Lock:
 
 
 def _heartbeat(root: epath.Path) -> dict[str, Any]:
-  """What heartbeat.json says; {} where there is none that can be read."""
+  """Returns the content of heartbeat.json; {} if it cannot be read."""
   with contextlib.suppress(OSError, ValueError):
-    found = json.loads((root / "heartbeat.json").read_text())
-    return found if isinstance(found, dict) else {}
+    beat = json.loads((root / "heartbeat.json").read_text())
+    return beat if isinstance(beat, dict) else {}
   return {}
 
 
 def _lives(pid: Any) -> bool:
-  """Whether a process of this number, not this one, runs on this host."""
+  """Returns whether another process with this number runs on this host."""
   if not isinstance(pid, int) or pid == os.getpid():
     return False
   try:

@@ -1,4 +1,4 @@
-"""The machine and the code that figures come from, and what chips can do."""
+"""Names the machine and the commit behind a figure; peaks of known chips."""
 
 import dataclasses
 import os
@@ -31,7 +31,9 @@ class Chip:
 # Memory is what their compiler admits.
 # GPU: NVIDIA's data sheets of the SXM parts, without sparsity. NVLink there
 # counts both directions (900 GB/s, A100 600). DCN is one InfiniBand port a GPU,
-# as in the makers' eight-GPU machines (400 Gbit/s, A100 200).
+# as in the makers' eight-GPU machines (400 Gbit/s, A100 200). L4 and RTX 4090
+# have PCIe 4.0 x16 in NVLink's place (32 GB/s each way) and, assumed, 100 and
+# 10 Gbit/s of network.
 CHIPS = {
   chip.name: chip
   for chip in (
@@ -42,12 +44,14 @@ CHIPS = {
     Chip("h100", "gpu", 989e12, 80e9, 3.35e12, 450e9, 50e9),
     Chip("h200", "gpu", 989e12, 141e9, 4.8e12, 450e9, 50e9),
     Chip("a100", "gpu", 312e12, 80e9, 2.039e12, 300e9, 25e9),
+    Chip("l4", "gpu", 121e12, 24e9, 0.3e12, 32e9, 12.5e9),
+    Chip("rtx4090", "gpu", 165.2e12, 24e9, 1.008e12, 32e9, 1.25e9),
   )
 }
 
 # What jax calls them (jax.Device.device_kind), by its start: the longest that
-# matches wins. Parts that are slower than the SXM one of the same name (PCIe,
-# NVL) are left out, so that no MFU is shown for them.
+# matches wins. Other parts whose names begin alike (PCIe, NVL, laptops) are
+# left out, so that no MFU is shown for them.
 _KINDS = {
   "TPU v4": "v4",
   "TPU v5": "v5p",
@@ -59,16 +63,23 @@ _KINDS = {
   "NVIDIA H100 80GB HBM3": "h100",
   "NVIDIA H200": "h200",
   "NVIDIA A100-SXM4": "a100",
+  "NVIDIA L4": "l4",
+  "NVIDIA GeForce RTX 4090": "rtx4090",
 }
-_SLOWER = ("TPU v4 lite", "NVIDIA H200 NVL")
+_OTHERS = (
+  "TPU v4 lite",
+  "NVIDIA H200 NVL",
+  "NVIDIA L40",
+  "NVIDIA GeForce RTX 4090 ",  # D, Laptop GPU
+)
 
 
 def of_device_kind(kind: str) -> Chip | None:
   """The chip behind jax's `device_kind`; None where its peaks are unknown."""
-  if kind.startswith(_SLOWER):
+  if kind.startswith(_OTHERS):
     return None
-  found = [k for k in _KINDS if kind.startswith(k)]
-  return CHIPS[_KINDS[max(found, key=len)]] if found else None
+  prefixes = [k for k in _KINDS if kind.startswith(k)]
+  return CHIPS[_KINDS[max(prefixes, key=len)]] if prefixes else None
 
 
 def peak_flops(devices: Iterable[Any]) -> float | None:
@@ -91,9 +102,9 @@ def commit() -> str:
     ).stdout.strip()
 
   try:
-    found = git("rev-parse", "--short=10", "HEAD")
+    head = git("rev-parse", "--short=10", "HEAD")
     # Of the package alone: results lie in checkouts, too.
-    return found + (" + changes" if git("status", "--porcelain", ".") else "")
+    return head + (" + changes" if git("status", "--porcelain", ".") else "")
   except (OSError, subprocess.SubprocessError):
     return "unknown"
 

@@ -1,4 +1,4 @@
-"""A run's directory: whose it is, and whether it may be written to."""
+"""Checks that a directory belongs to this run, and claims it for the run."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from cacheaug.run.lock import Lock
 # Keys that may differ when a run is resumed: they change its numbers by
 # rounding at most.
 FREE_KEYS = (
+  "decoder.how_to_get",  # words for a person
   "mesh.",
   "checkpoint.",
   "data.workers",
@@ -25,6 +26,7 @@ FREE_KEYS = (
   "data.retries",
   "optimizer.accumulation",
   "remat",
+  "deterministic",
   "eval.",
   "export",
   "local.",
@@ -37,10 +39,10 @@ _PROBE = 10.0  # seconds until a file of process 0 must be seen by the others
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
-  """The config of the run in a directory, with the keys that have come since.
+  """Reads the config of the run in a directory, as this version writes it.
 
-  A new key's value in `configs.base`, or of a source in `source_defaults`, is
-  what was done before there was the key.
+  A key that the file lacks gets its value in `configs.base`, or of a source in
+  `source_defaults`: these describe the behaviour before the key existed.
 
   Raises:
     UserError: no run there, or a config.json that is not a run's.
@@ -59,10 +61,10 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
 
 
 def check(config: ConfigDict, workdir: str) -> None:
-  """Refuses a directory of another experiment, or one not to be written to.
+  """Refuses a directory of another experiment, or one that is not writable.
 
-  Writes nothing, so that a run refused later leaves no trace. A directory
-  with neither metrics nor checkpoints is nobody's yet.
+  It writes nothing, so that a run that is refused later leaves no trace. A
+  directory without metrics and checkpoints belongs to no run yet.
 
   Raises:
     UserError: naming the keys that differ, or what is wrong with the path.
@@ -99,9 +101,9 @@ def _saved(root: epath.Path) -> dict[str, Any]:
 
 
 def claim(config: ConfigDict, workdir: str, lock: Lock | None = None) -> None:
-  """Makes the directory this run's: its lock, and config.json, whole or not.
+  """Takes the directory's lock and writes config.json.
 
-  `check` comes first. All processes call it together; process 0 writes.
+  Call `check` first. All processes call this together; process 0 writes.
 
   Args:
     config: of the run.
@@ -134,9 +136,9 @@ def claim(config: ConfigDict, workdir: str, lock: Lock | None = None) -> None:
 
 
 def _probe(workdir: str) -> None:
-  """Refuses a directory that is another one on another host.
+  """Refuses a path that is a different directory on another host.
 
-  The first checkpoint would wait for ever for the others' files.
+  The first checkpoint would wait for ever for the other hosts' files.
   """
   root = files.absolute(workdir)
   path = (
@@ -171,7 +173,7 @@ def _is_readable(path: epath.Path) -> bool:
 
 
 def has_checkpoints(workdir: str) -> bool:
-  """Whether any checkpoint is there, whole or not."""
+  """Returns whether the directory has any checkpoint, whole or not."""
   checkpoints = files.absolute(workdir) / "checkpoints"
   return checkpoints.is_dir() and any(
     p.name.isdigit() for p in checkpoints.iterdir()
@@ -179,7 +181,7 @@ def has_checkpoints(workdir: str) -> bool:
 
 
 def _has_run(root: epath.Path) -> bool:
-  """Whether a run has left anything there that is worth keeping."""
+  """Returns whether a run has left metrics or checkpoints in the directory."""
   metrics, checkpoints = root / "metrics.jsonl", root / "checkpoints"
   if metrics.is_file() and metrics.stat().length:
     return True
@@ -217,7 +219,7 @@ def _same_experiment(saved: ConfigDict, config: ConfigDict) -> None:
 
 
 def _can_be_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
-  """Whether no step that was taken would differ with the new number of them."""
+  """Returns whether the new number of steps changes no step already taken."""
   schedules = {old["optimizer.schedule"], new["optimizer.schedule"]}
   return schedules == {"constant"} and (
     new["optimizer.steps"] > old["optimizer.steps"]
@@ -225,5 +227,5 @@ def _can_be_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def _as_saved(config: ConfigDict) -> ConfigDict:
-  """The config as it reads back from its file."""
+  """Returns the config as its file gives it back."""
   return ConfigDict(_json_config(config))

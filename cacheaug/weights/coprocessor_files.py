@@ -149,6 +149,7 @@ def _leaves(config: ModelConfig, spec: Layout) -> list[Leaf]:
   body = leaves.flatten(tree.pop("transformer", {}))
   parts = [leaf for leaf in leaves.leaves_of(config) if leaf.path in body]
   order = ("soft_tokens", "latent_projection", "prefix_keys", "prefix_values")
+  order += ("kv_bias",)
   names = [name for name in order if name in tree]
   return parts + [Leaf(name, tree[name].shape, (name,)) for name in names]
 

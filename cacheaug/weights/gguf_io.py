@@ -369,6 +369,11 @@ def quantisation(path: str | pathlib.Path) -> str:
   return ", ".join(kind for kind, _ in counts.most_common())
 
 
+def licence(path: str | pathlib.Path) -> str:
+  """What the file says of its licence; '' for nothing."""
+  return str(_open(path).metadata.get("general.license", ""))
+
+
 def stop_ids(path: str | pathlib.Path) -> tuple[int, ...]:
   """Ids of the tokens that end a text, a turn or a message."""
   metadata = _open(path).metadata

@@ -29,6 +29,7 @@ _WEIGHTS = (
 _FILES = (
   *_WEIGHTS,
   "model-*.safetensors",
+  "README.md",  # its licence
   "config.json",
   "generation_config.json",
   "tokenizer.json",

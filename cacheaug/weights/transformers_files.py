@@ -17,7 +17,7 @@ from etils import epath
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.run.files import expanded
-from cacheaug.weights import leaves, pretrained
+from cacheaug.weights import gguf_io, leaves, pretrained
 from cacheaug.weights import safetensors_io as files
 
 GENERATE = pathlib.Path(__file__).parent / "transformers_side" / "generate.py"
@@ -89,7 +89,7 @@ def model_card(entries: Mapping[str, Any], report: str = "") -> str:
     "licence_line": licence or "not stated beside its weights: look it up",
     "source": source,
     "fingerprint": entries["decoder_fingerprint"],
-    "family": entries["family"],
+    "family": entries["family"] + _quantised(entries["source"]),
     "kind": f"{entries['kind']} ({_KINDS[entries['kind']]})",
     "latents": entries["latents"],
     "positions": entries["positions"],
@@ -104,6 +104,17 @@ def model_card(entries: Mapping[str, Any], report: str = "") -> str:
   return text
 
 
+def _quantised(source: str) -> str:
+  """', dequantised from Q4_K' where the decoder's file is there and says so."""
+  try:
+    kinds = (
+      pretrained.quantisation(pretrained.resolve(source)) if source else ""
+    )
+  except UserError:  # it has moved, or is on the hub
+    return ""
+  return f", dequantised from {kinds}" if kinds else ""
+
+
 def _licence(source: str) -> str:
   """The `license` of the README.md beside a decoder's weights; '' without."""
   try:
@@ -112,6 +123,8 @@ def _licence(source: str) -> str:
     return ""
   if source.startswith(pretrained.SHIPPED):
     return "apache-2.0"
+  if gguf_io.is_gguf(source):
+    return gguf_io.licence(directory) if directory else ""
   card = pathlib.Path(directory or ".") / "README.md"
   if not directory or not card.is_file():
     return ""

@@ -27,7 +27,7 @@ import numpy as np
 from cacheaug.errors import UserError
 from cacheaug.inference import context, padding
 from cacheaug.inference.sampling import GREEDY, Sampling
-from cacheaug.inference.session import Plan, before_stop
+from cacheaug.inference.session import InsertionSchedule, before_stop
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.projects.background.session import (
   BackgroundSession,
@@ -71,15 +71,15 @@ class Server:
   def __init__(
     self,
     model: Transformer,
-    decoder: Params,  # of generate.apart
+    decoder: Params,  # of generate.unstack_on_cpu
     *,
     max_new_tokens: int,
     batch: int = 16,
     worker: Worker | None = None,
-    plan: Plan | None = None,
+    plan: InsertionSchedule | None = None,
     sampling: Sampling = GREEDY,
     stop_ids: tuple[int, ...] = (),
-    look: int = 8,
+    poll_every: int = 8,
   ):
     """Nothing is compiled yet.
 
@@ -92,18 +92,24 @@ class Server:
       plan: when latents are due.
       sampling: the law of a token, of all requests.
       stop_ids: end a sequence.
-      look: tokens between looks at the worker, and for what was cancelled.
+      poll_every: tokens between looks at the worker and at cancelled requests.
 
     Raises:
       UserError: a count below 1.
     """
-    counts = dict(max_new_tokens=max_new_tokens, batch=batch, look=look)
+    counts = dict(
+      max_new_tokens=max_new_tokens, batch=batch, poll_every=poll_every
+    )
     for name, value in counts.items():
       if value < 1:
         raise UserError(f"{name}={value} must be at least 1")
     self._model, self._decoder, self._worker = model, decoder, worker
-    self._most, self._batch, self._look = max_new_tokens, batch, look
-    self._plan = plan or Plan()
+    self._most, self._batch, self._poll_every = (
+      max_new_tokens,
+      batch,
+      poll_every,
+    )
+    self._plan = plan or InsertionSchedule()
     self._options = dict(plan=self._plan, sampling=sampling, stop_ids=stop_ids)
     self._stop_ids = frozenset(stop_ids)
     self._lock = threading.Lock()
@@ -172,12 +178,12 @@ class Server:
       yield from self.step()
 
   def step(self) -> list[Answer]:
-    """Up to `look` further tokens; the answers that are whole by then."""
+    """Up to `poll_every` further tokens; the answers that are whole by then."""
     if not self._group:
       self._begin()
     if self._group:
       live = [x for x in self._group if not x.ended]
-      tokens = min(self._look, max(x.most - len(x.ids) for x in live))
+      tokens = min(self._poll_every, max(x.most - len(x.ids) for x in live))
       self._take(self._session.run(tokens))
     with self._lock:
       out, self._answers = self._answers, []
@@ -210,7 +216,7 @@ class Server:
       self._decoder,
       _read(self._model, self._decoder, tokens, documents),
       worker=self._worker,
-      look=self._look,
+      poll_every=self._poll_every,
       max_new_tokens=self._most,
       on=[x.latents for x in self._group] + [False] * empty,
       **self._options,
@@ -293,10 +299,10 @@ class Server:
         )
       if spec.positions == "insert":
         pushed = plan.room(self._most) * spec.latents
-    if len(tokens) + pushed + most > config.max_positions:
+    if len(tokens) + pushed + most > config.longest_context:
       raise UserError(
         f"{len(tokens) + pushed} tokens and {most} new ones exceed the "
-        f"decoder's {config.max_positions} positions: shorten the prompt, or "
+        f"decoder's {config.longest_context} positions: shorten the prompt, or "
         "ask for fewer"
       )
     return tokens.tolist()

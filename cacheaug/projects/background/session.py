@@ -11,9 +11,9 @@ d = q - p tokens. The latents stand where on-time latents of q would, and
   harmless  z = embeddings of the N tokens up to q + the output for p
   as_is     z = the output for p
 
-so with d = 0 they are those of `engine.insert`, bit for bit. Latents that do
-not come, for whatever reason, leave slots that stay empty: the sequence is the
-frozen decoder's, bit for bit.
+so with d = 0 they are those of `engine.insert_latents`, bit for bit. Latents
+that do not come, for whatever reason, leave slots that stay empty: the sequence
+is the frozen decoder's, bit for bit.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from cacheaug.augment import coprocessor, objective
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.inference import engine
-from cacheaug.inference.engine import Context, State
+from cacheaug.inference.engine import Context, DecodeState
 from cacheaug.inference.session import Insertion, Session
 from cacheaug.model.transformer import Params, Transformer
 from cacheaug.projects.background.worker import Job, Snapshot, Worker
@@ -37,7 +37,7 @@ from cacheaug.projects.background.worker import Job, Snapshot, Worker
 
 @functools.partial(jax.jit, static_argnames=("model", "spec"))
 def snapshot(
-  model: Transformer, decoder: Params, state: State, spec: Layout
+  model: Transformer, decoder: Params, state: DecodeState, spec: Layout
 ) -> Snapshot:
   """The state as it is, for latents at the end of each sequence."""
   traces = _point(state, spec)
@@ -49,16 +49,16 @@ def snapshot(
 @functools.partial(
   jax.jit, static_argnames=("model", "spec"), donate_argnames="state"
 )
-def land(
+def insert_late_latents(
   model: Transformer,
-  decoder: Params,  # as of `engine.insert`, all but `outputs`
-  state: State,
+  decoder: Params,  # as of `engine.insert_latents`, all but `outputs`
+  state: DecodeState,
   outputs: jax.Array,  # [B, N, D], the coprocessor's for an earlier step
   count: jax.Array,  # []
   on: jax.Array,  # [B]
   spec: Layout,
-) -> State:
-  """`engine.insert` where the coprocessor has run already."""
+) -> DecodeState:
+  """`engine.insert_latents` where the coprocessor has run already."""
   traces = _point(state, spec)
   copied, _ = objective.embedded(model, decoder, traces)
   z = coprocessor.combine(copied[:, 0], outputs, spec.start == "harmless")
@@ -105,7 +105,7 @@ class BackgroundSession(Session):
     context: Context,
     *,
     worker: Worker | None,
-    look: int = 8,
+    poll_every: int = 8,
     **options: Any,
   ):
     """Lays out the cache.
@@ -115,15 +115,15 @@ class BackgroundSession(Session):
       decoder: as of Session.
       context: as of Session.
       worker: None decodes without latents.
-      look: the least tokens between looks at the worker while latents are
+      poll_every: the least tokens between looks at the worker while latents are
         due.
       **options: Session's own but for coproc and spec.
 
     Raises:
-      UserError: `look` is less than 1.
+      UserError: `poll_every` is less than 1.
     """
-    if look < 1:
-      raise UserError(f"look={look} must be at least 1 token")
+    if poll_every < 1:
+      raise UserError(f"poll_every={poll_every} must be at least 1 token")
     super().__init__(
       model,
       decoder,
@@ -131,7 +131,7 @@ class BackgroundSession(Session):
       spec=None if worker is None else worker.spec,
       **options,
     )
-    self._worker, self._look = worker, look
+    self._worker, self._poll_every = worker, poll_every
     self._jobs: list[Job] = []
 
   def set_keys(self, keys: jax.Array) -> None:  # [B]
@@ -149,15 +149,15 @@ class BackgroundSession(Session):
     until = min(first + tokens, self.state.room)
     earlier = None
     while self._step < until and not self.finished:
-      self._land()
+      self._insert_arrived()
       if pausing or self._step in self._due:
         self._insert_where_due()
       stop = min([until, *(d for d in self._due if d > self._step)])
       if self._jobs:
         # For a slow coprocessor looks grow rare: at most a quarter later.
         late = self._step - self._jobs[0].step
-        stop = min(stop, self._step + max(self._look, late // 4))
-      self.state = engine.advance(
+        stop = min(stop, self._step + max(self._poll_every, late // 4))
+      self.state = engine.decode(
         self._model, self._decoder, self.state, stop, **self._options
       )
       self._step = stop
@@ -169,7 +169,7 @@ class BackgroundSession(Session):
     self._catch_up()
     if self.finished:
       self.close()
-    return np.asarray(self.state.said)[:, first : self._step]
+    return np.asarray(self.state.generated)[:, first : self._step]
 
   def _catch_up(self) -> None:
     """Waits for the device."""
@@ -179,7 +179,7 @@ class BackgroundSession(Session):
   def close(self) -> None:
     """Drops what is still under way; `run` does so at the end."""
     for job in self._jobs:
-      self._settle(job, "cancelled")
+      self._finish_job(job, "cancelled")
     self._jobs = []
 
   def _insert(self, on: np.ndarray) -> None:
@@ -190,9 +190,9 @@ class BackgroundSession(Session):
     if job is not None:
       self._count += 1  # Its slots are its own, even if it never comes.
       self._jobs.append(job)
-      self._land()
+      self._insert_arrived()
 
-  def _land(self) -> None:
+  def _insert_arrived(self) -> None:
     """Inserts the newest latents that have come; settles what will not."""
     if not self._jobs:
       return
@@ -202,12 +202,12 @@ class BackgroundSession(Session):
       outcome = self._outcome(job)
       if outcome == "ready":
         if ready is not None:
-          self._settle(ready, "expired")
+          self._finish_job(ready, "expired")
         ready = job
       elif outcome is None:
         waiting.append(job)
       else:
-        self._settle(job, outcome)
+        self._finish_job(job, outcome)
     self._jobs = waiting
     if ready is not None:
       self._write(ready)
@@ -227,8 +227,8 @@ class BackgroundSession(Session):
   def _write(self, job: Job) -> None:
     on = job.on & ~self._done
     room = self._room * self._spec.latents
-    self.state = engine.widen(self.state, room)
-    self.state = land(
+    self.state = engine.grow_cache(self.state, room)
+    self.state = insert_late_latents(
       self._model,
       self._decoder,
       self.state,
@@ -244,7 +244,7 @@ class BackgroundSession(Session):
       LateInsertion(**dataclasses.asdict(x), late=late)
       for x in self.insertions[before:]
     ]
-    self._settle(job, "inserted")
+    self._finish_job(job, "inserted")
 
-  def _settle(self, job: Job, outcome: str) -> None:
-    self._worker.settle(job, outcome, self._done, self._step - job.step)
+  def _finish_job(self, job: Job, outcome: str) -> None:
+    self._worker.finish_job(job, outcome, self._done, self._step - job.step)

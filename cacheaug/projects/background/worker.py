@@ -132,17 +132,19 @@ class Job:
   begun: float | None = None
   outcome: str | None = None  # "ready", or one of OUTCOMES
   outputs: np.ndarray | None = None  # [B, N, D]
-  _settled: threading.Event = dataclasses.field(default_factory=threading.Event)
+  _finished: threading.Event = dataclasses.field(
+    default_factory=threading.Event
+  )
 
-  def settle(self, outcome: str) -> None:
+  def finish(self, outcome: str) -> None:
     """The first outcome stands. The snapshot is let go."""
     self.outcome = self.outcome or outcome
     self.taken = None
-    self._settled.set()
+    self._finished.set()
 
   def wait(self, seconds: float | None = None) -> bool:
     """Until there is an outcome; for tests and offline use, not decoding."""
-    return self._settled.wait(seconds)
+    return self._finished.wait(seconds)
 
 
 class Worker:
@@ -161,7 +163,7 @@ class Worker:
   def __init__(
     self,
     model: Transformer,
-    coproc: Params,  # as of `engine.insert`
+    coproc: Params,  # as of `engine.insert_latents`
     spec: Layout,
     *,
     limits: Limits | None = None,
@@ -274,7 +276,9 @@ class Worker:
     elif not self._closed and not self._thread.is_alive():
       self._fail("its thread has died")
 
-  def settle(self, job: Job, outcome: str, done: np.ndarray, late: int) -> None:
+  def finish_job(
+    self, job: Job, outcome: str, done: np.ndarray, late: int
+  ) -> None:
     """Counts what became of a job.
 
     Args:
@@ -284,7 +288,7 @@ class Worker:
       late: tokens said since the snapshot.
     """
     with self._change:
-      job.settle(outcome)
+      job.finish(outcome)
       if job in self._waiting:
         self._waiting.remove(job)
     self._count("cancelled", job.on & done)
@@ -319,7 +323,7 @@ class Worker:
     jobs = [*self._waiting, *([self._running] if self._running else [])]
     self._waiting.clear()
     for job in jobs:
-      job.settle(outcome)
+      job.finish(outcome)
 
   def _fail(self, reason: str) -> None:
     with self._change:
@@ -357,7 +361,7 @@ class Worker:
         job, now = self._waiting.popleft(), time.monotonic()
         most = self.limits.seconds
         if most is not None and now - job.asked > most:
-          job.settle("expired")
+          job.finish("expired")
         if job.outcome is None:
           job.begun, self._running = now, job
           self._metrics.queue.add(now - job.asked)
@@ -369,7 +373,7 @@ class Worker:
       self._metrics.compute.add(time.monotonic() - job.begun)
       if job.outcome is None:
         job.outputs = outputs
-      job.settle("ready")
+      job.finish("ready")
 
 
 def _line(error: BaseException) -> str:

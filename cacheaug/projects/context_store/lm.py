@@ -24,7 +24,7 @@ from cacheaug.errors import UserError
 from cacheaug.inference import context as generate
 from cacheaug.inference import padding
 from cacheaug.inference.engine import Context
-from cacheaug.inference.session import Plan
+from cacheaug.inference.session import InsertionSchedule
 from cacheaug.lm import LM
 from cacheaug.model import transformer
 from cacheaug.model.cache import KVCache
@@ -257,7 +257,7 @@ class StoredLM(LM):
       Which are stored; the others are larger than the store may be.
     """
     filled = rows + rows[-1:] * (batch - len(rows))
-    context, _ = super()._begin(filled, [latents] * batch, Plan())
+    context, _ = super()._begin(filled, [latents] * batch, InsertionSchedule())
     if latents:
       context = self.augment(context)
     return [
@@ -335,15 +335,17 @@ class StoredLM(LM):
     if not which:
       return []
     plain = [False] * len(which)
-    context, _ = super()._begin([rows[i] for i in which], plain, Plan())
+    context, _ = super()._begin(
+      [rows[i] for i in which], plain, InsertionSchedule()
+    )
     found = entries_of(context)
     for entry in found:
       self._put(entry)
     return found
 
   def _begin(
-    self, rows: list[list[int]], on: Sequence[bool], plan: Plan
-  ) -> tuple[Context, Plan]:
+    self, rows: list[list[int]], on: Sequence[bool], plan: InsertionSchedule
+  ) -> tuple[Context, InsertionSchedule]:
     """Contexts of the store; latents of the prompt's end are in them."""
     if plan.before:
       raise UserError(

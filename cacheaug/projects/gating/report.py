@@ -30,7 +30,7 @@ from cacheaug import build
 from cacheaug import config as configs
 from cacheaug.augment import objective
 from cacheaug.augment.traces import Layout
-from cacheaug.data import pipeline
+from cacheaug.data import opening
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
 from cacheaug.evals import perplexity, run_report
@@ -272,7 +272,7 @@ def training_text(
   data = ConfigDict(config.data.to_dict())
   data.sources = ConfigDict({name: config.data.sources[name].to_dict()})
   data.batch = config.eval.batch
-  batches = pipeline.open_batches(
+  batches = opening.open_batches(
     data, tokenizer, split="train", seed=config.seed
   )
   for step in range(-(-config.eval.sequences // data.batch)):

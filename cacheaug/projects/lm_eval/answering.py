@@ -57,7 +57,7 @@ Ids = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class Request:
   """A prompt to be continued; equal ones are answered once.
 
   Where it is drawn, its draws are those of its place in a batch, the same in
@@ -74,9 +74,9 @@ class Answerer:
   """An LM that answers in batches of few shapes, and remembers.
 
   Attributes:
-    columns: 'frozen', and 'augmented' where latents are asked for.
+    columns: 'frozen', and 'augmented' where latents are requests for.
     max_length: the most tokens of a context and its continuation but one.
-    met: counts since it was last cleared: 'requests', of these 'short' (no
+    counts: since it was last cleared: 'requests', of these 'short' (no
       room for latents) and 'truncated', and 'windows' of running text.
   """
 
@@ -84,7 +84,7 @@ class Answerer:
     """Answers by `lm`.
 
     Args:
-      lm: with a tokenizer, and a coprocessor where latents are asked for.
+      lm: with a tokenizer, and a coprocessor where latents are requests for.
       latents: answer with latents too; by default where there is a
         coprocessor.
       batch: contexts at a time.
@@ -103,11 +103,11 @@ class Answerer:
     lm.encode("")  # refuses where there is no tokenizer
     self.lm = lm
     self.columns = (FROZEN, AUGMENTED) if latents else (FROZEN,)
-    self.met: collections.Counter[str] = collections.Counter()
+    self.counts: collections.Counter[str] = collections.Counter()
     self._spec = lm.coprocessor.spec if latents else None
     self._batch = batch
     self._known: dict[Any, dict[str, Any]] = {}
-    self._layers = generate.apart(lm.decoder)
+    self._layers = generate.unstack_on_cpu(lm.decoder)
     reserve = 0
     if latents and self._spec.positions == "insert":
       reserve = self._spec.latents
@@ -126,7 +126,7 @@ class Answerer:
       UserError: a continuation without tokens, or longer than the decoder.
     """
     cut = [self._cut(*pair) for pair in pairs]
-    self._meet([context for context, _ in cut])
+    self._count([context for context, _ in cut])
     new = dict.fromkeys(pair for pair in cut if pair not in self._known)
     groups: dict[Ids, list[Ids]] = {}
     for context, continuation in new:
@@ -140,14 +140,14 @@ class Answerer:
       self._score(some)
     return [self._known[pair] for pair in cut]
 
-  def texts(self, asked: Sequence[Asked]) -> list[dict[str, str]]:
+  def texts(self, requests: Sequence[Request]) -> list[dict[str, str]]:
     """What follows each prompt, up to a stop string, by column.
 
     Raises:
       UserError: more new tokens than the decoder has positions.
     """
     cut = []
-    for one in asked:
+    for one in requests:
       if one.max_new_tokens < 1:
         raise UserError(f"max_gen_toks={one.max_new_tokens} must be at least 1")
       room = self.max_length - one.max_new_tokens
@@ -156,10 +156,10 @@ class Answerer:
           f"max_gen_toks={one.max_new_tokens} leaves no room for a prompt in "
           f"{self.max_length} positions: give a smaller max_gen_toks"
         )
-      self.met["truncated"] += len(one.prompt) > room
+      self.counts["truncated"] += len(one.prompt) > room
       cut.append(dataclasses.replace(one, prompt=one.prompt[-room:]))
-    self._meet([one.prompt for one in cut])
-    kinds: dict[Any, list[Asked]] = {}
+    self._count([one.prompt for one in cut])
+    kinds: dict[Any, list[Request]] = {}
     for one in dict.fromkeys(one for one in cut if one not in self._known):
       kind = dataclasses.replace(one, prompt=())
       kinds.setdefault(kind, []).append(one)
@@ -177,18 +177,18 @@ class Answerer:
       windows: (what comes before and is not scored, at least one token; what
         is scored), together at most max_length + 1 tokens.
     """
-    self.met["windows"] += len(windows)
+    self.counts["windows"] += len(windows)
     keys = [("running", *window) for window in windows]
     new = dict.fromkeys(key for key in keys if key not in self._known)
     for some in self._batches(list(new), lambda k: len(k[1]) + len(k[2])):
       self._run(some)
     return [self._known[key] for key in keys]
 
-  def _meet(self, contexts: list[Ids]) -> None:
-    self.met["requests"] += len(contexts)
+  def _count(self, contexts: list[Ids]) -> None:
+    self.counts["requests"] += len(contexts)
     if self._spec:
       needed = self._spec.context_needed
-      self.met["short"] += sum(len(c) < needed for c in contexts)
+      self.counts["short"] += sum(len(c) < needed for c in contexts)
 
   def _cut(self, context: Ids, continuation: Ids) -> tuple[Ids, Ids]:
     """The context without what is too long, on the left."""
@@ -202,7 +202,7 @@ class Answerer:
         f"a continuation of {len(continuation)} tokens exceeds the decoder's "
         f"{self.max_length} positions"
       )
-    self.met["truncated"] += len(context) > room
+    self.counts["truncated"] += len(context) > room
     return context[-room:], continuation
 
   def _batches(
@@ -219,7 +219,7 @@ class Answerer:
   def _contexts(self, prompts: list[Ids]) -> tuple[dict, list[bool]]:
     """Each column's context after `prompts`, and which have room for latents.
 
-    As many as are asked for at a time, the last one again where there are
+    As many as are requests for at a time, the last one again where there are
     fewer: shapes are compiled for.
     """
     rows = [list(prompt) for prompt in prompts]
@@ -274,22 +274,22 @@ class Answerer:
   def _in(column: str, room: bool) -> bool:
     return column == AUGMENTED and room
 
-  def _write(self, asked: list[Asked]) -> None:
-    contexts, room = self._contexts([one.prompt for one in asked])
-    found = {FROZEN: self._said(contexts[FROZEN], asked, None)}
+  def _write(self, requests: list[Request]) -> None:
+    contexts, room = self._contexts([one.prompt for one in requests])
+    found = {FROZEN: self._texts_after(contexts[FROZEN], requests, None)}
     if any(room):
-      found[AUGMENTED] = self._said(contexts[FROZEN], asked, room)
-    for i, one in enumerate(asked):
+      found[AUGMENTED] = self._texts_after(contexts[FROZEN], requests, room)
+    for i, one in enumerate(requests):
       self._known[one] = {
         column: found[AUGMENTED if self._in(column, room[i]) else FROZEN][i]
         for column in self.columns
       }
 
-  def _said(
-    self, context: Context, asked: list[Asked], on: list[bool] | None
+  def _texts_after(
+    self, context: Context, requests: list[Request], on: list[bool] | None
   ) -> list[str]:
     """Texts after a context, with latents where `on`."""
-    first, lm = asked[0], self.lm
+    first, lm = requests[0], self.lm
     session = Session(
       lm.model,
       self._layers,
@@ -303,19 +303,20 @@ class Answerer:
     )
     height = len(context.tokens)
     ids: list[list[int]] = [[] for _ in range(height)]
-    for i in range(len(asked), height):
+    for i in range(len(requests), height):
       session.end(i)  # there to fill the batch
     while not session.finished:
       done = session.done
       for i, row in enumerate(session.run(_CHUNK).tolist()):
-        if i >= len(asked) or done[i]:
+        if i >= len(requests) or done[i]:
           continue
         ids[i] += before_stop(row, lm.stop_ids)[0]
         text = lm.tokenizer.decode(ids[i])
         if not session.done[i] and any(stop in text for stop in first.stop):
           session.end(i)
     return [
-      cut_at(lm.tokenizer.decode(row), first.stop) for row in ids[: len(asked)]
+      cut_at(lm.tokenizer.decode(row), first.stop)
+      for row in ids[: len(requests)]
     ]
 
   def _run(self, keys: list[tuple[str, Ids, Ids]]) -> None:

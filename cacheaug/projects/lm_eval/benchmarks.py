@@ -95,7 +95,7 @@ class Score:
     subsets: names of those evaluated, of how many there are.
     known_subsets: how many there are.
     files: that were read, below the data directory.
-    met: counts of requests (see `Answerer.met`), and of empty answers by
+    met: counts of requests (see `Answerer.counts`), and of empty answers by
       column ('frozen empty answers').
     cot: the words that asked for a chain of thought, if any.
   """
@@ -280,7 +280,7 @@ def _run(answerer: Answerer, task: Any) -> Score:
   from cacheaug.projects.lm_eval import tasks as lm_eval_tasks
   from cacheaug.projects.lm_eval.model import AugmentedLM
 
-  answerer.met.clear()
+  answerer.counts.clear()
   met: dict[str, int] = {}
   values: dict[tuple[str, str], dict[str, list[float]]] = {}
   for column in answerer.columns:
@@ -288,7 +288,7 @@ def _run(answerer: Answerer, task: Any) -> Score:
     with quiet():
       samples = lm_eval_tasks.evaluate(model, task.tasks)
     # The second column finds its answers ready; its requests are the same.
-    met = met or dict(answerer.met)
+    met = met or dict(answerer.counts)
     empty = 0
     for sample in samples:
       wrong = lm_eval_tasks.is_empty(sample)

@@ -31,7 +31,7 @@ from cacheaug.projects.lm_eval.answering import (
   AUGMENTED,
   FROZEN,
   Answerer,
-  Asked,
+  Request,
 )
 
 # New tokens where a task does not say, as lm_eval's own class.
@@ -195,7 +195,7 @@ class AugmentedLM(TemplateLM):
           "a request has neither context nor continuation: its log-likelihood "
           "says nothing; mend the task's choices"
         )
-      self.answerer.met["empty"] += not context
+      self.answerer.counts["empty"] += not context
     return super().loglikelihood(requests, disable_tqdm=True)
 
   def _encode_pair(
@@ -209,7 +209,7 @@ class AugmentedLM(TemplateLM):
     both = super()._encode_pair(context, continuation)
     if both[1] or not continuation:
       return both
-    self.answerer.met["melted"] += 1
+    self.answerer.counts["melted"] += 1
     return both[0], self.tok_encode(continuation, add_special_tokens=False)
 
   def _loglikelihood_tokens(
@@ -256,11 +256,11 @@ class AugmentedLM(TemplateLM):
     self, requests: list[Instance], disable_tqdm: bool = False
   ) -> list[str]:
     """Text after each prompt, up to a stop string."""
-    answers = self.answerer.texts([self._asked(*r.args) for r in requests])
+    answers = self.answerer.texts([self._request(*r.args) for r in requests])
     args = [r.args for r in requests]
     return self._hand_out("generate_until", args, answers)
 
-  def _asked(self, prompt: str, gen_kwargs: dict[str, Any]) -> Asked:
+  def _request(self, prompt: str, gen_kwargs: dict[str, Any]) -> Request:
     wanted = dict(normalize_gen_kwargs(gen_kwargs, _MAX_NEW_TOKENS))
     new, stop = wanted.pop("max_gen_toks"), wanted.pop("until")
     stop = [text for text in stop if text]  # None or "" ends nothing
@@ -281,7 +281,7 @@ class AugmentedLM(TemplateLM):
     # Spelled out, too: a small model may write it letter by letter.
     eos = self._tokenizer.eos_id
     stop += [] if eos is None else [self._tokenizer.spell(eos)]
-    return Asked(tuple(ids), new, tuple(stop), sampling)
+    return Request(tuple(ids), new, tuple(stop), sampling)
 
   def _hand_out(
     self, kind: str, args: Sequence[Any], answers: Sequence[dict[str, Any]]

@@ -1,4 +1,4 @@
-"""Which keys to change where a step does not fit, and what each saves."""
+"""Suggests keys to change where a step does not fit, with the bytes saved."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from cacheaug.projects.planning import memory
 
 
 @dataclasses.dataclass(frozen=True)
-class Remedy:
+class Suggestion:
   """A change of keys, the bytes it leaves a device with, whether they fit."""
 
   keys: str  # as on the command line, without --config.
@@ -24,7 +24,7 @@ class Remedy:
   same_result: bool  # False where the experiment becomes another one
 
 
-def remedies(
+def suggestions(
   config: ConfigDict,
   model_config: ModelConfig,
   devices: int,
@@ -32,7 +32,7 @@ def remedies(
   temporaries: float,
   others: float,
   limit: float,
-) -> list[Remedy]:
+) -> list[Suggestion]:
   """For each key that helps the smallest change that fits, else the largest.
 
   Where no key alone is enough, the last is all of them that keep the result.
@@ -52,7 +52,7 @@ def remedies(
   total = before.arguments + temporaries + others
   found, best = [], {}
 
-  def judge(changes: dict[str, Any], same: bool) -> Remedy | None:
+  def judge(changes: dict[str, Any], same: bool) -> Suggestion | None:
     changed = _changed(config, changes)
     try:
       validate.check_config(changed, devices)
@@ -61,17 +61,17 @@ def remedies(
       return None
     new = after.arguments + scale * after.temporaries + others
     keys = " ".join(f"{k}={v}" for k, v in changes.items())
-    return Remedy(keys, total - new, new, new <= limit, same)
+    return Suggestion(keys, total - new, new, new <= limit, same)
 
   for same, choices in _candidates(config):
     last = None
     for changes in choices:
-      remedy = judge(changes, same)
-      if remedy and remedy.saves > 0:
-        last = remedy
+      suggestion = judge(changes, same)
+      if suggestion and suggestion.saves > 0:
+        last = suggestion
         if same:
           best |= changes
-        if remedy.fits:
+        if suggestion.fits:
           break
     if last:
       found.append(last)
@@ -83,13 +83,13 @@ def remedies(
   return found
 
 
-def _together(config, best, devices, judge) -> Remedy | None:
+def _together(config, best, devices, judge) -> Suggestion | None:
   """All of them at once, with as much accumulation as the new mesh divides."""
   while True:
-    remedy = judge(best, True)
+    suggestion = judge(best, True)
     k = best.get("optimizer.accumulation", 1)
-    if remedy or k <= config.optimizer.accumulation:
-      return remedy
+    if suggestion or k <= config.optimizer.accumulation:
+      return suggestion
     best = best | {"optimizer.accumulation": k // 2}
 
 

@@ -1,13 +1,13 @@
-"""What a compiled program sends between devices in one run of it.
+"""Collectives of a compiled program, read from its optimised HLO text.
 
-Read from the optimised HLO text. An operation counts once for every time it
-runs: XLA unrolls nothing of an accumulation's scan, so a loop's operations
-count as often as its condition compares with. Bytes are those that leave one
-device in the usual ring: (g - 1) / g of the whole array for a gather or a
-reduce-scatter over g devices, twice that for an all-reduce.
+An operation counts once for every time it runs: XLA does not unroll the scan of
+an accumulation, so the operations of a loop count as often as the bound in its
+condition. Bytes are those that leave one device in the usual ring: (g - 1) / g
+of the whole array for a gather or a reduce-scatter over g devices, twice that
+for an all-reduce.
 
-What goes between TPU slices is in the text as a `send` to the host, with the
-collective that it is a part of.
+Traffic between TPU slices stands in the text as a `send` to the host that names
+its collective.
 """
 
 import dataclasses
@@ -33,12 +33,20 @@ _CALLEES = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
-_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+# mesh['a'=2,'b'=128] {'a'}, and since libtpu 0.0.42 with the devices' order
+# between the two: mesh['a'=16,'b'=16], device_ids=([16,16]T(1,0)) {'a'}.
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}")
+# An axis, or a part of one: 'a':(2)4 are 4 of it.
+_AXIS = re.compile(r"'([^']+)'(?::\(\d+\)(\d+))?")
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
+class Unreadable(Exception):
+  """A collective whose devices this module cannot count, in a few words."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Traffic:
+class CollectiveBytes:
   """One kind's operations in one run of the program, on one device."""
 
   kind: str
@@ -55,13 +63,18 @@ class _Computation:
   bound: int | None = None  # of a loop's condition
 
 
-def of_program(text: str, slices: int = 1) -> list[Traffic]:
+def of_program(text: str, slices: int = 1) -> list[CollectiveBytes]:
   """Collectives of a compiled program, by kind and by what they span.
 
   Args:
     text: `compiled.as_text()`.
     slices: that it was compiled for.
+
+  Raises:
+    Unreadable: text of another compiler, whose bytes would be wrong.
   """
+  if not text:
+    raise Unreadable("jaxlib does not know all of its instructions")
   reader = _Reader(slices)
   reader.read(text)
   totals = defaultdict(lambda: [0, 0.0])
@@ -71,7 +84,7 @@ def of_program(text: str, slices: int = 1) -> list[Traffic]:
       totals[kind, between][1] += runs * size
   order = {kind: i for i, kind in enumerate(KINDS)}
   return [
-    Traffic(kind, between, count, size)
+    CollectiveBytes(kind, between, count, size)
     for (kind, between), (count, size) in sorted(
       totals.items(), key=lambda item: (item[0][1], order[item[0][0]])
     )
@@ -187,10 +200,13 @@ def _group_size(rest: str) -> int:
   iota = _IOTA.search(rest)
   if iota:
     return int(iota[1])
-  named = _NAMED.search(rest)  # mesh['a'=2,'b'=128] {'b'}
+  named = _NAMED.search(rest)
   if named:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
-    chosen = re.findall(r"'([^']+)'", named[2])
-    return math.prod(int(sizes[name]) for name in chosen)
+    axes = _AXIS.findall(named[3])
+    return math.prod(int(part or sizes[name]) for name, part in axes)
   listed = _LISTED.search(rest)
-  return listed[1].count(",") + 1 if listed else 1
+  if listed:
+    return listed[1].count(",") + 1
+  groups = re.search(r"replica_groups=\S{0,60}", rest)
+  raise Unreadable(groups[0] if groups else "no replica_groups")

@@ -1,7 +1,8 @@
-"""The trainer's own step, compiled for machines that are not here."""
+"""Compiles the trainer's own step for machines that need not be attached."""
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,11 @@ from cacheaug.step import make_step
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What the compiler says about one step on one device."""
+  """The compiler's figures of one step on one device.
+
+  They are those of one version: another one chooses other layouts and overlaps
+  other transfers with compute.
+  """
 
   arguments: float  # bytes
   temporaries: float
@@ -27,8 +32,8 @@ class Compiled:
 
 
 @dataclasses.dataclass(frozen=True)
-class Refused:
-  """The compiler's word that a step does not fit."""
+class OutOfMemory:
+  """The compiler's refusal of a step that does not fit."""
 
   needed: float | None  # bytes, where it says them
   limit: float | None
@@ -38,7 +43,7 @@ class Refused:
 
 def compile_step(
   config: ConfigDict, model_config: ModelConfig, devices: Sequence[jax.Device]
-) -> Compiled | Refused:
+) -> Compiled | OutOfMemory:
   """One training step compiled, or refused where it does not fit.
 
   Args:
@@ -61,15 +66,23 @@ def compile_step(
   key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
   reset = jax.ShapeDtypeStruct((), jnp.bool_, sharding=whole)
   began = time.monotonic()
-  traced = step.trace(state, decoder, batch, key, reset)
+  platform, options, context = "tpu", {}, contextlib.nullcontext()
+  if devices[0].platform != "tpu":
+    # Nothing can be timed here, so nothing is chosen by timing; and kernels
+    # ask the context which GPU they are for.
+    platform, options = "cuda", {"xla_gpu_autotune_level": 0}
+    context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+  with context:
+    traced = step.trace(state, decoder, batch, key, reset)
+    lowered = traced.lower(lowering_platforms=(platform,))
   try:
     # Nothing of it could run here, so there is nothing worth keeping.
     with _no_cache():
-      compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+      compiled = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
-    return _refused(str(e), time.monotonic() - began)
+    return _out_of_memory(str(e), time.monotonic() - began)
   stats = compiled.memory_analysis()
   return Compiled(
     arguments=stats.argument_size_in_bytes,
@@ -80,6 +93,22 @@ def compile_step(
     seconds=time.monotonic() - began,
     text=_text(compiled),
   )
+
+
+def versions(platform: str) -> str:
+  """The compiler's and jax's, which every figure of theirs belongs to.
+
+  Args:
+    platform: 'tpu' or 'gpu'.
+  """
+  compiler = "libtpu" if platform == "tpu" else "jaxlib"
+  found = []
+  for name in (compiler, "jax"):
+    try:
+      found.append(f"{name} {importlib.metadata.version(name)}")
+    except importlib.metadata.PackageNotFoundError:
+      found.append(f"{name} of unknown version")
+  return ", ".join(found)
 
 
 def _text(compiled: jax.stages.Compiled) -> str | None:
@@ -101,13 +130,13 @@ def _no_cache() -> Iterator[None]:
     jax.config.update("jax_enable_compilation_cache", before)
 
 
-def _refused(message: str, seconds: float) -> Refused:
+def _out_of_memory(message: str, seconds: float) -> OutOfMemory:
   numbers = [
     float(number) * 1024 ** " KMGT".index(unit)
     for number, unit in re.findall(r"([\d.]+)([KMGT])\b", message)
   ]
   line = " ".join(message.split()).partition(" HLO module")[0]
-  return Refused(
+  return OutOfMemory(
     needed=numbers[0] if numbers else None,
     limit=numbers[1] if len(numbers) > 1 else None,
     message=line.partition(": ")[2][:240],

@@ -1,9 +1,9 @@
 """Bytes on each device, by kind, from shapes and shardings alone.
 
-Exact for what is passed in and out (parameters, optimizer state, batch, cache,
-gradients). What the backward pass keeps is exact before the compiler's own
-savings; working memory is an estimate. Where the compiler has spoken, its
-figure for all temporaries together is the one that counts.
+The bytes of arguments and results (parameters, optimizer state, batch, cache,
+gradients) are exact. Those that the backward pass keeps are exact before the
+compiler's own savings; working memory is an estimate. Where a compiler was
+asked, its figure for all temporaries together is the one that counts.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from cacheaug.model.config import LAYER_PATTERNS, ModelConfig
 
 _MANY = 4096  # sequences
 
-# Kinds that are the step's arguments, and those it makes as it goes.
+# Kinds of a step's arguments, and of its temporaries.
 ARGUMENTS = (
   "frozen decoder",
   "trained parameters",
@@ -50,17 +50,17 @@ class Memory:
   kinds: dict[str, float]
 
   def sum(self, names: tuple[str, ...]) -> float:
-    """Bytes of some kinds together."""
+    """Bytes of several kinds together."""
     return sum(self.kinds[name] for name in names)
 
   @property
   def arguments(self) -> float:
-    """Bytes that are there before a step begins."""
+    """Bytes that a device holds before a step begins."""
     return self.sum(ARGUMENTS)
 
   @property
   def temporaries(self) -> float:
-    """Bytes that a step makes and frees."""
+    """Bytes that a step allocates and frees."""
     return self.sum(TEMPORARIES)
 
   @property
@@ -82,7 +82,7 @@ def on_device(tree: Any) -> float:
 def arithmetic(
   config: ConfigDict, model_config: ModelConfig, devices: int
 ) -> Memory:
-  """Bytes on one of so many devices, as far as shapes say.
+  """Bytes on one device, by shapes and shardings.
 
   Raises:
     UserError: a mesh that does not divide devices or shapes.

@@ -1,4 +1,4 @@
-"""One plan: everything that the command prints, as plain numbers."""
+"""Makes a plan: all figures that the command prints, as plain numbers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from cacheaug.projects.planning import (
   times,
 )
 from cacheaug.projects.planning import topology as topologies
-from cacheaug.projects.planning.collectives import Traffic
-from cacheaug.projects.planning.compiling import Compiled, Refused
+from cacheaug.projects.planning.collectives import CollectiveBytes
+from cacheaug.projects.planning.compiling import Compiled, OutOfMemory
 from cacheaug.projects.planning.memory import Memory
 from cacheaug.projects.planning.topology import Topology
 
@@ -63,21 +63,24 @@ def plan(
   config, model_config = prepare(config, slices=topology.slices)
   validate.check_config(config, topology.devices)
   shapes = memory.arithmetic(config, model_config, topology.devices)
-  said, reason = None, "--compile=False"
+  compiled, reason = None, "--compile=False"
   if use_compiler:
     try:
       devices = topologies.compiler_devices(topology)
-      said = compiling.compile_step(config, model_config, devices)
+      compiled = compiling.compile_step(config, model_config, devices)
     except topologies.NoCompiler as e:
       reason = str(e)
   expected = times.expected_traffic(config, model_config, topology)
-  traffic = expected
-  if isinstance(said, Compiled) and said.text is not None:
-    traffic = collectives.of_program(said.text, topology.slices)
+  traffic, unread = expected, None
+  if isinstance(compiled, Compiled):
+    try:
+      traffic = collectives.of_program(compiled.text or "", topology.slices)
+    except collectives.Unreadable as e:
+      unread = str(e)
   return {
     **_subject(config, model_config, topology),
-    "compiled": _describe(said, reason),
-    **_memory(config, model_config, topology, shapes=shapes, said=said),
+    "compiled": _describe(compiled, reason, unread, topology),
+    **_memory(config, model_config, topology, shapes=shapes, compiled=compiled),
     "collectives": [dataclasses.asdict(t) for t in traffic],
     "collectives_expected": [dataclasses.asdict(t) for t in expected],
     **_times(config, model_config, topology, traffic=traffic, mfu=mfu),
@@ -108,12 +111,21 @@ def _subject(
   }
 
 
-def _describe(said: Compiled | Refused | None, reason: str) -> dict[str, Any]:
-  if said is None:
+def _describe(
+  compiled: Compiled | OutOfMemory | None,
+  reason: str | None,
+  unread: str | None,
+  topology: Topology,
+) -> dict[str, Any]:
+  if compiled is None:
     return {"done": False, "reason": reason}
-  found = dataclasses.asdict(said)
-  found["collectives_read"] = found.pop("text", None) is not None
-  return {"done": True, "fits": isinstance(said, Compiled)} | found
+  found = dataclasses.asdict(compiled)
+  found.pop("text", None)
+  if isinstance(compiled, Compiled):
+    found["collectives_read"] = unread is None
+    found["collectives_unread"] = unread
+  found["by"] = compiling.versions(topology.chip.kind)
+  return {"done": True, "fits": isinstance(compiled, Compiled)} | found
 
 
 def _memory(
@@ -122,25 +134,29 @@ def _memory(
   topology: Topology,
   *,
   shapes: Memory,
-  said: Compiled | Refused | None,
+  compiled: Compiled | OutOfMemory | None,
 ) -> dict[str, Any]:
   """Bytes by kind, whether they fit, and what would make them."""
   arguments, temporaries, others = shapes.arguments, shapes.temporaries, 0.0
   limit = topology.chip.memory
   fits = shapes.total <= limit
-  if isinstance(said, Compiled):
-    arguments, temporaries = said.arguments, said.temporaries
-    others, fits = said.others, True  # or it would have been refused
-  elif isinstance(said, Refused):
-    fits, limit = False, said.limit or limit
+  if isinstance(compiled, Compiled):
+    arguments, temporaries = compiled.arguments, compiled.temporaries
+    others = compiled.others
+    # A TPU's compiler would have refused it, a GPU's does not look.
+    fits = topology.chip.kind == "tpu" or (
+      arguments + temporaries + others <= limit
+    )
+  elif isinstance(compiled, OutOfMemory):
+    fits, limit = False, compiled.limit or limit
     # Its number is of temporaries alone, or of everything.
-    needed = said.needed or 0.0
-    if "temporaries" not in said.message:
+    needed = compiled.needed or 0.0
+    if "temporaries" not in compiled.message:
       needed -= arguments
     temporaries = max(needed, 1.01 * limit - arguments)
-  remedies = []
+  suggestions = []
   if not fits:
-    remedies = advice.remedies(
+    suggestions = advice.suggestions(
       config,
       model_config,
       topology.devices,
@@ -158,7 +174,7 @@ def _memory(
       "limit": limit,
       "fits": fits,
     },
-    "remedies": [dataclasses.asdict(r) for r in remedies],
+    "suggestions": [dataclasses.asdict(r) for r in suggestions],
   }
 
 
@@ -167,7 +183,7 @@ def _times(
   model_config: ModelConfig,
   topology: Topology,
   *,
-  traffic: Sequence[Traffic],
+  traffic: Sequence[CollectiveBytes],
   mfu: float,
 ) -> dict[str, Any]:
   """Seconds of a step, days and device-hours of the run."""

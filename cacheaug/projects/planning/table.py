@@ -1,4 +1,4 @@
-"""A plan as a person reads it."""
+"""A plan as a table of text."""
 
 from typing import Any
 
@@ -55,12 +55,14 @@ def _memory_lines(p: dict[str, Any]) -> list[str]:
   if not c["done"]:
     lines.append(f"nothing was compiled ({c['reason']}): shapes alone")
   elif not c["fits"]:
-    lines.append(f"the compiler, in {c['seconds']:.0f} s: {c['message']}")
+    lines.append(
+      f"the compiler ({c['by']}), in {c['seconds']:.0f} s: {c['message']}"
+    )
   else:
-    lines.append(f"compiled in {c['seconds']:.0f} s")
-  if p["remedies"]:
+    lines.append(f"compiled by {c['by']} in {c['seconds']:.0f} s")
+  if p["suggestions"]:
     lines += ["", "keys that would help, GiB (by shapes; ask again with them):"]
-  for r in p["remedies"]:
+  for r in p["suggestions"]:
     fits = "fits" if r["fits"] else "not enough"
     other = "" if r["same_result"] else ", another experiment"
     lines.append(
@@ -87,7 +89,9 @@ def _traffic_lines(p: dict[str, Any]) -> list[str]:
     ]
   how = "by arithmetic"
   if p["compiled"]["done"] and p["compiled"]["fits"]:
-    how += ": jaxlib cannot read the compiled program"
+    how += (
+      f": the program cannot be read, {p['compiled']['collectives_unread']}"
+    )
   return [f"{head}({how})", *map(one, p["collectives"])]
 
 

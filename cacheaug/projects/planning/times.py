@@ -1,4 +1,4 @@
-"""How long a step takes at least, and how long a run takes at a given MFU."""
+"""Least seconds of a step, and days of a run at an assumed MFU."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from cacheaug import build, flops, sharding
 from cacheaug.model.config import ModelConfig
 from cacheaug.projects.planning import memory
-from cacheaug.projects.planning.collectives import Traffic
+from cacheaug.projects.planning.collectives import CollectiveBytes
 from cacheaug.projects.planning.topology import Topology
 from cacheaug.run.machine import Chip
 
@@ -39,7 +39,7 @@ def of_step(
   config: ConfigDict,
   model_config: ModelConfig,
   topology: Topology,
-  traffic: Sequence[Traffic],
+  traffic: Sequence[CollectiveBytes],
   *,
   mfu: float,
 ) -> Times:
@@ -65,7 +65,9 @@ def of_step(
   return dataclasses.replace(times, estimate=max(compute / mfu, times.floor))
 
 
-def _seconds(traffic: Sequence[Traffic], between: str, chip: Chip) -> float:
+def _seconds(
+  traffic: Sequence[CollectiveBytes], between: str, chip: Chip
+) -> float:
   speed = chip.ici if between == "devices" else chip.dcn
   return sum(t.bytes for t in traffic if t.between == between) / speed
 
@@ -109,7 +111,7 @@ def _hbm_bytes(
 
 def expected_traffic(
   config: ConfigDict, model_config: ModelConfig, topology: Topology
-) -> list[Traffic]:
+) -> list[CollectiveBytes]:
   """Collectives that this split needs, by arithmetic; loops' counts are 0.
 
   Over fsdp: weights gathered for every use, gradients reduced and scattered,
@@ -129,7 +131,7 @@ def expected_traffic(
 
   def add(kind: str, size: float, between: str = "devices") -> None:
     if size:
-      found.append(Traffic(kind, between, 0, size))
+      found.append(CollectiveBytes(kind, between, 0, size))
 
   used = sum(_uses(config)) * weights["blocks"] + 2 * weights["embedding"]
   add("all-gather", k * used / tensor * (fsdp - 1) / fsdp)
@@ -148,5 +150,5 @@ def expected_traffic(
 
 
 def days(seconds: float, steps: int) -> float:
-  """Days of so many steps."""
+  """Days of a number of steps."""
   return seconds * steps / 86_400

@@ -1,6 +1,7 @@
-"""Machines by name, and their devices for the compiler where it is there."""
+"""Machines by name, and their devices for a compiler where one is installed."""
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -21,13 +22,48 @@ _QUIET = {
 }
 
 
+# What XLA knows of a GPU that it compiles for (stream_executor's
+# GpuTargetConfigProto, from its own h100_sxm description): bytes of memory,
+# bytes/s of it, and its name.
+_GPU_TARGETS = {
+  "h100": (84_929_347_584, 3_352_320_000_000, "NVIDIA H100 80GB HBM3"),
+  "h200": (150_754_820_096, 4_800_000_000_000, "NVIDIA H200"),
+}
+_TARGET = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  device_memory_size: %d
+  memory_bandwidth: %d
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+runtime_version { major: 13 }
+device_description_str: "%s"
+"""
+
+
 class NoCompiler(Exception):
-  """Why nothing can be compiled for a topology here, in one line."""
+  """The reason why nothing can be compiled for a topology, in one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """So many slices of so many chips, e.g. two of v5e:16x16."""
+  """A number of slices of a chip, e.g. two of v5e:16x16."""
 
   chip: Chip
   shape: tuple[int, ...]  # of one slice
@@ -68,14 +104,16 @@ def parse(name: str, slices: int = 1) -> Topology:
 
 
 def compiler_devices(topology: Topology) -> list[jax.Device]:
-  """Devices that programs can be compiled for, though none is here.
+  """Devices to compile for, which need not be attached.
 
   Raises:
-    NoCompiler: a GPU, or no libtpu.
+    NoCompiler: no libtpu, no CUDA plugin, or a GPU that is not described here.
     UserError: a shape that the compiler does not know.
   """
-  if topology.chip.kind != "tpu":
-    raise NoCompiler("GPU programs are compiled on a GPU alone")
+  for key, value in _QUIET.items():
+    os.environ.setdefault(key, value)
+  if topology.chip.kind == "gpu":
+    return _gpus(topology)
   try:
     import libtpu  # noqa: F401
   except ImportError as e:
@@ -84,8 +122,6 @@ def compiler_devices(topology: Topology) -> list[jax.Device]:
     ) from e
   from jax.experimental import topologies
 
-  for key, value in _QUIET.items():
-    os.environ.setdefault(key, value)
   more = {"num_slices": topology.slices} if topology.slices > 1 else {}
   if topology.chip.name == "v4":
     more["chip_config_name"] = "megacore"
@@ -99,3 +135,27 @@ def compiler_devices(topology: Topology) -> list[jax.Device]:
       f"--topology={topology.name}: the compiler refuses it ({reason}): give "
       "a shape that is sold"
     ) from e
+
+
+def _gpus(topology: Topology) -> list[jax.Device]:
+  """See `compiler_devices`; XLA's own description of a Hopper GPU."""
+  name = topology.chip.name
+  if name not in _GPU_TARGETS:
+    raise NoCompiler(
+      f"GPU programs are compiled for {' and '.join(_GPU_TARGETS)} alone"
+    )
+  if importlib.util.find_spec("jax_plugins") is None:
+    raise NoCompiler(
+      "jax's CUDA plugin is not installed: pip install 'cacheaug[cuda]'"
+    )
+  from jax.experimental import topologies
+
+  try:
+    return topologies.get_topology_desc(
+      platform="cuda",
+      target_config=_TARGET % _GPU_TARGETS[name],
+      topology=f"{topology.slices}x1x{topology.shape[0]}",
+    ).devices
+  except Exception as e:  # plugins of several makers and versions
+    reason = " ".join(str(e).split())[:160]
+    raise NoCompiler(f"jax's CUDA plugin refuses ({reason})") from e

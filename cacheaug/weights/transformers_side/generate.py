@@ -30,14 +30,19 @@ import weakref
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers.utils import cached_file
 
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56):
+  # Before, generate took no function as custom_generate.
+  raise ImportError("a coprocessor needs transformers 4.56 or newer")
+
 _REFUSED = ("inputs_embeds", "cache", "past_key_values", "assistant_model")
 _REFUSED += ("return_dict_in_generate",)
-_opened = weakref.WeakKeyDictionary()  # model -> (what was asked, Coprocessor)
+_opened = weakref.WeakKeyDictionary()  # model -> (which, Coprocessor)
 
 
 @dataclasses.dataclass
@@ -47,7 +52,7 @@ class Coprocessor:
   config: dict  # config.json
   network: torch.nn.Module | None  # of the decoder's class; a pause has none
   tensors: dict[str, Tensor]  # soft_tokens [N, D] and the like
-  scale: float  # what the decoder multiplies inputs_embeds by: Gemma 2 does
+  scale: float  # what the decoder multiplies inputs_embeds by
   harmless: bool  # the latents begin as the context's last tokens
   replace: bool  # they stand in the place of these
 
@@ -65,7 +70,8 @@ def generate(
     if asked := [key for key in _REFUSED if kwargs.get(key)]:
       raise ValueError(f"{asked[0]} with latents is not supported")
     opened = open_coprocessor(model, coprocessor, check)
-    kwargs["custom_generate"] = functools.partial(_decode, coproc=opened)
+    bound = {"coproc": opened, "streamer": kwargs.get("streamer")}
+    kwargs["custom_generate"] = functools.partial(_decode, **bound)
   return model.generate(**kwargs)
 
 
@@ -107,15 +113,16 @@ def open_coprocessor(
     name: pathlib.Path(cached_file(directory, name))
     for name in ("config.json", "coprocessor.safetensors")
   }
-  asked = directory, check, model.dtype, model.device
-  asked += tuple(p.stat().st_mtime_ns for p in path.values())
-  if _opened.get(model, (None,))[0] == asked:
+  key = directory, check, model.dtype, model.device
+  key += tuple(p.stat().st_mtime_ns for p in path.values())
+  if _opened.get(model, (None,))[0] == key:
     return _opened[model][1]
-  config = {"kind": "coprocessor", "rounds": 1, "stride": 0}
+  config = {"kind": "coprocessor", "rounds": 1, "stride": 0, "window": 0}
   config |= json.loads(path["config.json"].read_text())
-  if config["positions"] == "overlay" or config["stride"]:
-    what = "traces.stride" if config["stride"] else "positions 'overlay'"
-    raise ValueError(f"{directory}: {what} is not possible in transformers")
+  asked = [f"traces.{key}" for key in ("stride", "window") if config[key]]
+  asked += ["positions 'overlay'"] if config["positions"] == "overlay" else []
+  if asked:
+    raise ValueError(f"{directory}: {asked[0]} is not possible in transformers")
   table = cached_file(directory, "custom_generate/decoder.json")
   table = json.loads(pathlib.Path(table).read_text())
   found, ours = fingerprint(model, table, check), config["decoder_fingerprint"]
@@ -125,7 +132,7 @@ def open_coprocessor(
       f"is {found}; load that decoder, or give check=False"
     )
   coproc = _read(model, config, load_file(path["coprocessor.safetensors"]))
-  _opened[model] = asked, coproc
+  _opened[model] = key, coproc
   return coproc
 
 
@@ -153,7 +160,7 @@ def _read(model, config, tensors):
     network.load_state_dict(body, assign=True)
     network = network.to(model.device).eval().requires_grad_(False)
   # Since transformers 5 only embeddings are multiplied, by their own class.
-  inside = config["model"]["model_type"] == "gemma2"
+  inside = config["model"]["model_type"] in ("gemma", "gemma2")
   inside &= not hasattr(decoder.embed_tokens, "embed_scale")
   scale = torch.tensor(decoder.config.hidden_size**0.5, dtype=model.dtype)
   harmless, replace = config["start"] == "harmless", config["positions"]
@@ -304,11 +311,12 @@ def _rows(module, coproc, cache, mask, x, at, sees_itself=True):
     torch.where(see, 0.0, torch.finfo(x.dtype).min).to(x.dtype)[:, None]
     for see in (seen, seen & (back < window))
   )
-  slides = "sliding_attention" in (
-    getattr(module.config, "layer_types", ()) or ()
-  )
-  masks = {"full_attention": full, "sliding_attention": near}
-  masks = masks if slides else full
+  kinds = getattr(module.config, "layer_types", None)
+  if kinds is None:  # all layers are alike
+    masks = near
+  else:
+    masks = {"full_attention": full, "sliding_attention": near}
+    masks = masks if "sliding_attention" in kinds else full
   return _run(module, cache, masks, at, inputs_embeds=x / coproc.scale)
 
 
@@ -330,7 +338,11 @@ def _hand_over(model, coproc, cache, mask, x):
       k = rotate(i, k, _ends(mask, n, shift))
       if coproc.harmless:  # added to the last entries, moved to the latents
         layer = cache.layers[i]
-        k = k + rotate(i, layer.keys[..., -n:, :], 0 * mask[:, :n] + shift)
+        moved, last = (
+          torch.full_like(mask[:, :n], shift),
+          layer.keys[..., -n:, :],
+        )
+        k = k + rotate(i, last, moved, again=True)
         v = v + layer.values[..., -n:, :]
       new.append((k, v.expand_as(k)))
   mask = _hide(cache, mask, n) if hide else mask
@@ -339,8 +351,13 @@ def _hand_over(model, coproc, cache, mask, x):
   return _longer(mask, n)
 
 
-def _rotate(decoder, layer, x, at):
-  """RoPE of a layer on x [B, heads, N, head dim] by positions [B, N]."""
+def _rotate(decoder, layer, x, at, again=False):
+  """RoPE of a layer on x [B, heads, N, head dim] by positions [B, N].
+
+  With `again` of keys that have been rotated, and so scaled, before.
+  """
+  if not getattr(decoder.layers[layer].self_attn, "use_rope", True):
+    return x
   kinds = getattr(decoder.config, "layer_types", None)
   args = (kinds[layer],) if kinds else ()
   rope = decoder.rotary_emb
@@ -350,10 +367,11 @@ def _rotate(decoder, layer, x, at):
     args = ()
   cos, sin = rope(x, at, *args)
   a, b = x.chunk(2, dim=-1)
-  return x * cos[:, None] + torch.cat([-b, a], dim=-1) * sin[:, None]
+  out = x * cos[:, None] + torch.cat([-b, a], dim=-1) * sin[:, None]
+  return out / getattr(rope, "attention_scaling", 1.0) if again else out
 
 
-def _decode(model, input_ids, *, coproc, streamer=None, **given):
+def _decode(model, input_ids, *, coproc, streamer, **given):
   """Decodes after the latents: the loop within generate, which calls it."""
   settings, ids = given["generation_config"], input_ids
   mode = settings.get_generation_mode().value
