@@ -198,14 +198,7 @@ CASES = {
 }
 
 
-def further(case):
-  """A further case of a claim."""
-  return pytest.param(case, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize(
-  "case", ["labels", "window", "teacher, decay", further("own labels")]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_structured_equals_one_at_a_time_equals_dense(case):
   added, changes = CASES[case]
   (total, _), grads = structured(added, **changes)
@@ -217,9 +210,7 @@ def test_structured_equals_one_at_a_time_equals_dense(case):
     close_trees(grads, other_grads, GRADIENT)
 
 
-@pytest.mark.parametrize(
-  "positions", ["insert", further("overlay"), further("replace")]
-)
+@pytest.mark.parametrize("positions", traces.POSITIONS)
 def test_the_window_is_a_windows_whatever_the_positions(positions):
   changes = dict(positions=positions, window=WINDOW)
   close(
@@ -227,7 +218,7 @@ def test_the_window_is_a_windows_whatever_the_positions(positions):
   )
 
 
-@pytest.mark.parametrize("kind", ["handover", further("prefix")])
+@pytest.mark.parametrize("kind", ["prefix", "handover"])
 def test_a_bias_of_attention_in_tiles_equals_one_softmax(kind):
   """Of handed-over keys: loss and gradients, the bias's own among them."""
   model = make_model()
