@@ -33,7 +33,7 @@ from cacheaug.data.sources import source_defaults
 from cacheaug.errors import UserError
 from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import transformer
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 
 N, A, S, J = 3, 3, 16, 2
 DOCUMENTS = np.array([[0] * 12 + [1] * 4], np.int32)
@@ -171,7 +171,7 @@ def dense(added, **changes):
     z = copied + own @ coproc["latent_projection"]
     x = jnp.concatenate([z, transformer.embed(model, decoder, laid.ahead)], 2)
     context = transformer.embed(model, decoder, tokens)[:, None]
-    rows = Rows(
+    rows = QueryLayout(
       jnp.concatenate(
         [jnp.arange(S)[None, None], flat(laid.rows.positions)], 2
       ),
