@@ -8,7 +8,7 @@ starts and while it trains, and is started again each time. Each start must go
 on from the newest checkpoint, and in the end metrics.jsonl must equal an
 undisturbed run's, byte for byte. 50 kills: about 10 minutes on two cores.
 
-long: the quickstart's config; resident memory after the first quarter must
+long: the text quickstart's config; resident memory after the first quarter must
 grow by less than 1 MB in 100 steps, and the last quarter's median step may
 take at most 10 % longer than the second's. About two minutes on two cores.
 """
@@ -185,7 +185,7 @@ def long(directory: Path, steps: int) -> None:
   """Raises AssertionError where memory or step time grows."""
   workdir = directory / "long"
   process = _start(
-    str(_ROOT / "configs" / "quickstart.py"),
+    str(_ROOT / "configs" / "quickstart_text.py"),
     workdir,
     f"--config.optimizer.steps={steps}",
     "--config.log_every=20",

@@ -38,7 +38,7 @@ _SHORTER = {
     "--config.optimizer.warmup=4 --config.eval.sequences=16 "
     "--config.eval.problems=16"
   ),
-  "python -m cacheaug.main --config=configs/quickstart.py --workdir": (
+  "python -m cacheaug.main --config=configs/quickstart_text.py --workdir": (
     "--config.optimizer.steps=500"
   ),
   "pytest": "tests/test_traces.py",

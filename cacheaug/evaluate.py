@@ -74,7 +74,7 @@ _COMPARED = (
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-  """Benchmarks to run; fields are keys of benchmarks.run_tasks."""
+  """Benchmarks that are asked for; keys of benchmarks.run_tasks."""
 
   names: tuple[str, ...] = ()
   data: str = ""
@@ -237,7 +237,7 @@ def evaluate(
 
 
 def describe(config: ConfigDict, path: str, found: LM) -> dict[str, Any]:
-  """Entries of the page's table of what was run."""
+  """What was run, for the page."""
   decoder = f"{config.decoder.path} ({found.fingerprint})"
   where = {
     "activations": str(found.model.dtype),
@@ -384,10 +384,10 @@ def run(
 
 
 def tasks_of(values: Any) -> Tasks | None:
-  """Tasks from the flags; None where no benchmark is named.
+  """Of the flags; None where no benchmark is named.
 
   Raises:
-    UserError: a flag about benchmarks, and none is named.
+    UserError: what is said of benchmarks, and none is named.
   """
   if values.tasks:
     return Tasks(

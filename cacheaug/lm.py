@@ -336,7 +336,7 @@ class LM:
     )
     if coproc:
       first = plan.first(max_new_tokens)
-      generate.check_prompts(rows, spec, on=on, generated=first)
+      generate.check_prompts(rows, spec, on=on, said=first)
     if isinstance(gate, str):
       gate = gate and gates.parse(
         gate, self.model, self.decoder, self.fingerprint
@@ -371,7 +371,7 @@ class LM:
   def _begin(
     self, rows: list[list[int]], on: Sequence[bool], plan: InsertionSchedule
   ) -> tuple[Context, InsertionSchedule]:
-    """The context that `writer` decodes from, and the insertions to come."""
+    """What `writer` goes on from, and the insertions still to come."""
     padded = padding.round_up(max(map(len, rows)), padding.PROMPT)
     return self._read(*padding.pad_left(rows, self._pad_id, padded)), plan
 

@@ -1,12 +1,13 @@
-"""A small decoder that looks letters up, trained from scratch on `hops`.
+"""A small decoder that looks one letter up, trained from scratch on `hops`.
 
   python -m cacheaug.main --config=configs/hops_decoder.py \
       --workdir=runs/hops_decoder --config.export=runs/hops_decoder/export
 
-Each row is one random cycle of 5 to 8 of 26 letters and 16 questions; in two
-rows of three all ask for one lookup, in the third for 1 to 4. The answers alone
-are learned: facts are random, and so is what is asked. Gemma-2's architecture
-without soft caps, bytes as tokens. Hardware, time and figures: RESULTS.md.
+Each row is one random cycle of 5 to 8 of 26 letters and 16 questions that ask
+for one lookup. The answers alone are learned: facts are random, and so is what
+is asked. `hops_decoder.py:4,all` is a decoder of four layers that is asked for
+1 to 4 lookups in one row of three. Gemma-2's architecture without soft caps,
+bytes as tokens. Hardware, time and figures: docs/results/depth.md.
 """
 
 from ml_collections import ConfigDict
@@ -15,8 +16,9 @@ from cacheaug import config as configs
 from cacheaug.data.sources import source_defaults
 
 
-def get_config(layers: str = "2") -> ConfigDict:
-  """A decoder of so many layers: configs/hops_decoder.py:4."""
+def get_config(which: str = "2") -> ConfigDict:
+  """A decoder of so many layers; 'LAYERS,all' is asked for 1 to 4 lookups."""
+  layers, _, asked = which.partition(",")
   c = configs.base()
   c.objective = "language_model"
   c.decoder.shape.update(
@@ -41,12 +43,13 @@ def get_config(layers: str = "2") -> ConfigDict:
     source.questions = 16
   once.steps_max = 1
   once.weight = 2.0
+  hops.weight = 1.0 if asked == "all" else 0.0
   c.data.sources = ConfigDict({"hops": hops, "once": once})
   c.data.answers_only = True
   c.data.tokenizer = "byte"
   c.data.sequence = 89
   c.data.batch = 32
-  c.optimizer.steps = 3_000
+  c.optimizer.steps = 3_000 if asked else 1_500
   c.optimizer.learning_rate = 4e-3
   c.optimizer.warmup = 200
   c.optimizer.final_fraction = 0.02

@@ -33,7 +33,7 @@ NEEDS = {
 SHOWN = {
   "python -m cacheaug.augment.traces": "    a b c",
   "python -m cacheaug.generate": "prompt: ",
-  "python -m cacheaug.main --config=configs/quickstart.py": "code: held-out",
+  "python -m cacheaug.main --config=configs/quickstart.py": "exact match",
 }
 
 

@@ -4,7 +4,6 @@ Each test fails without what it is about.
 """
 
 import functools
-import gc
 import json
 import os
 import signal
@@ -242,7 +241,6 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, caplog, capfd):
     kept = checkpoint.Checkpoints(directory, 2, 1)
     assert kept.restore_latest(abstract) is None
     time.sleep(0.3)  # reads that were under way
-    gc.collect()
   finally:
     sys.unraisablehook = previous
   assert not seen and "Event loop" not in capfd.readouterr().err
@@ -401,8 +399,10 @@ def test_words_for_a_person_may_change_between_versions(tmp_path):
 
 def test_a_key_that_was_renamed_or_dropped_is_understood(tmp_path, monkeypatch):
   config, path = _begun(tmp_path)
-  monkeypatch.setattr(workdirs, "RENAMED", {"traces.law": "traces.min_ahead"})
-  monkeypatch.setattr(workdirs, "DROPPED", {"traces.old": 3})
+  monkeypatch.setattr(
+    workdirs.configs, "RENAMED", {"traces.law": "traces.min_ahead"}
+  )
+  monkeypatch.setattr(workdirs.configs, "DROPPED", {"traces.old": 3})
 
   def older(saved):
     saved["traces"]["law"] = saved["traces"].pop("min_ahead")

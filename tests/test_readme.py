@@ -50,6 +50,9 @@ _HOW = {
   "python -m cacheaug.main --config=configs/quickstart.py": (
     "here: test_training_commands"
   ),
+  "python -m cacheaug.main --config=configs/quickstart_text.py": (
+    "here: test_training_commands"
+  ),
   "python -m cacheaug.main --config=configs/gemma2b.py --config.runlocal": (
     "here: test_training_commands"
   ),
@@ -189,9 +192,13 @@ def test_compare_command():
   printed = _run(words)
   shown = fenced.shown(README, "python -m cacheaug.generate --compare")
   assert fenced.form(shown) == fenced.form(printed)
-  answers = [text.splitlines()[4].split(" | ") for text in (shown, printed)]
+  # Facts and the question, two lines of headings, a rule, the answers, the way.
+  answers = [text.splitlines()[5].split(" | ") for text in (shown, printed)]
   assert answers[0] == answers[1]
-  assert [side.strip() for side in answers[0]] == ["7", "9"]
+  frozen, latents = (side.strip() for side in answers[0])
+  (way,) = re.findall(r"^answer: (\w), by (\w) -> (\w): ", shown, re.MULTILINE)
+  # It was never asked for two lookups, and ends the line.
+  assert frozen == "" and latents == way[0] == way[2] != way[1]
 
 
 # Few steps and sequences; all else as it stands.
@@ -223,9 +230,9 @@ def test_training_commands(command, tmp_path):
   printed = _run([*words, *_TRAINING[command], *more])
   assert (tmp_path / "report" / "report.md").exists()
   shown = fenced.shown(README, next(iter(_TRAINING)))
-  head = "\n".join(shown.splitlines()[:2])
-  assert fenced.form(head) in fenced.form(printed)
-  if "quickstart" in command:
+  table = shown.partition("\n\n")[2]
+  assert fenced.form(table.splitlines()[1]) in fenced.form(printed)
+  if "quickstart.py" in command:
     assert fenced.form(shown) in fenced.form(printed)
 
 
@@ -382,7 +389,7 @@ def _measured(text: str, row: str) -> tuple[str, list[str]]:
     said = re.search(r"the same six rows are ([-\d.,\s]+)", _RESULTS)
     return "", re.findall(r"-\d\.\d+", said[1])
   if text.startswith("shipped nano"):
-    lines = _section("## Quickstart").splitlines()
+    lines = _section("## Text quickstart").splitlines()
     cells = [_cells(line) for line in lines if re.match(r"\| \d", line)]
     return "1", [c[3].split()[0] for c in cells]
   line = re.search(r"^\| code \|.*%.*$", _RESULTS, re.MULTILINE)
@@ -440,11 +447,11 @@ def test_exact_match_is_that_of_the_results():
 
 
 def test_quickstart_shown_is_the_one_measured():
-  section = _section("## Quickstart")
+  section = _section("## The quickstart")
   command = "python -m cacheaug.main --config=configs/quickstart.py"
   shown = fenced.shown(README, command)
   figures = re.findall(r"\d+\.\d+", shown)
-  assert len(figures) == 30
+  assert len(figures) == 19
   assert [f for f in figures if f not in section] == []
-  minutes = re.search(r"(\d+) minutes (\d+) seconds", README.read_text())
-  assert f"{minutes[1]} min {minutes[2]} s" in section
+  seconds = re.search(r"(\d+) seconds of processor", README.read_text())
+  assert f"{seconds[1]} s of\nprocessor time" in section

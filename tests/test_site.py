@@ -36,7 +36,7 @@ def test_site_builds_without_a_dead_link(tmp_path):
   assert page.count('<svg xmlns="http://www.w3.org/2000/svg" viewBox') >= 6
   # Parts of the README are in the pages, in place of their names.
   for page, part in (
-    ("index.html", "code: held-out perplexity"),
+    ("index.html", "hops: held-out perplexity"),
     ("index.html", "cacheaug.load("),
     ("clusters/index.html", "tpu_vm.sh resume"),
     ("recipes/index.html", "configs/sweeps/gpu.py"),

@@ -33,7 +33,7 @@ from cacheaug.data.sources import source_defaults
 from cacheaug.errors import UserError
 from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import transformer
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 
 N, A, S, J = 3, 3, 16, 2
 DOCUMENTS = np.array([[0] * 12 + [1] * 4], np.int32)
@@ -174,7 +174,7 @@ def dense(added, **changes):
     z = copied + own @ coproc["latent_projection"]
     x = jnp.concatenate([z, transformer.embed(model, decoder, laid.ahead)], 2)
     context = transformer.embed(model, decoder, tokens)[:, None]
-    rows = Rows(
+    rows = QueryLayout(
       jnp.concatenate(
         [jnp.arange(S)[None, None], flat(laid.rows.positions)], 2
       ),
@@ -201,14 +201,7 @@ CASES = {
 }
 
 
-def further(case):
-  """A further case of a claim."""
-  return pytest.param(case, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize(
-  "case", ["labels", "window", "teacher, decay", further("own labels")]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_structured_equals_one_at_a_time_equals_dense(case):
   added, changes = CASES[case]
   (total, _), grads = structured(added, **changes)
@@ -220,9 +213,7 @@ def test_structured_equals_one_at_a_time_equals_dense(case):
     close_trees(grads, other_grads, GRADIENT)
 
 
-@pytest.mark.parametrize(
-  "positions", ["insert", further("overlay"), further("replace")]
-)
+@pytest.mark.parametrize("positions", traces.POSITIONS)
 def test_the_window_is_a_windows_whatever_the_positions(positions):
   changes = dict(positions=positions, window=WINDOW)
   close(
@@ -230,7 +221,7 @@ def test_the_window_is_a_windows_whatever_the_positions(positions):
   )
 
 
-@pytest.mark.parametrize("kind", ["handover", further("prefix")])
+@pytest.mark.parametrize("kind", ["prefix", "handover"])
 def test_a_bias_of_attention_in_tiles_equals_one_softmax(kind):
   """Of handed-over keys: loss and gradients, the bias's own among them."""
   model = make_model()

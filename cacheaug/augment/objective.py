@@ -41,7 +41,7 @@ def context_pass(
   """Pass 1."""
   segments = segments_of(documents, layout.mask_documents)
   starts = starts_of(segments)
-  return transformer.read(model, decoder, tokens, segments, starts)
+  return transformer.prefill_frozen(model, decoder, tokens, segments, starts)
 
 
 def decoder_pass(
@@ -69,7 +69,7 @@ def decoder_states(
   ahead = transformer.embed(model, decoder, traces.ahead)
   x = jnp.concatenate([z.astype(ahead.dtype), ahead], axis=2)
   return transformer.run_blocks(
-    model, decoder, x, traces.rows, cache, wanted=first
+    model, decoder, x, traces.rows, cache, first_output_row=first
   )
 
 
@@ -126,7 +126,7 @@ def traces_states(
   traces: Traces,
   source: KVCache,  # of coprocessor.source_cache
   *,
-  latents_of: str | None = None,  # 'decoder', 'coprocessor'; None: neither
+  latents_of: str | None = None,  # 'decoder', 'coprocessor'; None: not wanted
 ) -> tuple[jax.Array, jax.Array | None]:  # [B, M, A, D], [B, M, N, D] or None
   """Passes 2 and 3: hidden states that predict the targets, and the latents'.
 

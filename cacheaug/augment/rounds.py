@@ -1,17 +1,16 @@
 """Latents on top of earlier latents: a trace of several rounds.
 
-A trace of several rounds is a chain: latents after p, then, `stride` tokens k
-later, latents after p + k by a coprocessor that reads the cache with the
+A trace of `rounds` is a chain: latents after p, then, `stride` tokens k later,
+latents after p + k by a coprocessor that reads the cache as it now stands, the
 earlier latents and the k tokens in it, and so on. The last round predicts A
-tokens, each earlier round the k tokens up to the next
-(`Layout.tokens_predicted` in all). With k = 0 all rounds are at one point, and
-only the last predicts.
+tokens, each before it the k up to the next: `reach` in all. With k = 0 all
+rounds are at one point, and only the last predicts.
 
 Each round is the passes of objective.py over the same context. The rows that
-the decoder ran in one round are in the cache of the next, as keys and values
-(the `given` of transformer.run), and gradients go back through them into the
-earlier latents. With N = 1, k = 1, A = 2, a trace of two rounds after b, the
-decoder's pass (positions 'insert'):
+the decoder's pass of one round has run are in the cache of the next: their keys
+and values are given to it (transformer.run's `given`), and gradients go back
+through them into the earlier latents. With N = 1, k = 1, A = 2, a trace of two
+rounds after b, the decoder's pass (positions 'insert'):
 
              a b c d | b' c | c' d
          b'  # #       #
@@ -19,10 +18,10 @@ decoder's pass (positions 'insert'):
          c'  # #       #  #   #
          d   # #       #  #   #  #
 
-Row b' predicts c, and c' predicts d; row c predicts nothing, as latents come
+Row b' predicts c, and c' predicts d; nothing is read off row c, as latents come
 before the next token. With 'replace', latents stand in place of the N entries
-before them: of the context, earlier latents or tokens between. An entry that is
-hidden once stays hidden:
+before them, be they of the context, earlier latents or tokens between. What
+has been hidden stays so:
 
              a b c d | b' c | c' d
          b'  #         #
@@ -37,7 +36,7 @@ the first round the whole context; N rows, here one, each round:
          1   # #              #
          2   #         #  #     #
 
-Positions, hidden entries and input tokens are those of inference with
+Positions, hidden entries and inputs tokens are those of inference with
 InsertionSchedule(every=k) (inference/session.py), which tests hold this to.
 """
 
@@ -52,17 +51,17 @@ from cacheaug.augment import coprocessor, traces
 from cacheaug.augment.traces import Layout, Traces
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Params, Transformer
 
 
 @flax.struct.dataclass
 class Round:
-  """One round of M chains, over G rows of the rounds before it."""
+  """One round of M chains; G rows of the rounds before are given to it."""
 
-  latent_rows: Rows  # pass 2: G + N rows a trace
-  rows: Rows  # pass 3: G + N + Q rows a trace
+  latent_rows: QueryLayout  # pass 2: G + N rows a trace
+  rows: QueryLayout  # pass 3: G + N + Q rows a trace
   input_tokens: jax.Array  # [B, M, N] tokens up to this round's point
   fed: jax.Array  # [B, M, Q] tokens that follow its latents
   predicts: int = flax.struct.field(pytree_node=False)  # tokens of `targets`
@@ -110,12 +109,12 @@ def _round(tokens, chains, layout, i):
   def rows(offsets, order, limits):
     positions = p + jnp.asarray(offsets)[None, None]
     segments = chains.latent_rows.segments[..., :1]
-    return Rows(
+    return QueryLayout(
       positions,
       jnp.broadcast_to(segments, positions.shape),
       limits,
-      order=jnp.asarray(order)[None, None],
-      starts=chains.latent_rows.starts,
+      block_mask=jnp.asarray(order)[None, None],
+      context_start=chains.latent_rows.context_start,
     )
 
   index = p + k * i + jnp.arange(1 - n, 1)[None, None]
@@ -139,35 +138,35 @@ def tokens_fed(layout: Layout, i: int) -> int:
 
 def offsets(layout: Layout, i: int) -> np.ndarray:
   """Positions, from p, of all rows up to those of round i (from 0)."""
-  n, positions = layout.latents, []
+  n, found = layout.latents, []
   for j in range(i + 1):
     # By 'insert' latents are further tokens, which push back what follows.
     pushed = n * (j + 1) if layout.positions == "insert" else 0
     first = layout.stride * j + pushed
-    positions.append(np.arange(first - n + 1, first + 1))
-    positions.append(first + 1 + np.arange(tokens_fed(layout, j)))
-  return np.concatenate(positions).astype(np.int32)
+    found.append(np.arange(first - n + 1, first + 1))
+    found.append(first + 1 + np.arange(tokens_fed(layout, j)))
+  return np.concatenate(found).astype(np.int32)
 
 
 def masks(layout: Layout, i: int) -> tuple[np.ndarray, np.ndarray]:
   """Who sees whom of a chain's own rows in round i (from 0).
 
   [G + N, G + N] bool for the coprocessor's pass and [G + N + Q] squared for the
-  decoder's. Rows for the G cached rows are undefined: they are keys only, never
-  queries. Sliding windows are not in the mask: the model compares positions.
+  decoder's; of the G given rows, which ask nothing, nothing is said. Windows
+  are not in it: they compare positions and are the model's business.
   """
   n, at = layout.latents, offsets(layout, i)
   sizes = [n + tokens_fed(layout, j) for j in range(i + 1)]
   of_round = np.repeat(np.arange(i + 1), sizes)
-  cached = len(at) - sizes[-1]
-  # Whether the next round's latents leave an entry visible.
+  given = len(at) - sizes[-1]
+  # Whether the latents of the round after an entry's own leave it.
   left = np.ones(len(at), bool)
   if layout.positions == "replace":
     left = at <= layout.stride * (of_round + 1) - n
   causal = np.tri(len(at), dtype=bool)
   reading = causal & (left | (of_round >= i - 1))[None]
   decoding = causal & (left | (of_round == i))[None]
-  return reading[: cached + n, : cached + n], decoding
+  return reading[: given + n, : given + n], decoding
 
 
 def states(
@@ -180,33 +179,33 @@ def states(
   latents_of: str | None = None,  # as of objective.traces_states
 ) -> tuple[jax.Array, jax.Array]:  # [B, M, A, D], [B, M, rounds N, D]
   """Passes 2 and 3 of every round: `objective.traces_states`."""
-  past_kv, predicting, latents = None, [], []
-  for one in chains.rounds:
-    n = one.input_tokens.shape[-1]
+  given, found, latents = None, [], []
+  for this in chains.rounds:
+    n = this.input_tokens.shape[-1]
     first = 0 if latents_of == "decoder" else n - 1
-    rows = chains.replace(latent_rows=one.latent_rows)
-    inputs = transformer.embed(model, decoder, one.input_tokens)
+    rows = chains.replace(latent_rows=this.latent_rows)
+    inputs = transformer.embed(model, decoder, this.input_tokens)
     hidden = coprocessor.hidden_states(
-      model, coproc, cache, rows, inputs, past_kv
+      model, coproc, cache, rows, inputs, given
     )
     z = coprocessor.to_latents(coproc, hidden, rows, inputs)
-    fed = transformer.embed(model, decoder, one.fed)
+    fed = transformer.embed(model, decoder, this.fed)
     out = transformer.run(
       model,
       decoder,
       jnp.concatenate([z.astype(fed.dtype), fed], axis=2),
-      one.rows,
+      this.rows,
       cache,
-      wanted=first,
-      given=past_kv,
+      first_output_row=first,
+      past_kv=given,
     )
     if latents_of == "decoder":
       hidden = out.hidden[:, :, :n]
     latents.append(hidden)
     last = n - 1 - first  # the last latent's row is the first that predicts
-    predicting.append(out.hidden[:, :, last : last + one.predicts])
-    kv = out.keys, out.values
-    if past_kv is not None:
-      kv = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 3), past_kv, kv)
-    past_kv = kv
-  return jnp.concatenate(predicting, axis=2), jnp.concatenate(latents, axis=2)
+    found.append(out.hidden[:, :, last : last + this.predicts])
+    own = out.keys, out.values
+    if given is not None:
+      own = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 3), given, own)
+    given = own
+  return jnp.concatenate(found, axis=2), jnp.concatenate(latents, axis=2)

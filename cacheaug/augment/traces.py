@@ -1,4 +1,4 @@
-"""The layout of traces: rows, positions, targets and who sees whom.
+"""The preprocessing of the input and attention mask: where traces stand.
 
 A trace is one augmentation of a sequence: at its point p (the last visible
 context token) N latents are inserted, then A ahead tokens are predicted. M
@@ -25,8 +25,8 @@ R rows. `layout_traces` makes rows, targets and weights for the fast path, which
 never forms this mask; `dense_mask` is the picture itself, for reference and
 drawing.
 
-`Layout.positions` decides the positions (and so RoPE) of latents and ahead
-tokens, which the paper does not state:
+Schemes decide the positions (and so RoPE) of latents and ahead tokens, which
+the paper does not state:
 
   insert   latents at p+1 .. p+N, ahead tokens pushed back by N: the literal
            reading, as if the latents were further tokens.
@@ -35,21 +35,21 @@ tokens, which the paper does not state:
   replace  as overlay, and the N context entries at the latents' positions are
            hidden from the block: the latents stand in their place.
 
-Late latents: the coprocessor has read the cache at p - d, and the decoder has
-gone on to p in the meantime, where the latents are inserted. The coprocessor's
-rows (pass 2) have the positions of a trace after p - d; everything in the
-decoder's pass (positions, hidden entries, ahead tokens, targets) is that of a
-trace after p. The coprocessor sees nothing of the d tokens between.
+Latents that come late: the coprocessor has read the cache at p - d, and while
+it was at work the decoder went on to p, where its latents are inserted. Its own
+rows (pass 2) then stand where those of a trace after p - d would; everything in
+the decoder's pass (positions, hidden entries, ahead tokens, targets) is that of
+a trace after p. Nothing of the d tokens between reaches the coprocessor.
 
-With a window W the rest of the context is thrown away at the point: the block
-sees the context tokens p-W+1 .. p, with keys and values as they were computed
-in the whole context, and its latents, which have read all of it.
+A window W throws the rest of the context away at the point: the block sees the
+context tokens p-W+1 .. p, with keys and values as they were computed, and its
+latents, which have read the whole context and are to stand for what is gone.
 
-Some kinds (kinds.py) make keys and values and no embeddings. Their latents are
-entries of the block that the decoder does not run, so no last latent's row
-predicts y_1. The block then has N entries and A rows that are run: x[p] again,
-at the last latent's position, and y_1 .. y_{A-1}. The row of x[p] is a query
-only: no row, itself included, sees its key, as the last entry stands for x[p].
+Kinds of coprocessor (kinds.py) that hand over keys and values in place
+of embeddings leave no last latent to predict y_1 from. Then a trace's block is
+N rows that are given and A that are run, x[p] again and y_1 .. y_{A-1}: x[p]
+stands where the last latent does and asks only, so that no row sees its keys
+and values, itself neither; what stands for x[p] is among the given. So
 
             a b c d e f | b' b c | d' d e
         b   # #           #
@@ -57,8 +57,8 @@ only: no row, itself included, sees its key, as the last entry stands for x[p].
         d   # # # #                #
         e   # # # #                #    #
 
-The rows b and d predict c and e. With `replace` each of the N hidden entries
-has its successor at the same position.
+the rows b and d predicting c and e. `replace` gives each of the N hidden
+entries its successor at the very same position.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ import numpy as np
 
 from cacheaug.augment.kinds import Kind
 from cacheaug.errors import UserError
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 
 POSITIONS = ("insert", "overlay", "replace")
 STARTS = ("as_is", "harmless")
@@ -134,7 +134,7 @@ class Layout:
 
   @property
   def reruns(self) -> int:
-    """1 where latents are keys and values and x[p] is run again; else 0."""
+    """1 where x[p] is run again, as latents that are keys and values ask."""
     return int(self.kind.latents_are_kv)
 
   @property
@@ -189,8 +189,8 @@ class Traces:
   """M traces laid out over B sequences, ready for passes 2 and 3."""
 
   points: jax.Array  # [B, M], index of the last visible context token
-  latent_rows: Rows  # pass 2: N rows a trace
-  rows: Rows  # pass 3: R rows a trace, the N latents first
+  latent_rows: QueryLayout  # pass 2: N rows a trace
+  rows: QueryLayout  # pass 3: R rows a trace, the first N given or run
   input_tokens: jax.Array  # [B, M, N] x[p-N+1 .. p]; of late traces up to p-d
   ahead: jax.Array  # [B, M, A-1] tokens y_1 .. y_{A-1}
   targets: jax.Array  # [B, M, A] tokens y_1 .. y_A
@@ -256,9 +256,9 @@ def layout_traces(
   segment, starts = at(segments, p), at(starts_of(segments), p)
 
   def rows(positions, limits, first_visible=None):
-    segments = jnp.broadcast_to(segment, positions.shape)
-    return Rows(
-      positions, segments, limits, starts=starts, first_visible=first_visible
+    here = jnp.broadcast_to(segment, positions.shape)
+    return QueryLayout(
+      positions, here, limits, context_start=starts, first_visible=first_visible
     )
 
   first = 1 - layout.reruns
@@ -271,7 +271,7 @@ def layout_traces(
     p - layout.window + 1 if layout.window else None,
   )
   if layout.reruns:
-    block = block.replace(order=rerun_mask(layout)[None, None])
+    block = block.replace(block_mask=rerun_mask(layout)[None, None])
   return Traces(
     points=points,
     latent_rows=rows(reading + shift, read - n if layout.stands_in else read),
@@ -287,9 +287,9 @@ def layout_traces(
 
 
 def rerun_mask(layout: Layout) -> jax.Array:  # [R, R] bool
-  """The rows of its block that each row sees, where x[p] is run again.
+  """Whom of its block each row sees, where the N latents are given.
 
-  Itself and the rows before it, but never row N, x[p], which is a query only.
+  Itself and those before, but for row N, which only asks: x[p] run again.
   """
   r = layout.rows
   return jnp.tri(r, dtype=bool) & (jnp.arange(r) != layout.latents)[None]
@@ -319,7 +319,7 @@ def dense_mask(
       for k in range(begin, seen + 1):
         mask[first + i, k] = real[k] and segments[k] == segments[p]
       mask[first + i, first : first + i + 1] = True
-    if layout.reruns:  # x[p] is a query only
+    if layout.reruns:  # x[p] again asks only
       mask[:, first + layout.latents] = False
   return mask
 
@@ -332,8 +332,8 @@ def dense_latent_mask(
 ) -> np.ndarray:  # [M N, S + M N] bool
   """The reference mask of the coprocessor's rows, from the definition.
 
-  They see the whole context that has been read, whatever `positions` says.
-  Rows that begin as the hidden entries (`Layout.stands_in`) see what those saw.
+  Whatever the scheme, they see the whole context that has been read; but of
+  `handover`, where they start as the hidden entries, what those have seen.
   """
   s, n = len(documents), layout.latents
   segments = documents if layout.mask_documents else np.zeros(s, int)

@@ -171,7 +171,7 @@ def paired_interval(
 def resample(
   n: int, *, seed: int, resamples: int = 1000
 ) -> Iterator[np.ndarray]:
-  """Counts of how often each of n documents is drawn, [resamples, n] in parts.
+  """How often each of n documents is drawn, [some, n] at a time.
 
   The same as drawing n with replacement, without an index array of tokens; in
   turns, so that memory does not grow with documents times resamples.

@@ -51,7 +51,7 @@ class Nearest:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-  """Results of `diagnose`.
+  """What `diagnose` finds.
 
   Attributes:
     sums: a column an intervention, and paired.FROZEN.

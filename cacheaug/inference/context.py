@@ -32,7 +32,7 @@ def check_prompts(
   spec: Layout,
   *,
   on: Sequence[bool] | None = None,
-  generated: int = 0,
+  said: int = 0,
 ) -> None:
   """Refuses what cannot be augmented at its end, before any device work.
 
@@ -40,24 +40,24 @@ def check_prompts(
     prompts: tokens of each.
     spec: of the coprocessor.
     on: which of them get latents; all by default.
-    generated: new tokens before the first latents; -2: they stand two before
-      the prompt's end.
+    said: new tokens before the first latents; -2: they stand two before the
+      prompt's end.
 
   Raises:
     UserError: a prompt with fewer tokens than the latents stand on.
   """
   for i, prompt in enumerate(prompts):
-    if generated < 0 and len(prompt) + generated < 1:
+    if said < 0 and len(prompt) + said < 1:
       raise UserError(
         f"prompt {i} has {len(prompt)} tokens: latents of its batch stand "
-        f"{-generated} before its end; lengthen it, or give it apart"
+        f"{-said} before its end; lengthen it, or give it apart"
       )
-    if (on is None or on[i]) and len(prompt) + generated < spec.context_needed:
+    if (on is None or on[i]) and len(prompt) + said < spec.context_needed:
       raise UserError(
         f"prompt {i} has {len(prompt)} tokens: with latents={spec.latents} "
         f"(positions={spec.positions!r}, start={spec.start!r}) it needs at "
-        f"least {spec.context_needed - generated}; lengthen it, or decode "
-        "without latents"
+        f"least {spec.context_needed - said}; lengthen it, or decode without "
+        "latents"
       )
 
 

@@ -40,7 +40,7 @@ _read = jax.jit(context.read, static_argnames="model")
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """The answer to one request."""
+  """What came of one request."""
 
   request: int
   ended: str  # "stop" (token), "length", "cancelled" or "error"
@@ -61,7 +61,7 @@ class _Request:
 
   @functools.cached_property
   def length(self) -> int:
-    """Length of the prompt with its padding."""
+    """Of the prompt with its padding."""
     return padding.doubled(len(self.prompt))
 
 
@@ -155,7 +155,7 @@ class Server:
     return number
 
   def cancel(self, request: int) -> bool:
-    """Ends a request with its tokens so far; False where it has ended."""
+    """Its answer is what it has said so far; False where it has ended."""
     with self._lock:
       if self._waiting.pop(request, None) is not None:
         self._answers.append(Answer(request, "cancelled"))
@@ -290,8 +290,8 @@ class Server:
     pushed, spec = 0, latents and self._worker.spec
     if latents:
       plan = self._plan
-      generated = 0 if plan.after else min(plan.steps(self._most), default=0)
-      needed = spec.context_needed - generated
+      said = 0 if plan.after else min(plan.steps(self._most), default=0)
+      needed = spec.context_needed - said
       if len(tokens) < needed:
         raise UserError(
           f"the prompt has {len(tokens)} tokens: with latents={spec.latents} "

@@ -135,7 +135,7 @@ class BackgroundSession(Session):
     self._jobs: list[Job] = []
 
   def set_keys(self, keys: jax.Array) -> None:  # [B]
-    """Draws from these keys in place of the seed's; before any new token."""
+    """Draws from these in place of the seed's; before any token is said."""
     self.state = self.state.replace(keys=keys)
 
   def run(self, tokens: int) -> np.ndarray:  # [B, up to `tokens`]

@@ -28,7 +28,7 @@ _GRACE = 5.0  # seconds that `close` gives a pass that is under way
 
 @flax.struct.dataclass
 class Snapshot:
-  """The coprocessor's input; it shares no memory with the state."""
+  """What the coprocessor reads; shares no memory with the state."""
 
   cache: KVCache
   traces: Traces  # one a sequence
@@ -45,7 +45,7 @@ def _outputs(model: Transformer, coproc: Params, taken: Snapshot) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Limits of a worker's queue, and of how late its latents may be.
+  """What the worker may take on, and how late its latents may be.
 
   Raises:
     UserError: a value out of range; names it.
@@ -92,7 +92,7 @@ OUTCOMES = ("inserted", "refused", "expired", "cancelled", "failed")
 
 @dataclasses.dataclass
 class Metrics:
-  """Counts of what became of requested augmentations, each of one sequence.
+  """What became of the augmentations asked for, each of one sequence.
 
   inserted + refused + expired + cancelled + failed is `asked`, but for those
   that are still under way.
@@ -125,7 +125,7 @@ class Job:
   """
 
   on: np.ndarray  # [B], sequences that want latents
-  step: int  # new tokens at the snapshot
+  step: int  # tokens said at the snapshot
   count: int  # which of the session's augmentations it is
   taken: Snapshot | None = dataclasses.field(repr=False)
   asked: float = dataclasses.field(default_factory=time.monotonic)
@@ -151,8 +151,8 @@ class Worker:
   """A thread that runs the coprocessor over snapshots, one at a time.
 
   A pass that raises, gives no finite latents or takes longer than it may ends
-  the worker's usefulness: one warning is logged, and every later request
-  stays without latents.
+  the worker's usefulness: one warning is logged, and all that is asked of it
+  from then on stays without latents.
 
   Attributes:
     spec: the coprocessor's.
@@ -245,7 +245,7 @@ class Worker:
     Args:
       take: makes the snapshot; called only where there is room for it.
       on: sequences that want latents.
-      step: new tokens so far.
+      step: tokens said so far.
       count: augmentations of the session before this one.
     """
     self.check()
@@ -285,7 +285,7 @@ class Worker:
       job: of `submit`.
       outcome: one of OUTCOMES.
       done: [B], sequences that have ended, to which nothing was done.
-      late: new tokens since the snapshot.
+      late: tokens said since the snapshot.
     """
     with self._change:
       job.finish(outcome)

@@ -41,7 +41,7 @@ from cacheaug.inference.sampling import GREEDY, Sampling
 from cacheaug.inference.session import Session, before_stop
 from cacheaug.lm import LM
 from cacheaug.model import transformer
-from cacheaug.model.attention import NO_LIMIT, Rows
+from cacheaug.model.attention import NO_LIMIT, QueryLayout
 from cacheaug.model.transformer import Params, Transformer
 
 FROZEN, AUGMENTED = "frozen", "augmented"
@@ -116,7 +116,7 @@ class Answerer:
   def loglikelihoods(
     self, pairs: Sequence[tuple[Ids, Ids]]
   ) -> list[dict[str, tuple[float, bool]]]:
-    """Scores each (context, continuation), neither empty, in each column.
+    """Of each (context, continuation), neither empty, by column.
 
     Returns:
       the continuation's log-probability in nats, and whether each of its
@@ -141,7 +141,7 @@ class Answerer:
     return [self._known[pair] for pair in cut]
 
   def texts(self, requests: Sequence[Request]) -> list[dict[str, str]]:
-    """Continues each prompt up to a stop string, in each column.
+    """What follows each prompt, up to a stop string, by column.
 
     Raises:
       UserError: more new tokens than the decoder has positions.
@@ -371,7 +371,7 @@ def _loglikelihood(
   targets: jax.Array,  # [B, M, A] tokens
   lengths: jax.Array,  # [B, M, 1], of which so many count
 ) -> tuple[jax.Array, jax.Array]:  # nats [B, M], most likely [B, M]
-  """Scores M continuations of each context, side by side."""
+  """Of M continuations of each context, side by side."""
   b, m, a = targets.shape
   hidden = jnp.broadcast_to(
     context.hidden[:, None, None], (b, m, 1, context.hidden.shape[-1])
@@ -380,7 +380,7 @@ def _loglikelihood(
     steps = jnp.arange(a - 1, dtype=jnp.int32)[None, None]
     positions = context.position[:, None, None] + steps
     positions = jnp.broadcast_to(positions, (b, m, a - 1))
-    rows = Rows(
+    rows = QueryLayout(
       positions,
       jnp.ones_like(positions),
       jnp.full((b, m, 1), NO_LIMIT, jnp.int32),
@@ -413,7 +413,7 @@ def _running(
   points: jax.Array,  # [B, M], -1 = none
   spec: Layout,
 ) -> tuple[jax.Array, jax.Array]:  # nats [B, T - 1], [B, M, A]
-  """Nll of each token, and of the tokens after each point with latents."""
+  """Of each token, and of those after each point with latents."""
   hidden, cache = objective.context_pass(
     model, decoder, tokens, documents, spec
   )

@@ -43,7 +43,7 @@ class Estimate:
 
   @classmethod
   def of(cls, values: Sequence[float]) -> "Estimate":
-    """The mean of one value a document, and its standard error."""
+    """Of a value a document; the sample's standard deviation over root n."""
     n = len(values)
     spread = np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
     return cls(float(np.mean(values)), float(spread), n)
@@ -113,11 +113,11 @@ class Score:
 
   @property
   def main(self) -> Values:
-    """Values of the metric that the table shows."""
+    """What the table shows."""
     return self.values[self.shown]
 
   def estimate(self, column: str) -> Estimate:
-    """Mean of the metric that the table shows."""
+    """Of what the table shows."""
     return Estimate.of(self.main.column[column])
 
 
@@ -150,7 +150,7 @@ def run_tasks(
       chain of thought): THOUGHT is customary. For tasks that generate.
     max_gen_toks: in place of the tasks' own most new tokens; 0 keeps those.
     execute: consent to run programs that the model writes, on this machine.
-    say: called with a line for each finished benchmark.
+    say: is told a line for each finished benchmark.
 
   Raises:
     UserError: a task that does not exist, files that are missing or of
@@ -242,7 +242,7 @@ def check(
 
 
 def _present(data: pathlib.Path, cot: str, execute: bool) -> list[str]:
-  """Names of all tasks that have files and may run."""
+  """Of all tasks those that have files and may run."""
   found = []
   for name, b in BENCHMARKS.items():
     there = any(any(data.glob(f.format(subset="*"))) for f in b.files)
@@ -404,30 +404,30 @@ def _percent(estimate: Estimate) -> str:
 
 def _line(score: Score) -> str:
   names = ("", "", "documents", FROZEN, AUGMENTED, "difference", "")
-  named = zip(names, cells(score), strict=True)
+  said = zip(names, cells(score), strict=True)
   return f"{score.title}: " + ", ".join(
-    f"{name} {cell}" for name, cell in named if name and cell
+    f"{name} {cell}" for name, cell in said if name and cell
   )
 
 
 def _met(score: Score) -> str:
-  """Notes below the table for one row, in one line."""
-  notes = [f"{score.title}: {', '.join(score.files)}"]
+  """What the reader of a row must know, in one line."""
+  said = [f"{score.title}: {', '.join(score.files)}"]
   met = score.met
-  notes.append(f"{met.get('requests', 0)} requests")
+  said.append(f"{met.get('requests', 0)} requests")
   if met.get("truncated"):
-    notes.append(f"{met['truncated']} cut on the left")
+    said.append(f"{met['truncated']} cut on the left")
   if met.get("empty"):
-    notes.append(f"{met['empty']} with an empty context")
+    said.append(f"{met['empty']} with an empty context")
   if met.get("melted"):
-    notes.append(
+    said.append(
       f"{met['melted']} continuations that their context's last token "
       "swallows, encoded alone"
     )
   if met.get("short"):
-    notes.append(f"{met['short']} too short for latents, answered without")
+    said.append(f"{met['short']} too short for latents, answered without")
   for column in (FROZEN, AUGMENTED):
     count = met.get(f"{column} empty answers", 0)
     if count:
-      notes.append(f"{count} empty answers of the {column} decoder, wrong")
-  return "- " + "; ".join(notes)
+      said.append(f"{count} empty answers of the {column} decoder, wrong")
+  return "- " + "; ".join(said)
