@@ -148,7 +148,7 @@ def another_decoder(config, directory):
 
 
 def no_coprocessor(config, directory):
-  cacheaug.load("shipped:tiny").generate(["a"])
+  cacheaug.load("shipped:tiny").generate(["a"], latents=True)
 
 
 def prompt_too_short(config, directory):
