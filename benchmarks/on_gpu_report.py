@@ -56,7 +56,7 @@ def kernels(lines: list[Line]) -> str:
     shape = x["shapes"]
     rows.append(
       (x["case"], shape["head_dim"], shape["groups"], *errors)
-      + (", ".join(f"{t:.0e}" for t in x["tolerance"].values()), *speeds)
+      + (", ".join(f"{t:.1e}" for t in x["tolerance"].values()), *speeds)
     )
   head = "decoders", "E", "G", "out", "lse", "dq", "tolerance", *parts
   return table(head, rows) + failures(lines)
@@ -150,17 +150,17 @@ def decode(lines: list[Line]) -> str:
 
 
 def run(out: pathlib.Path) -> str:
-  """The last line of metrics of each run."""
+  """The last lines of metrics.jsonl and speed.jsonl of each run."""
   rows = []
   for path in sorted(out.rglob("metrics.jsonl")):
-    lines = read(path)
-    if not lines:  # stopped before its first
+    metrics, speeds = read(path), read(path.with_name("speed.jsonl"))
+    if not metrics or not speeds:  # stopped before the first
       continue
-    last = lines[-1]
+    last, speed = metrics[-1], speeds[-1]
     rows.append(
       (path.parent.name, last["step"], f"{last['loss']:.4f}")
-      + (f"{last['tokens_per_second']:,.0f}",)
-      + (f"{100 * last['mfu']:.1f} %" if "mfu" in last else "-",)
+      + (f"{speed['tokens_per_second']:,.0f}",)
+      + (f"{100 * speed['mfu']:.1f} %" if "mfu" in speed else "-",)
     )
   return table(("run", "step", "loss", "tokens/s", "MFU"), rows)
 

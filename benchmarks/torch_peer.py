@@ -180,7 +180,7 @@ def laid_out(config: Any, batch: dict[str, Any]) -> Laid:
   )
 
   def rows(x):
-    return {"positions": x.positions, "limits": x.limits}
+    return {"positions": x.positions, "limits": x.context_limit}
 
   return to_torch(
     {

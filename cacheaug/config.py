@@ -116,7 +116,7 @@ def base() -> ConfigDict:
   # With traces.window: KL to the frozen decoder that sees the whole context.
   c.teacher = ConfigDict()
   c.teacher.weight = 0.0  # of it beside the nll, 0 for none
-  c.teacher.top = 32  # over its most likely tokens, renormalised
+  c.teacher.top = 32  # over so many tokens, and all others together
 
   c.data = ConfigDict()
   c.data.sources = ConfigDict()  # name -> see data/sources.py source_defaults

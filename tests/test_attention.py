@@ -19,7 +19,7 @@ from tolerances import (
 from cacheaug.kernels import context_attention
 from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import attention
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 from cacheaug.model.cache import KVCache
 
 B, M, R, S, H, K, E = 2, 4, 3, 8, 4, 2, 6
@@ -78,13 +78,13 @@ def rows_of(points=POINTS):
   positions = points[..., None] - 1 + np.arange(R, dtype=np.int32)
   segments = np.array([[1, 1, 1, 2], [1, 1, 2, 2]], np.int32)
   segments = np.broadcast_to(segments[..., None], positions.shape)
-  return Rows(positions, segments, points[..., None])
+  return QueryLayout(positions, segments, points[..., None])
 
 
 def starts_at(rows):
   """The promise of intervals: where each block's document begins."""
   begin = np.array([[0, 0, 0, 5], [0, 0, 3, 3]], np.int32)
-  return rows.replace(starts=begin[..., None])
+  return rows.replace(context_start=begin[..., None])
 
 
 def cache_of(keys, values):
@@ -212,7 +212,10 @@ def test_starts_that_lie_are_found_out():
   """They do cut the context: a promise not kept changes the result."""
   x = arrays()
   rows = starts_at(rows_of())
-  far(attend(*x, rows.replace(starts=rows.starts + 1)), reference(*x))
+  far(
+    attend(*x, rows.replace(context_start=rows.context_start + 1)),
+    reference(*x),
+  )
 
 
 def test_repeated_key_heads_equal_grouped_queries():
@@ -268,9 +271,9 @@ def test_one_row_is_softmax_over_what_was_seen_before():
 
   @jit
   def both(q, k, v):
-    whole = run(q, k, v, Rows.plain(positions, ones), None)
+    whole = run(q, k, v, QueryLayout.plain(positions, ones), None)
     cache = KVCache(k[:, 0, :-1], v[:, 0, :-1], positions[:, :-1], ones[:, :-1])
-    last = Rows.plain(positions[:, -1:], ones[:, -1:])
+    last = QueryLayout.plain(positions[:, -1:], ones[:, -1:])
     return whole[:, :, -1:], run(
       *(x[:, :, -1:] for x in (q, k, v)), last, cache
     )
@@ -280,6 +283,6 @@ def test_one_row_is_softmax_over_what_was_seen_before():
 
 def test_of_rows_at_equal_positions_the_later_sees_the_earlier():
   positions = np.full((1, 1, 3), 5, np.int32)
-  rows = Rows(positions, np.ones_like(positions), positions[..., :1])
+  rows = QueryLayout(positions, np.ones_like(positions), positions[..., :1])
   mask = np.asarray(attention.block_mask(rows, window=1))
   np.testing.assert_array_equal(mask[0, 0], np.tri(3, dtype=bool))

@@ -21,7 +21,7 @@ from tolerances import (
 from cacheaug.kernels import context_attention
 from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import decode_rows, transformer
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 
 B, M, R, G, S = 2, 3, 6, 2, 12
 POINTS = np.array([[3, 7, 11], [4, 5, 9]], np.int32)
@@ -42,8 +42,8 @@ def rows_of(first: int = 0):
   """The block's rows from `first` on, as replacing the last G entries."""
   at = POINTS[..., None] - G + 1 + np.arange(R, dtype=np.int32)[None, None]
   limits = POINTS[..., None] - G
-  rows = Rows(
-    at, np.ones_like(at), limits, starts=np.zeros_like(POINTS)[..., None]
+  rows = QueryLayout(
+    at, np.ones_like(at), limits, context_start=np.zeros_like(POINTS)[..., None]
   )
   return jax.tree.map(lambda a: a if a.shape[2] == 1 else a[:, :, first:], rows)
 
@@ -61,7 +61,7 @@ def forward(model, params, x, whole, trained=False, given=None):
     )
     first = run(x[:, :, :G], rows, cache)
     given = first.keys, first.values
-  return run(x[:, :, G:], rows_of(), cache, given=given).hidden
+  return run(x[:, :, G:], rows_of(), cache, past_kv=given).hidden
 
 
 @functools.cache
@@ -136,7 +136,7 @@ def test_a_context_gets_no_gradient():
     def loss(given):
       rows = rows_of()
       out = transformer.run(
-        model, params, x[:, :, G:], rows, cache, given=given
+        model, params, x[:, :, G:], rows, cache, past_kv=given
       )
       return jnp.sin(out.hidden).sum()
 
@@ -153,6 +153,6 @@ def test_a_context_gets_no_gradient():
         x[:, :, G:],
         rows_of(),
         cache.replace(keys=keys),
-        given=given,
+        past_kv=given,
       ).hidden.sum()
     )(cache.keys)

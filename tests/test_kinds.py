@@ -29,7 +29,7 @@ from tolerances import GRADIENT, LOSS, NLL, close, close_trees, far
 from cacheaug.augment import coprocessor, kinds, objective, traces
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
-from cacheaug.model.attention import NO_LIMIT, Rows
+from cacheaug.model.attention import NO_LIMIT, QueryLayout
 from cacheaug.model.cache import KVCache
 from cacheaug.model.rope import rope_table, rotate
 
@@ -132,7 +132,9 @@ def alone(kind, start):
       x = jnp.concatenate([copied[:, -1:], fed], 1)
       at = jnp.concatenate([at[-1:], after])[None]
       order = jnp.tri(A, dtype=bool) & (jnp.arange(A) > 0)[None]
-      rows = Rows.plain(at, jnp.ones_like(at)).replace(order=order[None, None])
+      rows = QueryLayout.plain(at, jnp.ones_like(at)).replace(
+        block_mask=order[None, None]
+      )
       args = model, decoder, x[:, None], rows, cache.concat(own)
       out = transformer.run_blocks(*args)[:, 0]
     logp = jax.nn.log_softmax(transformer.logits(model, decoder, out))[0]
@@ -164,7 +166,7 @@ def joined(cache, rows, order, given=None):
     )
   )
   limits = jnp.full((2, 1, 1), NO_LIMIT)
-  return Rows(positions, segments, limits, order), tuple(first)
+  return QueryLayout(positions, segments, limits, order), tuple(first)
 
 
 @functools.cache
@@ -181,7 +183,7 @@ def dense(kind, start):
     soft = jnp.broadcast_to(coproc["soft_tokens"][None, None], copied.shape)
     reads, x = cache, soft + copied if harmless else soft
     if kind == "activations":
-      rows = Rows.plain(cache.positions, segments)
+      rows = QueryLayout.plain(cache.positions, segments)
       body = coproc["transformer"]
       own = transformer.run(model, body, hidden[:, None], rows, None)
       reads = cache.replace(keys=own.keys[:, :, 0], values=own.values[:, :, 0])
@@ -189,7 +191,7 @@ def dense(kind, start):
       rows, first = joined(reads, laid.latent_rows, latent_order)
       body = {"final_norm": decoder["final_norm"]} | coproc["transformer"]
       args = model, body, flat(x), rows, None
-      out = transformer.run(*args, given=first)
+      out = transformer.run(*args, past_kv=first)
       x = out.hidden.reshape(copied.shape)
       if kind == "activations" and harmless:
         x = copied + x @ coproc["latent_projection"]
@@ -198,7 +200,7 @@ def dense(kind, start):
       rows, first = joined(cache, laid.rows, order)
       x = flat(jnp.concatenate([x, embed(laid.ahead)], 2))
     else:
-      # Given rows of all traces, then all their own.
+      # PastKV rows of all traces, then all their own.
       rows, first = joined(cache, laid.rows, order, (out.keys, out.values))
       take = lambda a: a[:, :, latents_first]  # noqa: E731
       rows = rows.replace(
@@ -206,7 +208,7 @@ def dense(kind, start):
       )
       asked = jnp.concatenate([laid.input_tokens[..., -1:], laid.ahead], -1)
       x = flat(embed(asked))
-    out = transformer.run_blocks(model, decoder, x, rows, None, given=first)
+    out = transformer.run_blocks(model, decoder, x, rows, None, past_kv=first)
     out = out[:, 0].reshape(2, m, -1, out.shape[-1])[:, :, -A:]
     logp = jax.nn.log_softmax(transformer.logits(model, decoder, out))
     return -jnp.take_along_axis(logp, laid.targets[..., None], -1)[..., 0]

@@ -13,7 +13,7 @@ from tolerances import HIDDEN, LOSS, MATTERS, close, far, jit, tokens_of
 from cacheaug.augment import coprocessor, objective
 from cacheaug.augment.point_sampling import Draw, sample_points
 from cacheaug.model import transformer
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 
 
 def test_harmless_replacement_begins_as_the_frozen_decoder():
@@ -90,9 +90,9 @@ def frozen_hidden(model, decoder, tokens):
     segments = jnp.where(DOCUMENTS >= 0, DOCUMENTS + 1, 0)
     x = model.apply({"params": decoder}, tokens, method="embed")
     positions = jnp.broadcast_to(jnp.arange(S)[None], (2, S))
-    rows = Rows.plain(positions, segments)
+    rows = QueryLayout.plain(positions, segments)
     first = [[list(d).index(x) for x in d] for d in DOCUMENTS]
-    rows = rows.replace(starts=jnp.array(first)[:, None])
+    rows = rows.replace(context_start=jnp.array(first)[:, None])
     return transformer.run_blocks(model, decoder, x[:, None], rows, None)[:, 0]
 
   return np.asarray(run(decoder))

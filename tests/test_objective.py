@@ -39,7 +39,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.kernels import context_attention
 from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import transformer
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 
 CASES = [(1, "as_is"), (4, "harmless"), (8, "harmless")]
 
@@ -109,8 +109,10 @@ def dense(latents, start):
     # latents are one block, and its mask keeps the traces apart.
     _, cache = transformer.prefill(model, decoder, tokens, segments=segments)
     at = laid.latent_rows
-    limits = jnp.broadcast_to(at.limits, at.positions.shape)
-    rows = Rows(*map(flat, (at.positions, at.segments, limits)), latent_order)
+    limits = jnp.broadcast_to(at.context_limit, at.positions.shape)
+    rows = QueryLayout(
+      *map(flat, (at.positions, at.segments, limits)), latent_order
+    )
     z = transformer.run_blocks(
       model, coproc["transformer"], flat(x), rows, cache
     ).reshape(copied.shape)
@@ -122,7 +124,7 @@ def dense(latents, start):
     blocks = flat(jnp.concatenate([z, ahead], 2))
     at = laid.rows
     positions = jnp.broadcast_to(jnp.arange(S)[None, None], (2, 1, S))
-    rows = Rows(
+    rows = QueryLayout(
       jnp.concatenate([positions, flat(at.positions)], 2),
       jnp.concatenate([segments[:, None], flat(at.segments)], 2),
       jnp.zeros((2, 1, 1), jnp.int32),

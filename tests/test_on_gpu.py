@@ -79,6 +79,11 @@ def test_report_sets_goals_beside_what_was_measured(module, tmp_path):
   write("flex", ms=150.0, loss=1.0, torch="2")
   (tmp_path / "decoder").mkdir()
   (tmp_path / "decoder/metrics.jsonl").touch()  # stopped before its first line
+  (tmp_path / "N4-seed0").mkdir()
+  (tmp_path / "N4-seed0/metrics.jsonl").write_text('{"step": 7, "loss": 2}')
+  (tmp_path / "N4-seed0/speed.jsonl").write_text(
+    '{"tokens_per_second": 5000, "mfu": 0.25}'
+  )
   text = report.report(
     tmp_path, (ROOT / "benchmarks/RESULTS-gpu.template.md").read_text()
   )
@@ -86,6 +91,7 @@ def test_report_sets_goals_beside_what_was_measured(module, tmp_path):
   assert "at least 50 % | 55.0 % |" in text
   assert "4 times naive | 4.50 |" in text
   assert "FlexAttention | 1.50 times |" in text
+  assert "| N4-seed0 | 7 | 2.0000 | 5,000 | 25.0 % |" in text
   assert "400 TFLOP/s | not measured |" in text
 
 

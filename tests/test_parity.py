@@ -19,7 +19,7 @@ from cacheaug.augment import objective
 from cacheaug.errors import UserError
 from cacheaug.lm import LM
 from cacheaug.model import transformer
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 from cacheaug.model.static_cache import StaticCache
 from cacheaug.model.transformer import Transformer
 from cacheaug.weights import huggingface, pretrained
@@ -44,7 +44,7 @@ def run(model, params, tokens, mask):
   def forward(params, tokens, mask):
     positions = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
     x = transformer.embed(model, params, tokens)
-    rows = Rows.plain(positions, mask)
+    rows = QueryLayout.plain(positions, mask)
     out = transformer.run(model, params, x[:, None], rows, None)
     hidden = jnp.concatenate([out.layers, out.hidden[None]])
     return transformer.logits(model, params, out.hidden[:, 0]), hidden[:, :, 0]

@@ -33,7 +33,7 @@ from cacheaug.data.sources import source_defaults
 from cacheaug.errors import UserError
 from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import transformer
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 
 N, A, S, J = 3, 3, 16, 2
 DOCUMENTS = np.array([[0] * 12 + [1] * 4], np.int32)
@@ -91,8 +91,11 @@ def total_of(p, states, own, added, **changes):
     if added.teacher:
       teacher = jax.lax.stop_gradient(logp(whole[0, p + j]))
       best = jnp.argsort(-teacher)[:TOP]
-      likely = jnp.exp(teacher[best]) / jnp.exp(teacher[best]).sum()
-      kl = (likely * (jnp.log(likely) - row[best])).sum()
+      likely = jnp.exp(teacher[best])
+      kl = (likely * (teacher[best] - row[best])).sum()
+      others = jnp.ones(row.shape, bool).at[best].set(False)
+      left = jnp.where(others, jnp.exp(teacher), 0.0).sum()
+      kl += left * jnp.log(left / jnp.where(others, jnp.exp(row), 0.0).sum())
       out += added.teacher * along[j] * kl
   rows = states if added.supervision_at == "decoder" else own
   for j, label in enumerate(RESULTS[0, p]):
@@ -171,7 +174,7 @@ def dense(added, **changes):
     z = copied + own @ coproc["latent_projection"]
     x = jnp.concatenate([z, transformer.embed(model, decoder, laid.ahead)], 2)
     context = transformer.embed(model, decoder, tokens)[:, None]
-    rows = Rows(
+    rows = QueryLayout(
       jnp.concatenate(
         [jnp.arange(S)[None, None], flat(laid.rows.positions)], 2
       ),
@@ -247,6 +250,18 @@ def test_a_bias_of_attention_in_tiles_equals_one_softmax(kind):
   far(run("xla", none)[0], loss)
   without = {k: v for k, v in coproc.items() if k != "kv_bias"}
   close(run("xla", none)[0], run("xla", without)[0], LOSS)
+
+
+def test_divergence_is_none_of_a_prediction_from_itself():
+  model, _, decoder, _, batch = setup()
+  states, _ = transformer.prefill(model, decoder, batch["tokens"])
+  own = states[:, POINTS[0, 0] : POINTS[0, 0] + A][:, None]
+  for top in (TOP, 37, 99):  # of 37 tokens
+    args = model, decoder, states, own, POINTS[:, :1], top
+    none = terms.teacher_divergence(*args)
+    assert none.shape == (1, 1, A) and np.abs(none).max() < 1e-5
+    args = model, decoder, states, own + 0.1, POINTS[:, :1], top
+    assert terms.teacher_divergence(*args).min() > 1e-5
 
 
 def test_labels_weigh_less_with_every_step():

@@ -221,8 +221,8 @@ def test_layout_of_one_trace(scheme, latents, ahead, limit):
   assert laid.latent_rows.positions[0, 0].tolist() == latents
   assert laid.rows.positions[0, 0].tolist() == latents + ahead
   # The coprocessor reads the whole prefix whatever the latents stand for.
-  assert laid.latent_rows.limits.tolist() == [[[8]], [[7]]]
-  assert laid.rows.limits[0].tolist() == [[limit]]
+  assert laid.latent_rows.context_limit.tolist() == [[[8]], [[7]]]
+  assert laid.rows.context_limit[0].tolist() == [[limit]]
   assert laid.input_tokens[0, 0].tolist() == [107, 108]
   assert laid.ahead[0, 0].tolist() == [109, 110]
   assert laid.targets[0, 0].tolist() == [109, 110, 111]

@@ -21,7 +21,7 @@ from tolerances import (
 
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 from cacheaug.model.layers import Block, RMSNorm
 from cacheaug.model.rope import rope_table
 from cacheaug.model.static_cache import StaticCache
@@ -123,7 +123,7 @@ def test_scan_equals_a_loop_over_layers():
   def loop(order):
     x = transformer.embed(model, params, tokens)[:, None]
     positions = jnp.broadcast_to(jnp.arange(T)[None], (2, T))
-    rows = Rows.plain(positions, jnp.ones_like(positions))
+    rows = QueryLayout.plain(positions, jnp.ones_like(positions))
     block = Block(c, jnp.float32, jnp.float32, model.attention)
     keys = []
     for i in order:
@@ -273,7 +273,7 @@ def loop_gradient():
   model, params, tokens = setup(layers=3)
   c = model.config
   positions = jnp.broadcast_to(jnp.arange(T)[None], (2, T))
-  rows = Rows.plain(positions, jnp.ones_like(positions))
+  rows = QueryLayout.plain(positions, jnp.ones_like(positions))
   block = Block(c, jnp.float32, jnp.float32, model.attention)
 
   def loss(params):
@@ -297,7 +297,7 @@ def test_gradients_of_weights_by_either_loop(trained):
   """`trained` changes how layers are gone through, and no number."""
   model, params, tokens = setup(layers=3)
   positions = jnp.broadcast_to(jnp.arange(T)[None], (2, T))
-  rows = Rows.plain(positions, jnp.ones_like(positions))
+  rows = QueryLayout.plain(positions, jnp.ones_like(positions))
   x = transformer.embed(model, params, tokens)[:, None]
 
   def loss(params, trained):
@@ -312,10 +312,10 @@ def test_gradients_of_weights_by_either_loop(trained):
 def test_rows_not_wanted_change_nothing():
   model, params, tokens = setup(layers=3)
   positions = jnp.broadcast_to(jnp.arange(T)[None], (2, T))
-  rows = Rows.plain(positions, jnp.ones_like(positions))
+  rows = QueryLayout.plain(positions, jnp.ones_like(positions))
   x = transformer.embed(model, params, tokens)[:, None]
   run = functools.partial(transformer.run, model, params, x, rows, None)
-  whole, some = jit(run)(), jit(functools.partial(run, wanted=4))()
+  whole, some = jit(run)(), jit(functools.partial(run, first_output_row=4))()
   assert some.hidden.shape == (2, 1, T - 4, 16)
   close(some.hidden, whole.hidden[:, :, 4:], HIDDEN)
   close(some.keys, whole.keys, HIDDEN)
@@ -329,7 +329,9 @@ def test_a_context_pass_stops_at_the_last_keys_and_values():
 
   def products(keep):
     def run(params):
-      out = transformer.read(model, params, tokens, ones, jnp.zeros_like(ones))
+      out = transformer.prefill_frozen(
+        model, params, tokens, ones, jnp.zeros_like(ones)
+      )
       return keep(*out)
 
     text = jit(run).lower(params).compile().as_text()

@@ -148,7 +148,11 @@ def another_decoder(config, directory):
 
 
 def no_coprocessor(config, directory):
-  cacheaug.load("shipped:tiny").generate(["a"])
+  cacheaug.load("shipped:tiny").generate(["a"], latents=True)
+
+
+def a_number_of_another_type(config, directory):
+  cacheaug.load("shipped:tiny").generate(["a"], 4.0)
 
 
 def prompt_too_short(config, directory):

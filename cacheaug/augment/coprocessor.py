@@ -40,9 +40,9 @@ from cacheaug.augment.kinds import Kind
 from cacheaug.augment.traces import Layout, Traces
 from cacheaug.errors import UserError
 from cacheaug.model import placement, transformer
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 from cacheaug.model.cache import KVCache
-from cacheaug.model.transformer import Given, Params, Transformer
+from cacheaug.model.transformer import Params, PastKV, Transformer
 
 INITS = ("decoder", "scratch")
 SOFT_TOKEN_STDDEV = 0.02  # not stated in the paper; small beside embeddings
@@ -145,7 +145,7 @@ def source_cache(
   if not layout.kind.reads_states:
     return cache
   assert states is not None, "the decoder's hidden states were not kept"
-  rows = Rows.plain(cache.positions, cache.segments)
+  rows = QueryLayout.plain(cache.positions, cache.segments)
   own = transformer.run(
     model,
     params["transformer"],
@@ -165,7 +165,7 @@ def latents(
   traces: Traces,
   inputs: jax.Array,  # [B, M, N, D], embeddings of traces.input_tokens
   base: jax.Array | None = None,  # [B, M, N, D], of traces.base_tokens
-  given: Given | None = None,  # keys and values of rows that were run before
+  given: PastKV | None = None,  # keys and values of rows that were run before
 ) -> jax.Array:  # z [B, M, N, D]
   """Pass 2: all latents of all traces in one forward call."""
   hidden = hidden_states(model, params, cache, traces, inputs, given)
@@ -190,7 +190,7 @@ def outputs(
   cache: KVCache,
   traces: Traces,
   inputs: jax.Array,  # [B, M, N, D], as of `latents`
-  given: Given | None = None,
+  given: PastKV | None = None,
 ) -> jax.Array:  # [B, M, N, D]
   """The part of z that training changes; `combine` makes z of it."""
   return project(
@@ -204,7 +204,7 @@ def hidden_states(
   cache: KVCache,  # of `source_cache`
   traces: Traces,
   inputs: jax.Array,  # [B, M, N, D], as of `latents`
-  given: Given | None = None,
+  given: PastKV | None = None,
 ) -> jax.Array:  # [B, M, N, D]
   """The network's last hidden states; its input, where there is no network."""
   x = input_rows(params, traces, inputs)
@@ -212,7 +212,8 @@ def hidden_states(
     return x
   rows = traces.latent_rows
   if traces.kind.reads_states:
-    rows = rows.replace(starts=None)  # gradients of what is read are wanted
+    # Gradients of what is read are wanted.
+    rows = rows.replace(context_start=None)
   return transformer.run_blocks(
     model,
     params["transformer"],
@@ -220,7 +221,7 @@ def hidden_states(
     rows,
     cache,
     trained=True,
-    given=given,
+    past_kv=given,
   )
 
 

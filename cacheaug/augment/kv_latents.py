@@ -27,7 +27,7 @@ from cacheaug.augment.traces import Traces
 from cacheaug.model import transformer
 from cacheaug.model.cache import KVCache
 from cacheaug.model.rope import rope_of_layers, rotate
-from cacheaug.model.transformer import Given, Params, Transformer
+from cacheaug.model.transformer import Params, PastKV, Transformer
 
 
 def latent_kv(
@@ -36,7 +36,7 @@ def latent_kv(
   cache: KVCache,
   traces: Traces,
   inputs: jax.Array,  # [B, M, N, D], embeddings of traces.input_tokens
-) -> Given:  # keys, values [L, B, M, N, K, E], maybe bias [L, B, M, N, K]
+) -> PastKV:  # keys, values [L, B, M, N, K, E], maybe bias [L, B, M, N, K]
   """Pass 2 of these kinds: the latents as keys and values, in place of z."""
   kv = _keys_and_values(model, params, cache, traces, inputs)
   if "kv_bias" not in params:
@@ -92,10 +92,12 @@ def predict(
   model: Transformer,
   decoder: Params,
   cache: KVCache,
-  kv: Given,  # of `latent_kv`
+  kv: PastKV,  # of `latent_kv`
   traces: Traces,
 ) -> jax.Array:  # [B, M, A, D]
   """Pass 3 of these kinds: hidden states of x[p], run again, and y_1 .. ."""
   tokens = jnp.concatenate([traces.input_tokens[..., -1:], traces.ahead], -1)
   x = transformer.embed(model, decoder, tokens)
-  return transformer.run_blocks(model, decoder, x, traces.rows, cache, given=kv)
+  return transformer.run_blocks(
+    model, decoder, x, traces.rows, cache, past_kv=kv
+  )

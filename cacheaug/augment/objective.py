@@ -41,7 +41,7 @@ def context_pass(
   """Pass 1."""
   segments = segments_of(documents, layout.mask_documents)
   starts = starts_of(segments)
-  return transformer.read(model, decoder, tokens, segments, starts)
+  return transformer.prefill_frozen(model, decoder, tokens, segments, starts)
 
 
 def decoder_pass(
@@ -69,7 +69,7 @@ def decoder_states(
   ahead = transformer.embed(model, decoder, traces.ahead)
   x = jnp.concatenate([z.astype(ahead.dtype), ahead], axis=2)
   return transformer.run_blocks(
-    model, decoder, x, traces.rows, cache, wanted=first
+    model, decoder, x, traces.rows, cache, first_output_row=first
   )
 
 

@@ -51,7 +51,7 @@ from cacheaug.augment import coprocessor, traces
 from cacheaug.augment.traces import Layout, Traces
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 from cacheaug.model.cache import KVCache
 from cacheaug.model.transformer import Params, Transformer
 
@@ -60,8 +60,8 @@ from cacheaug.model.transformer import Params, Transformer
 class Round:
   """One round of M chains; G rows of the rounds before are given to it."""
 
-  latent_rows: Rows  # pass 2: G + N rows a trace
-  rows: Rows  # pass 3: G + N + Q rows a trace
+  latent_rows: QueryLayout  # pass 2: G + N rows a trace
+  rows: QueryLayout  # pass 3: G + N + Q rows a trace
   input_tokens: jax.Array  # [B, M, N] tokens up to this round's point
   fed: jax.Array  # [B, M, Q] tokens that follow its latents
   predicts: int = flax.struct.field(pytree_node=False)  # tokens of `targets`
@@ -109,12 +109,12 @@ def _round(tokens, chains, layout, i):
   def rows(offsets, order, limits):
     positions = p + jnp.asarray(offsets)[None, None]
     segments = chains.latent_rows.segments[..., :1]
-    return Rows(
+    return QueryLayout(
       positions,
       jnp.broadcast_to(segments, positions.shape),
       limits,
-      order=jnp.asarray(order)[None, None],
-      starts=chains.latent_rows.starts,
+      block_mask=jnp.asarray(order)[None, None],
+      context_start=chains.latent_rows.context_start,
     )
 
   index = p + k * i + jnp.arange(1 - n, 1)[None, None]
@@ -196,8 +196,8 @@ def states(
       jnp.concatenate([z.astype(fed.dtype), fed], axis=2),
       this.rows,
       cache,
-      wanted=first,
-      given=given,
+      first_output_row=first,
+      past_kv=given,
     )
     if latents_of == "decoder":
       hidden = out.hidden[:, :, :n]

@@ -10,9 +10,9 @@ and the decoder's last latent row is left to the answer. The weight may fall to
 the end whether it is kept. (LOTUS and SIM-CoT supervise latents so.)
 
 teacher: with a window the frozen decoder that still sees the whole context, the
-hidden states of pass 1, tells for each ahead token how likely each of its top
-tokens is; the term is the divergence (KL) from that, renormalised, to the
-prediction with latents.
+hidden states of pass 1, gives for each ahead token the probabilities of its top
+tokens and of all others together; the term is the divergence (KL) from that to
+the prediction with latents, 0 where the two agree.
 
 decay: the weight of ahead token y_j is decay ** (j - 1), of nll and divergence,
 times what makes the mean of the A weights 1.
@@ -195,7 +195,9 @@ def teacher_divergence(
     lambda x: jax.vmap(lambda row, i: row[i])(x, at),
     cross_entropy.top_tokens(logits, context, top, **sizes),
   )
-  entropy = -(likely * jnp.log(jnp.maximum(likely, 1e-30))).sum(-1)
+  rest = jnp.maximum(1.0 - likely.sum(-1, keepdims=True), 0.0)
+  whole = jnp.concatenate([likely, rest], -1)
+  entropy = -(whole * jnp.log(jnp.maximum(whole, 1e-30))).sum(-1)
   missed = cross_entropy.soft_nll(logits, states, tokens, likely, **sizes)
   return missed - entropy
 

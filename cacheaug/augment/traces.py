@@ -71,7 +71,7 @@ import numpy as np
 
 from cacheaug.augment.kinds import Kind
 from cacheaug.errors import UserError
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 
 POSITIONS = ("insert", "overlay", "replace")
 STARTS = ("as_is", "harmless")
@@ -189,8 +189,8 @@ class Traces:
   """M traces laid out over B sequences, ready for passes 2 and 3."""
 
   points: jax.Array  # [B, M], index of the last visible context token
-  latent_rows: Rows  # pass 2: N rows a trace
-  rows: Rows  # pass 3: R rows a trace, the first N given or run
+  latent_rows: QueryLayout  # pass 2: N rows a trace
+  rows: QueryLayout  # pass 3: R rows a trace, the first N given or run
   input_tokens: jax.Array  # [B, M, N] x[p-N+1 .. p]; of late traces up to p-d
   ahead: jax.Array  # [B, M, A-1] tokens y_1 .. y_{A-1}
   targets: jax.Array  # [B, M, A] tokens y_1 .. y_A
@@ -257,8 +257,8 @@ def layout_traces(
 
   def rows(positions, limits, first_visible=None):
     here = jnp.broadcast_to(segment, positions.shape)
-    return Rows(
-      positions, here, limits, starts=starts, first_visible=first_visible
+    return QueryLayout(
+      positions, here, limits, context_start=starts, first_visible=first_visible
     )
 
   first = 1 - layout.reruns
@@ -271,7 +271,7 @@ def layout_traces(
     p - layout.window + 1 if layout.window else None,
   )
   if layout.reruns:
-    block = block.replace(order=rerun_mask(layout)[None, None])
+    block = block.replace(block_mask=rerun_mask(layout)[None, None])
   return Traces(
     points=points,
     latent_rows=rows(reading + shift, read - n if layout.stands_in else read),

@@ -22,7 +22,7 @@ from cacheaug.errors import UserError
 from cacheaug.inference import padding
 from cacheaug.inference.sampling import GREEDY, Sampling, choose
 from cacheaug.model import decode_rows, transformer
-from cacheaug.model.attention import NO_LIMIT, Rows
+from cacheaug.model.attention import NO_LIMIT, QueryLayout
 from cacheaug.model.cache import KVCache
 from cacheaug.model.static_cache import StaticCache
 from cacheaug.model.transformer import Params, Transformer
@@ -161,8 +161,9 @@ def lay_point(
   rows = laid.latent_rows
   rows = rows.replace(
     positions=rows.positions + pushed,
-    limits=rows.limits + pushed,
-    starts=None,  # the cache may have holes, and positions are not its slots
+    context_limit=rows.context_limit + pushed,
+    # The cache may have holes, and positions are not its slots.
+    context_start=None,
   )
   block = laid.rows.replace(positions=laid.rows.positions + pushed)
   return laid.replace(latent_rows=rows, rows=block)
@@ -220,8 +221,8 @@ def rerun_last_token(
   It leaves nothing and does not see itself, as in training (traces.py).
   """
   position = latents.positions[:, -1:]
-  rows = Rows.plain(position, jnp.ones_like(position))
-  rows = rows.replace(order=jnp.zeros((1, 1, 1, 1), bool))
+  rows = QueryLayout.plain(position, jnp.ones_like(position))
+  rows = rows.replace(block_mask=jnp.zeros((1, 1, 1, 1), bool))
   x = latents.last[:, None, None]
   return transformer.run_blocks(model, decoder, x, rows, cache)[:, 0, 0]
 

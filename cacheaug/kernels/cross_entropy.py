@@ -55,22 +55,28 @@ def soft_nll(
   logits_of: LogitsOf,
   hidden: jax.Array,  # [B, ..., D]
   tokens: jax.Array,  # [B, ..., C] candidates
-  weights: jax.Array,  # [B, ..., C] that sum to 1
+  weights: jax.Array,  # [B, ..., C], their probabilities
   *,
   vocab_size: int,  # V
   shards: int = 1,
 ) -> jax.Array:  # [B, ...] nats, float32
-  """Cross-entropy of each row with a distribution over C candidates.
+  """Cross-entropy of each row with a distribution over C candidates and a rest.
 
-  `token_nll` of the candidates, weighted; arguments as there. Chunks' logits
-  are computed again in the backward pass.
+  The rest, all other tokens together, has the probability that is left. Other
+  arguments are as of `token_nll`. Chunks' logits are computed again in the
+  backward pass.
   """
 
   def chunk(hidden, targets):
     tokens, weights = targets
     logits = logits_of(hidden)
-    chosen = jnp.take_along_axis(logits, tokens, -1)
-    return jax.nn.logsumexp(logits, -1) - (weights * chosen).sum(-1)
+    lse = jax.nn.logsumexp(logits, -1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, tokens, -1) - lse
+    # Below 0, so that candidates that are all there is leave a finite rest.
+    together = jnp.minimum(jax.nn.logsumexp(chosen, -1), -1e-6)
+    rest = jnp.log1p(-jnp.exp(together))
+    left = 1.0 - weights.sum(-1)
+    return -(weights * chosen).sum(-1) - left * rest
 
   targets = tokens, jax.lax.stop_gradient(weights)
   return _by_rows(jax.checkpoint(chunk), hidden, targets, vocab_size, shards)
@@ -84,11 +90,13 @@ def top_tokens(
   vocab_size: int,  # V
   shards: int = 1,
 ) -> tuple[jax.Array, jax.Array]:  # [B, ..., C] each
-  """The C most likely tokens of each row; their probabilities, summing to 1."""
+  """The C most likely tokens of each row, and their probabilities."""
 
   def chunk(hidden, _):
-    logits, tokens = jax.lax.top_k(logits_of(hidden), min(top, vocab_size))
-    return tokens, jax.nn.softmax(logits)
+    logits = logits_of(hidden)
+    best, tokens = jax.lax.top_k(logits, min(top, vocab_size))
+    lse = jax.nn.logsumexp(logits, -1, keepdims=True)
+    return tokens, jnp.exp(best - lse)
 
   return _by_rows(chunk, hidden, (), vocab_size, shards)
 

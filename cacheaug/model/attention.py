@@ -7,15 +7,15 @@ trace, over one shared context. Blocks never see each other, so scores are
 [M R, S + R] and no (S + M R) x (S + M R) mask is ever formed.
 
 A block's first rows may have been run before, or never: then their keys and
-values are given and only the block's last rows ask (transformer.run's `given`).
-They are rows like the others: `Rows` says where they stand and they get
-gradients, which a context does not.
+values are given and only the block's last rows are queries (`past_kv` of
+transformer.run). They are rows like the others: `QueryLayout` says where they
+stand and they get gradients, which a context does not.
 
 `attend` has two ways. Where what a row sees of the context is an interval of
-slots (training, see Rows.starts), tiles that no row sees are skipped, nothing
-as long as the context is kept for the backward pass, and the context gets no
-gradient: kernels/context_attention.py. Else (decoding, caches with holes) one
-masked softmax over everything, differentiable in everything.
+slots (training, see QueryLayout.context_start), tiles that no row sees are
+skipped, nothing as long as the context is kept for the backward pass, and the
+context gets no gradient: kernels/context_attention.py. Else (decoding, caches
+with holes) one masked softmax over everything, differentiable in everything.
 """
 
 import functools
@@ -33,25 +33,30 @@ NO_LIMIT = 2**30  # beyond every position
 
 
 @flax.struct.dataclass
-class Rows:
+class QueryLayout:
   """Where the rows of a pass stand.
 
-  `limits` is the last context position that rows may see. `starts` promises
-  that the context's positions are its slots, that a row's document begins at
-  that slot and has no hole up to the limit, and that no gradient with respect
-  to the context is wanted. `order` replaces "no later row of the block" where
-  one block stands for many (the dense reference).
+  Attributes:
+    positions: of each row.
+    segments: the document of each row; 0 is padding.
+    context_limit: the last context position that rows may see.
+    block_mask: replaces "no later row of the block" where one block stands for
+      many (the dense reference).
+    context_start: a promise that the context's positions are its slots, that a
+      row's document begins at that slot and has no hole up to the limit, and
+      that no gradient with respect to the context is needed.
+    first_visible: the first context position that rows may see; None: all.
   """
 
   positions: jax.Array  # [B, M, R] int32
   segments: jax.Array  # [B, M, R] int32, 0 = padding
-  limits: jax.Array  # [B, M, R] or [B, M, 1] int32
-  order: jax.Array | None = None  # [B, M, R, R] bool
-  starts: jax.Array | None = None  # [B, M, R] or [B, M, 1] int32
+  context_limit: jax.Array  # [B, M, R] or [B, M, 1] int32
+  block_mask: jax.Array | None = None  # [B, M, R, R] bool
+  context_start: jax.Array | None = None  # [B, M, R] or [B, M, 1] int32
   first_visible: jax.Array | None = None  # [B, M, R] or [B, M, 1] int32
 
   @classmethod
-  def plain(cls, positions: jax.Array, segments: jax.Array) -> "Rows":
+  def plain(cls, positions: jax.Array, segments: jax.Array) -> "QueryLayout":
     """One block a sequence, [B, T] -> [B, 1, T], seeing the whole cache."""
     limits = jnp.full((positions.shape[0], 1, 1), NO_LIMIT, jnp.int32)
     return cls(positions[:, None], segments[:, None], limits)
@@ -91,7 +96,7 @@ def visible(
 
 
 def context_mask(
-  rows: Rows, cache: KVCache, window: jax.Array | int | None
+  rows: QueryLayout, cache: KVCache, window: jax.Array | int | None
 ) -> jax.Array:  # [B, M, R, S] bool
   """What each row sees of the context: `visible`, up to its block's limit.
 
@@ -107,21 +112,21 @@ def context_mask(
     causal=False,
   )
   at = cache.positions[:, None, None, :]
-  seen &= at <= rows.limits[..., None]
+  seen &= at <= rows.context_limit[..., None]
   if rows.first_visible is not None:
     seen &= at >= rows.first_visible[..., None]
   return seen
 
 
 def block_mask(
-  rows: Rows, window: jax.Array | int | None
+  rows: QueryLayout, window: jax.Array | int | None
 ) -> jax.Array:  # [B, M, R, R] bool
   """What each row sees of its own block: `visible`, and not a later row."""
   args = rows.positions, rows.segments
-  if rows.order is not None:
+  if rows.block_mask is not None:
     # Causality is the caller's: latents may stand at earlier positions than
     # the context tokens that they see.
-    return visible(*args, *args, window, causal=False) & rows.order
+    return visible(*args, *args, window, causal=False) & rows.block_mask
   seen = visible(*args, *args, window)
   # Among rows at equal positions, the later sees the earlier.
   tri = jnp.tri(rows.positions.shape[-1], dtype=bool)
@@ -176,15 +181,15 @@ def _attend(q, own_k, own_v, own_mask, bias, context, softcap):
 
 
 def _interval(
-  rows: Rows, window: jax.Array | int | None
+  rows: QueryLayout, window: jax.Array | int | None
 ) -> tuple[jax.Array, jax.Array]:  # [B, M, R] each
-  """What `context_mask` says as slots start <= s < stop, given rows.starts."""
-  start = jnp.broadcast_to(rows.starts, rows.positions.shape)
+  """The slots start <= s < stop that `context_mask` lets each row see."""
+  start = jnp.broadcast_to(rows.context_start, rows.positions.shape)
   if rows.first_visible is not None:
     start = jnp.maximum(start, rows.first_visible)
   if window is not None:
     start = jnp.maximum(start, rows.positions - window + 1)
-  stop = jnp.where(rows.segments != 0, rows.limits + 1, 0)
+  stop = jnp.where(rows.segments != 0, rows.context_limit + 1, 0)
   return start, stop
 
 
@@ -212,7 +217,7 @@ def _joint_forward(
   q, own_k, own_v, keys, values, start, stop, own_mask, bias, softcap, kernel
 ):
   own = _biased(_scores(q, own_k, own_mask, softcap), bias)
-  there, there_lse = kernel.forward(
+  context_out, context_lse = kernel.forward(
     _merge(q),
     keys,
     values,
@@ -220,9 +225,12 @@ def _joint_forward(
     _repeat(stop, q),
     softcap=softcap,
   )
-  there, there_lse = there.reshape(q.shape), there_lse.reshape(q.shape[:-1])
-  lse = jnp.logaddexp(there_lse, jax.nn.logsumexp(own, -1))
-  out = there * jnp.exp(there_lse - lse)[..., None]
+  context_out, context_lse = (
+    context_out.reshape(q.shape),
+    context_lse.reshape(q.shape[:-1]),
+  )
+  lse = jnp.logaddexp(context_lse, jax.nn.logsumexp(own, -1))
+  out = context_out * jnp.exp(context_lse - lse)[..., None]
   out += _weighted(jnp.exp(own - lse[..., None]), own_v).astype(jnp.float32)
   # Named, so that a checkpoint policy can keep them: the tiles are not run
   # again in the backward pass.
@@ -303,7 +311,7 @@ def attend(
   q: jax.Array,  # [B, M, Q, H, E], scaled, RoPE applied; the last Q of R rows
   k: jax.Array,  # [B, M, R, K, E], RoPE applied
   v: jax.Array,  # [B, M, R, K, E]
-  rows: Rows,
+  rows: QueryLayout,
   cache: KVCache | None,  # one layer's: keys and values [B, S, K, E]
   *,
   window: jax.Array | int | None,
@@ -317,7 +325,7 @@ def attend(
   """
   b, m, r, h, e = q.shape
   heads, first = k.shape[3], k.shape[2] - r
-  asking = jax.tree.map(
+  query_layout = jax.tree.map(
     lambda x: x if x.shape[2] == 1 else x[:, :, first:], rows
   )
   q = q.reshape(b, m, r, heads, h // heads, e)
@@ -329,17 +337,19 @@ def attend(
   context = None
   if cache is not None:
     context = [x.swapaxes(1, 2) for x in (cache.keys, cache.values)]
-  if rows.starts is None or kernel.name == "plain":
+  if rows.context_start is None or kernel.name == "plain":
     if cache is not None:
-      context.append(context_mask(asking, cache, window))
+      context.append(context_mask(query_layout, cache, window))
     out = _attend(q, k, v, own_mask, bias, context, softcap)
   elif cache is not None:
-    interval = _interval(asking, window)
+    interval = _interval(query_layout, window)
     args = q, k, v, *context, *interval, own_mask, bias
     out = _joint(*args, softcap, kernel)
   else:
     # A context that reads itself: each row up to its own slot.
-    interval = _interval(asking.replace(limits=asking.positions), window)
+    interval = _interval(
+      query_layout.replace(context_limit=query_layout.positions), window
+    )
     args = _merge(q), k[:, :, 0], v[:, :, 0], *(_repeat(x, q) for x in interval)
     out, _ = kernel.forward(*args, softcap=softcap)
     out = out.reshape(q.shape).astype(v.dtype)

@@ -48,9 +48,9 @@ def write_rows(
   x, keys, values = x[:, None].astype(model.dtype), [], []
   for i, weights in enumerate(unstack_layers(params)["blocks"]):
     layer = c.other_layers[i], (cache.keys[i], cache.values[i])
-    x, own = block.apply({"params": weights}, x, layer, None, rows, ropes)
-    keys.append(own[0])
-    values.append(own[1])
+    x, new_kv = block.apply({"params": weights}, x, layer, None, rows, ropes)
+    keys.append(new_kv[0])
+    values.append(new_kv[1])
   norm = RMSNorm(c.norm_eps, c.norm_offset, model.param_dtype)
   x = norm.apply({"params": params["final_norm"]}, x)
   return x[:, 0], cache.replace(keys=tuple(keys), values=tuple(values))

@@ -72,7 +72,7 @@ class Linear(nn.Module):
     letters = (*self.inputs, *self.outputs)
     kernel = _param(self, "kernel", init, ins + outs, letters)
     lead = x.shape[: x.ndim - len(ins)]
-    # One plain matrix product: with the batch's axes left apart, XLA's CPU
+    # One plain matrix product: with the batch's axes kept separate, XLA's CPU
     # compiler picks layouts that made a training step 3.5 times slower.
     flat = x.reshape(-1, math.prod(ins)).astype(self.dtype)
     kernel = placement.for_use(kernel.astype(self.dtype), letters)
@@ -112,48 +112,44 @@ class Attention(nn.Module):
   def __call__(
     self,
     x: jax.Array,  # [B, M, R, D]
-    rows: attention.Rows | None,  # none of a LayerCache, which has its own
+    rows: attention.QueryLayout | None,  # None where a LayerCache has its own
     cache: KVCache | LayerCache | None,
     window: jax.Array | None,  # [] tokens
     rope: Rope,  # [B, M, R, E/2]
-    wanted: int,
-    given: KV | None = None,  # [B, M, G, K, E]
-  ) -> tuple[jax.Array, KV]:  # [B, M, R - wanted, D], [B, M, R, K, E]
-    """Rows from `wanted` on, and the keys and values of all.
+    first_output_row: int,
+    past_kv: KV | None = None,  # [B, M, G, K, E]
+  ) -> tuple[jax.Array, KV]:  # [B, M, R - first_output_row, D], [B, M, R, K, E]
+    """Rows from `first_output_row` on, and the keys and values of all.
 
-    Of a SlotLayer, its keys and values in place of the rows' own. `given` is
-    of G rows of the block before these; its third array, if there is one, is
-    the bias [B, M, G, K] of attention to them.
-    =======
-    Of a LayerCache, its keys and values in place of the rows' own. `given` is
-    of G rows of the block before these.
-    >>>>>>> main
+    With a LayerCache, its keys and values in place of the rows' own. `past_kv`
+    has those of the G rows of the block before these; its third array, if there
+    is one, is the bias [B, M, G, K] of attention to them.
     """
     c = self.config
     d, h, k, e = c.width, c.heads, c.kv_heads, c.head_dim
     kw = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     qkv = kw | dict(use_bias=c.attention_bias or c.qkv_bias)
-    asking = x[:, :, wanted:]
-    query = Linear({"D": d}, {"H": h, "E": e}, name="q", **qkv)(asking)
+    query_rows = x[:, :, first_output_row:]
+    query = Linear({"D": d}, {"H": h, "E": e}, name="q", **qkv)(query_rows)
     key = Linear({"D": d}, {"K": k, "E": e}, name="k", **qkv)(x)
     value = Linear({"D": d}, {"K": k, "E": e}, name="v", **qkv)(x)
     if c.qk_norm:
       query = self._norm("q_norm", query)
       key = self._norm("k_norm", key)
-    query = rotate(query, [t[:, :, wanted:] for t in rope])
+    query = rotate(query, [t[:, :, first_output_row:] for t in rope])
     query *= jnp.asarray(c.attention_scale, self.dtype)
     key = rotate(key, rope)
-    own, bias = (key, value), None
-    if given is not None:
+    new_kv, bias = (key, value), None
+    if past_kv is not None:
       key, value = (
         jnp.concatenate([first.astype(last.dtype), last], 2)
-        for first, last in zip(given[:2], own, strict=True)
+        for first, last in zip(past_kv[:2], new_kv, strict=True)
       )
-      if len(given) > 2:
+      if len(past_kv) > 2:
         after = ((0, 0), (0, 0), (0, x.shape[2]), (0, 0))
-        bias = jnp.pad(given[2].astype(jnp.float32), after)
+        bias = jnp.pad(past_kv[2].astype(jnp.float32), after)
     if isinstance(cache, LayerCache):
-      out, own = cache.attend(query, key, value, c.attention_softcap)
+      out, new_kv = cache.attend(query, key, value, c.attention_softcap)
     else:
       out = attention.attend(
         query,
@@ -174,7 +170,7 @@ class Attention(nn.Module):
       name="o",
       **kw,
     )(out)
-    return out, own
+    return out, new_kv
 
   def _norm(self, name, x):
     """RMSNorm of queries or keys [..., heads, E], over E or both axes."""
@@ -220,13 +216,13 @@ class Block(nn.Module):
     self,
     x: jax.Array,  # [B, M, R, D]
     layer: tuple[jax.Array, KV | None],
-    rows: attention.Rows | None,
+    rows: attention.QueryLayout | None,
     context: tuple[jax.Array, jax.Array] | CacheWrite | None,
     ropes: Sequence[Rope],
-    wanted: int = 0,
-    given: KV | None = None,  # [B, M, G, K, E]
-  ) -> tuple[jax.Array, KV]:  # [B, M, R - wanted, D], [B, M, R, K, E]
-    """Rows from `wanted` on, and the keys and values of all.
+    first_output_row: int = 0,
+    past_kv: KV | None = None,  # [B, M, G, K, E]
+  ) -> tuple[jax.Array, KV]:  # [B, M, R - first_output_row, D], [B, M, R, K, E]
+    """Rows from `first_output_row` on, and the keys and values of all.
 
     `layer` says whether it is another than a global one, and has the context's
     keys and values, `context` the context's positions and segments [B, S];
@@ -252,20 +248,20 @@ class Block(nn.Module):
       cache = LayerCache(*kv, context, other)
     elif context is not None:
       cache = KVCache(kv[0], kv[1], *context)
-    y, own = Attention(name="attention", kernel=self.kernel, **kw)(
+    y, new_kv = Attention(name="attention", kernel=self.kernel, **kw)(
       norm("attention", x) if c.pre_norms else x,
       rows,
       cache,
       window,
       rope,
-      wanted,
-      given,
+      first_output_row,
+      past_kv,
     )
-    x = x[:, :, wanted:]
+    x = x[:, :, first_output_row:]
     x += norm("attention_post", y) if c.post_norms else y
     y = MLP(name="mlp", **kw)(norm("mlp", x) if c.pre_norms else x)
     x += norm("mlp_post", y) if c.post_norms else y
-    return placement.rows(x), own
+    return placement.rows(x), new_kv
 
 
 class Embedder(nn.Module):

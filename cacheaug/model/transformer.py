@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from cacheaug.errors import UserError
 from cacheaug.kernels.dispatch import Kernel
 from cacheaug.model import placement
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 from cacheaug.model.cache import KVCache
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.layers import Block, Embedder, Linear, RMSNorm
@@ -27,7 +27,7 @@ from cacheaug.model.rope import rope_table
 Params = Any  # a tree of arrays
 # Keys and values [L, B, M, G, K, E], and maybe the bias [L, B, M, G, K] of
 # attention to them.
-Given = tuple[jax.Array, ...]
+PastKV = tuple[jax.Array, ...]
 
 # What the backward pass finds of a block, by name; it computes the rest again.
 # lean: the projections' and attention's outputs, so that no matrix product and
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Tokens [B, T] to logits; for init alone, as it makes every parameter."""
     segments = jnp.ones_like(tokens)
-    rows = Rows.plain(jnp.cumsum(segments, -1) - 1, segments)
+    rows = QueryLayout.plain(jnp.cumsum(segments, -1) - 1, segments)
     ropes = rope_table(self.config, rows.positions)
     other = jnp.array(self.config.other_layers)
     x = self.embed(tokens)[:, None]
@@ -132,13 +132,13 @@ def run_blocks(
   model: Transformer,
   params: Params,
   x: jax.Array,  # [B, M, R, D]
-  rows: Rows,
+  rows: QueryLayout,
   cache: KVCache | None,
   *,
-  wanted: int = 0,
+  first_output_row: int = 0,
   trained: bool = False,
-  given: Given | None = None,
-) -> jax.Array:  # [B, M, R - wanted, D]
+  past_kv: PastKV | None = None,
+) -> jax.Array:  # [B, M, R - first_output_row, D]
   """M blocks of rows over one context; hidden states after the final norm.
 
   Args:
@@ -148,14 +148,14 @@ def run_blocks(
     x: the rows' input embeddings.
     rows: where they stand.
     cache: the context; None for none.
-    wanted: rows before this one are not asked for; the last layer makes no
-      more than their keys and values.
-    trained: gradients of `params` are wanted too (they are right without it,
+    first_output_row: rows before this one have no output; the last layer makes
+      no more than their keys and values.
+    trained: gradients of `params` are needed too (they are right without it,
       and slow).
-    given: keys and values of each block's first G rows, which have no input:
+    past_kv: keys and values of each block's first G rows, which have no input:
       `rows` are then G + R, and `x` and the result their last R.
   """
-  kw = dict(wanted=wanted, trained=trained, given=given)
+  kw = dict(first_output_row=first_output_row, trained=trained, past_kv=past_kv)
   return run(model, params, x, rows, cache, **kw).hidden
 
 
@@ -163,7 +163,8 @@ def run_blocks(
 class Pass:
   """What a run through all layers gives."""
 
-  hidden: jax.Array | None  # [B, M, R - wanted, D] after the final norm
+  # After the final norm, of the rows from first_output_row on.
+  hidden: jax.Array | None  # [B, M, R', D]
   keys: jax.Array  # [L, B, M, R, K, E], RoPE applied
   values: jax.Array  # [L, B, M, R, K, E]
   layers: jax.Array | None  # [L - 1, B, M, R, D], the inner layers' outputs
@@ -173,12 +174,12 @@ def run(
   model: Transformer,
   params: Params,
   x: jax.Array,  # [B, M, R, D]
-  rows: Rows,
+  rows: QueryLayout,
   cache: KVCache | None,
   *,
-  wanted: int = 0,
+  first_output_row: int = 0,
   trained: bool = False,
-  given: Given | None = None,
+  past_kv: PastKV | None = None,
   kv_only: bool = False,
 ) -> Pass:
   """`run_blocks`, with the rows' own keys and values.
@@ -195,61 +196,71 @@ def run(
     kv = cache.keys.astype(model.dtype), cache.values.astype(model.dtype)
   layers = params["blocks"], (jnp.array(c.other_layers), kv)
 
-  def layer(x, this, given, wanted):
+  def layer(x, this, past_kv, first_output_row):
     weights, of_layer = this
     return block.apply(
-      {"params": weights}, x, of_layer, rows, context, ropes, wanted, given
+      {"params": weights},
+      x,
+      of_layer,
+      rows,
+      context,
+      ropes,
+      first_output_row,
+      past_kv,
     )
 
   if model.remat != "none":
     layer = jax.checkpoint(
       layer,
       policy=REMAT_POLICIES[model.remat],
-      prevent_cse=False,  # a loop's body is apart from its backward pass
+      prevent_cse=False,  # a loop's body is separate from its backward pass
       static_argnums=3,
     )
   x = x.astype(model.dtype)
   if isinstance(params["blocks"], tuple):  # of decode_rows.unstack_layers
-    own, hidden = [], None
+    new_kv, hidden = [], None
     for i, weights in enumerate(params["blocks"]):
-      of_layer, first = jax.tree.map(lambda a, i=i: a[i], (layers[1], given))
+      of_layer, first = jax.tree.map(lambda a, i=i: a[i], (layers[1], past_kv))
       this = weights, of_layer
-      x, pair = layer(x, this, first, wanted if i == c.layers - 1 else 0)
-      own.append(pair)
-    k, v = (jnp.stack(pairs) for pairs in zip(*own, strict=True))
+      x, pair = layer(
+        x, this, first, first_output_row if i == c.layers - 1 else 0
+      )
+      new_kv.append(pair)
+    k, v = (jnp.stack(pairs) for pairs in zip(*new_kv, strict=True))
   elif trained:
     # As the loop's own inputs, so that each layer's gradient is written once.
-    assert not wanted
-    through, hidden = (layers, given), None
+    assert not first_output_row
+    through, hidden = (layers, past_kv), None
     if kv_only:
-      through, apart = (
+      through, last_layer = (
         jax.tree.map(lambda a, of=of: a[of], through)
         for of in (slice(c.layers - 1), slice(c.layers - 1, None))
       )
     x, (k, v) = jax.lax.scan(lambda x, this: layer(x, *this, 0), x, through)
     if kv_only:
-      _, own = layer(x, *jax.tree.map(lambda a: a[0], apart), 0)
+      _, new_kv = layer(x, *jax.tree.map(lambda a: a[0], last_layer), 0)
       k, v = (
-        jnp.concatenate([a, b[None]]) for a, b in zip((k, v), own, strict=True)
+        jnp.concatenate([a, b[None]])
+        for a, b in zip((k, v), new_kv, strict=True)
       )
   else:
-    # The last layer stands apart: what nobody asks of it (in a context's pass
-    # everything but its keys and values) is left out, which XLA does not do
-    # inside a loop. By index, since a slice of the weights would be a copy.
+    # The last layer is run by itself: what nobody reads of it (in a context's
+    # pass everything but its keys and values) is left out, which XLA does not
+    # do inside a loop. By index, since a slice of the weights would be a copy.
     last = c.layers - 1
 
     def inner(x, this):
       i, first = this
-      x, own = layer(x, jax.tree.map(lambda a: a[i], layers), first, 0)
-      return x, (own, x if model.keep_hidden else None)
+      x, new_kv = layer(x, jax.tree.map(lambda a: a[i], layers), first, 0)
+      return x, (new_kv, x if model.keep_hidden else None)
 
-    # `given` as the loop's own input, for its gradient, as above.
-    first = jax.tree.map(lambda a: a[:last], given)
+    # `past_kv` as the loop's own input, for its gradient, as above.
+    first = jax.tree.map(lambda a: a[:last], past_kv)
     x, ((k, v), hidden) = jax.lax.scan(inner, x, (jnp.arange(last), first))
-    this, first = jax.tree.map(lambda a: a[last], (layers, given))
-    x, own = layer(x, this, first, wanted)
+    this, first = jax.tree.map(lambda a: a[last], (layers, past_kv))
+    x, new_kv = layer(x, this, first, first_output_row)
     k, v = (
-      jnp.concatenate([a, b[None]]) for a, b in zip((k, v), own, strict=True)
+      jnp.concatenate([a, b[None]]) for a, b in zip((k, v), new_kv, strict=True)
     )
   if kv_only:
     return Pass(None, k, v, hidden)
@@ -280,7 +291,7 @@ def extend(
     if cache is not None:
       raise UserError("extend needs positions where there is a cache")
     positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-  rows = Rows.plain(positions, segments)
+  rows = QueryLayout.plain(positions, segments)
   return _own_cache(model, params, x, rows, cache)
 
 
@@ -304,7 +315,7 @@ def prefill(
   return extend(model, params, None, tokens, positions, segments)
 
 
-def read(
+def prefill_frozen(
   model: Transformer,
   params: Params,
   tokens: jax.Array,  # [B, S]
@@ -318,7 +329,9 @@ def read(
   """
   b, s = tokens.shape
   positions = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32)[None], (b, s))
-  rows = Rows.plain(positions, segments).replace(starts=starts[:, None])
+  rows = QueryLayout.plain(positions, segments).replace(
+    context_start=starts[:, None]
+  )
   x = embed(model, params, tokens)
   return _own_cache(model, params, x, rows, None)
 
@@ -332,6 +345,6 @@ def train_pass(
   """Hidden states, for gradients with respect to `params`."""
   b, s = tokens.shape
   positions = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32)[None], (b, s))
-  rows = Rows.plain(positions, segments)
+  rows = QueryLayout.plain(positions, segments)
   x = embed(model, params, tokens)[:, None]
   return run_blocks(model, params, x, rows, None, trained=True)[:, 0]

@@ -41,7 +41,7 @@ from cacheaug.inference.sampling import GREEDY, Sampling
 from cacheaug.inference.session import Session, before_stop
 from cacheaug.lm import LM
 from cacheaug.model import transformer
-from cacheaug.model.attention import NO_LIMIT, Rows
+from cacheaug.model.attention import NO_LIMIT, QueryLayout
 from cacheaug.model.transformer import Params, Transformer
 
 FROZEN, AUGMENTED = "frozen", "augmented"
@@ -380,7 +380,7 @@ def _loglikelihood(
     steps = jnp.arange(a - 1, dtype=jnp.int32)[None, None]
     positions = context.position[:, None, None] + steps
     positions = jnp.broadcast_to(positions, (b, m, a - 1))
-    rows = Rows(
+    rows = QueryLayout(
       positions,
       jnp.ones_like(positions),
       jnp.full((b, m, 1), NO_LIMIT, jnp.int32),

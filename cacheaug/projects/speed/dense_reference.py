@@ -20,7 +20,7 @@ from cacheaug.augment.objective import Sums
 from cacheaug.augment.traces import Layout, Traces
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
-from cacheaug.model.attention import Rows
+from cacheaug.model.attention import QueryLayout
 from cacheaug.model.transformer import Params, Transformer
 
 
@@ -107,7 +107,7 @@ def _flat(x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], 1, -1, *x.shape[3:])
 
 
-def _order(rows: Rows) -> jax.Array:
+def _order(rows: QueryLayout) -> jax.Array:
   """[B, 1, M R, M R] bool: an earlier row, or itself, of the same trace."""
   b, m, r = rows.positions.shape
   index = jnp.arange(m * r)
@@ -116,12 +116,12 @@ def _order(rows: Rows) -> jax.Array:
   return jnp.broadcast_to(order, (b, 1, m * r, m * r))
 
 
-def _one_block(rows: Rows) -> Rows:
-  limits = jnp.broadcast_to(rows.limits, rows.positions.shape)
+def _one_block(rows: QueryLayout) -> QueryLayout:
+  limits = jnp.broadcast_to(rows.context_limit, rows.positions.shape)
   first = rows.first_visible
   if first is not None:
     first = _flat(jnp.broadcast_to(first, rows.positions.shape))
-  return Rows(
+  return QueryLayout(
     _flat(rows.positions),
     _flat(rows.segments),
     _flat(limits),
@@ -131,28 +131,28 @@ def _one_block(rows: Rows) -> Rows:
 
 
 def _with_context(
-  rows: Rows,
+  rows: QueryLayout,
   positions: jax.Array,  # [B, S]
   segments: jax.Array,  # [B, S]
-) -> Rows:
+) -> QueryLayout:
   """[context | all traces] as one block, and its dense mask."""
   block = _one_block(rows)
   s = positions.shape[1]
-  b, _, q, _ = block.order.shape
+  b, _, q, _ = block.block_mask.shape
   at = positions[:, None]
   causal = jnp.broadcast_to(jnp.tri(s, dtype=bool), (b, 1, s, s))
-  seen = at[:, :, None] <= block.limits[..., None]
+  seen = at[:, :, None] <= block.context_limit[..., None]
   if block.first_visible is not None:
     seen &= at[:, :, None] >= block.first_visible[..., None]
   unseen = jnp.zeros((b, 1, s, q), bool)
   order = jnp.concatenate(
     [
       jnp.concatenate([causal, unseen], 3),
-      jnp.concatenate([seen, block.order], 3),
+      jnp.concatenate([seen, block.block_mask], 3),
     ],
     2,
   )
-  return Rows(
+  return QueryLayout(
     jnp.concatenate([at, block.positions], 2),
     jnp.concatenate([segments[:, None], block.segments], 2),
     jnp.zeros((b, 1, 1), jnp.int32),
