@@ -151,6 +151,10 @@ def no_coprocessor(config, directory):
   cacheaug.load("shipped:tiny").generate(["a"], latents=True)
 
 
+def a_number_of_another_type(config, directory):
+  cacheaug.load("shipped:tiny").generate(["a"], 4.0)
+
+
 def prompt_too_short(config, directory):
   lm = cacheaug.load("shipped:tiny")
   lm.with_coprocessor("shipped:tiny_coprocessor").generate(["a"])
