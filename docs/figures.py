@@ -174,7 +174,7 @@ def positions() -> str:
   for i, scheme in enumerate(traces.POSITIONS):
     spec = Layout(LATENTS, AHEAD, scheme)
     laid = _lay_out(documents, points, spec)
-    limit = int(np.asarray(laid.rows.limits).max())
+    limit = int(np.asarray(laid.rows.context_limit).max())
     stands = np.asarray(laid.rows.positions)[0, 0]
     names = drawing.latent_labels(words[p], LATENTS)
     names += [words[t] for t in np.asarray(laid.ahead)[0, 0]]
@@ -234,7 +234,7 @@ def staircase_tiles() -> tuple[
   points = [3, 9, 14, 16, 23, 31, 38, 40, 47, 55, 58, 66, 71, 80, 84, 90]
   spec = Layout(LATENTS, AHEAD, "replace")
   laid = _lay_out(np.zeros(s, int), np.array(points), spec)
-  limits = np.asarray(laid.rows.limits)[0]  # [M, 1]
+  limits = np.asarray(laid.rows.context_limit)[0]  # [M, 1]
   stop = np.broadcast_to(limits + 1, (len(points), spec.rows)).reshape(1, -1)
   stop = stop.astype(np.int32)
   start = np.zeros_like(stop)

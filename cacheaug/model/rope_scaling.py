@@ -21,7 +21,11 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 def scaled_frequencies(
   config: ModelConfig, base: float, scaling: dict
 ) -> np.ndarray:
-  """Radians a position, [E/2] float32; of 'dynamic', within max_positions."""
+  """Radians a position, [E/2] float32; of 'dynamic', within max_positions.
+
+  Raises:
+    UserError: a type of scaling that is not supported.
+  """
   e = config.head_dim
   freq = 1.0 / base ** (np.arange(0, e, 2, dtype=np.float32) / e)
   kind = scaling["rope_type"] if scaling else "default"
