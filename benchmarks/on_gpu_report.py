@@ -56,7 +56,7 @@ def kernels(lines: list[Line]) -> str:
     shape = x["shapes"]
     rows.append(
       (x["case"], shape["head_dim"], shape["groups"], *errors)
-      + (", ".join(f"{t:.0e}" for t in x["tolerance"].values()), *speeds)
+      + (", ".join(f"{t:.1e}" for t in x["tolerance"].values()), *speeds)
     )
   head = "decoders", "E", "G", "out", "lse", "dq", "tolerance", *parts
   return table(head, rows) + failures(lines)
