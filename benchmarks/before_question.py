@@ -34,7 +34,7 @@ def answers_nll(
   Raises:
     UserError: facts that are not followed by the same number of questions.
   """
-  spec = found.coprocessor.spec.reaching(config.eval.ahead)
+  spec = found.coprocessor.spec.with_horizon(config.eval.ahead)
   columns = []
   for batch in run_report.held_out(config, found.tokenizer, name):
     tokens, documents = batch["tokens"], batch["documents"]

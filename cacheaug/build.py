@@ -263,8 +263,7 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
 
   Args:
     path: a Hugging Face directory (config.json, safetensors, tokenizer), a
-      GGUF file, or
-      'shipped:NAME' for one in the package.
+      GGUF file, 'ORG/NAME' on the hub, or 'shipped:NAME' in the package.
     dtype: of weights and activations: 'float32', 'bfloat16', or 'auto', which
       is bfloat16 on accelerators and float32 on the CPU.
 

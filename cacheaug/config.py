@@ -40,9 +40,9 @@ def base() -> ConfigDict:
   c.seed = 0  # of parameters, data order and points
   c.runlocal = False  # put `local` in place: runs anywhere, same code
 
-  # The frozen decoder: a directory (config.json + safetensors), or
-  # 'shipped:NAME' for one in the package; '' makes a random one of `family`
-  # and `shape`. With a path, what `shape` says must hold of the weights there.
+  # The frozen decoder: a directory (config.json + safetensors), FILE.gguf, a
+  # name on the hub, or 'shipped:NAME'; '' makes a random one of `family` and
+  # `shape`. With a path, what `shape` says must hold of the weights there.
   c.decoder = ConfigDict()
   c.decoder.path = ""
   c.decoder.family = "gemma2"

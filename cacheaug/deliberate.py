@@ -34,7 +34,9 @@ flags.DEFINE_integer(
   "max_bytes", 0, "those used longest ago go beyond this size; 0: no limit"
 )
 flags.DEFINE_string("workdir", "", "a run: its coprocessor and its decoder")
-flags.DEFINE_string("decoder", "", "a Hugging Face directory, or shipped:NAME")
+flags.DEFINE_string(
+  "decoder", "", "a directory, FILE.gguf, hub name or shipped:NAME"
+)
 flags.DEFINE_string(
   "coprocessor", "", "an exported coprocessor, a run, or shipped:NAME"
 )

@@ -36,7 +36,9 @@ flags.DEFINE_string(
   "problem", "", "instead of a prompt, KIND:STEPS of data/problems.py; --seed"
 )
 flags.DEFINE_string("workdir", "", "a run: its coprocessor and its decoder")
-flags.DEFINE_string("decoder", "", "a Hugging Face directory, or shipped:NAME")
+flags.DEFINE_string(
+  "decoder", "", "a directory, FILE.gguf, hub name or shipped:NAME"
+)
 flags.DEFINE_string(
   "coprocessor", "", "an exported coprocessor, a run, or shipped:NAME"
 )

@@ -5,8 +5,8 @@
   python benchmarks/before_question.py --workdir=runs/before_question
 
 The cycles and the decoder of configs/quickstart.py, but latents stand where the
-facts end, and six questions come after, which the coprocessor cannot know.
-Time and figures: docs/results/depth.md.
+facts end, and six questions come after, which the coprocessor cannot know. Not
+trained yet.
 """
 
 import runpy

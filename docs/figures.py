@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cacheaug.augment import drawing, traces
+from cacheaug.augment import dense_masks, drawing, traces
 from cacheaug.augment.traces import Layout
 from cacheaug.kernels import intervals
 
@@ -83,7 +83,7 @@ def mask(scheme: str) -> str:
   points = drawing.parse_points(POINTS, len(words))
   spec = Layout(LATENTS, AHEAD, scheme)
   laid = _lay_out(documents, points, spec)
-  seen = traces.dense_mask(documents, points, spec)
+  seen = dense_masks.dense_mask(documents, points, spec)
   labels, kinds = list(words), ["context"] * len(words)
   for m, p in enumerate(points):
     labels += drawing.latent_labels(words[p], LATENTS)
@@ -111,7 +111,7 @@ def late(delay: int = 2) -> str:
   for d in (0, delay):
     by = np.full_like(points, d)
     laid = _lay_out(documents, points, spec, by)
-    seen.append(traces.dense_latent_mask(documents, points, spec, by))
+    seen.append(dense_masks.dense_latent_mask(documents, points, spec, by))
     names = drawing.latent_labels(words[points[0]], LATENTS)
     rows += [f"{name}, {d} late" for name in names]
     positions += list(np.asarray(laid.latent_rows.positions)[0].ravel())
@@ -174,7 +174,7 @@ def positions() -> str:
   for i, scheme in enumerate(traces.POSITIONS):
     spec = Layout(LATENTS, AHEAD, scheme)
     laid = _lay_out(documents, points, spec)
-    limit = int(np.asarray(laid.rows.limits).max())
+    limit = int(np.asarray(laid.rows.context_limit).max())
     stands = np.asarray(laid.rows.positions)[0, 0]
     names = drawing.latent_labels(words[p], LATENTS)
     names += [words[t] for t in np.asarray(laid.ahead)[0, 0]]
@@ -234,7 +234,7 @@ def staircase_tiles() -> tuple[
   points = [3, 9, 14, 16, 23, 31, 38, 40, 47, 55, 58, 66, 71, 80, 84, 90]
   spec = Layout(LATENTS, AHEAD, "replace")
   laid = _lay_out(np.zeros(s, int), np.array(points), spec)
-  limits = np.asarray(laid.rows.limits)[0]  # [M, 1]
+  limits = np.asarray(laid.rows.context_limit)[0]  # [M, 1]
   stop = np.broadcast_to(limits + 1, (len(points), spec.rows)).reshape(1, -1)
   stop = stop.astype(np.int32)
   start = np.zeros_like(stop)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fenced import ROOT
 
-from cacheaug.augment import drawing, traces
+from cacheaug.augment import dense_masks, drawing, traces
 from cacheaug.augment.traces import Layout
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -42,7 +42,7 @@ def test_mask_figure_shows_the_dense_mask(script, scheme):
   words, documents = drawing.parse_text(script["TEXT"])
   points = drawing.parse_points(script["POINTS"], len(words))
   spec = Layout(script["LATENTS"], script["AHEAD"], scheme)
-  wanted = traces.dense_mask(documents, points, spec)
+  wanted = dense_masks.dense_mask(documents, points, spec)
   boxes = [
     p for places in _marks(script["mask"](scheme)).values() for p in places
   ]

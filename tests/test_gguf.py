@@ -15,7 +15,7 @@ from cacheaug import config as configs
 from cacheaug.data import gguf_metadata
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
-from cacheaug.model import rope
+from cacheaug.model import rope_scaling
 from cacheaug.weights import (
   gguf_io,
   leaves,
@@ -160,7 +160,7 @@ def test_llama3_scaling_from_its_divisors(tmp_path):
     config, rope_scaling=tuple(sorted(scaling.items()))
   )
   plain = dataclasses.replace(config, rope_scaling=())
-  divisors = rope.frequencies(plain) / rope.frequencies(scaled)
+  divisors = rope_scaling.frequencies(plain) / rope_scaling.frequencies(scaled)
   assert divisors.max() > 5
 
   def add(tensor):

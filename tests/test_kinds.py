@@ -26,7 +26,7 @@ from packed import (
 )
 from tolerances import GRADIENT, LOSS, NLL, close, close_trees, far
 
-from cacheaug.augment import coprocessor, kinds, objective, traces
+from cacheaug.augment import coprocessor, dense_masks, kinds, objective, traces
 from cacheaug.errors import UserError
 from cacheaug.model import transformer
 from cacheaug.model.attention import NO_LIMIT, QueryLayout
@@ -220,8 +220,8 @@ def run_dense(kind, start, scheme):
   _, spec, _, coproc, tokens = setup(kind, start, scheme)
   laid = layout_traces(tokens, spec)
   pairs = list(zip(DOCUMENTS, POINTS, strict=True))
-  order = np.stack([traces.dense_mask(d, p, spec) for d, p in pairs])
-  own = np.stack([traces.dense_latent_mask(d, p, spec) for d, p in pairs])
+  order = np.stack([dense_masks.dense_mask(d, p, spec) for d, p in pairs])
+  own = np.stack([dense_masks.dense_latent_mask(d, p, spec) for d, p in pairs])
   square = np.zeros((2, own.shape[2], own.shape[2]), bool)
   square[:, S:] = own
   # Slots in the order: context, all traces' latents, all the other rows.

@@ -40,7 +40,13 @@ from tolerances import (
 )
 
 from cacheaug import step, validate
-from cacheaug.augment import coprocessor, drawing, objective, traces
+from cacheaug.augment import (
+  coprocessor,
+  dense_masks,
+  drawing,
+  objective,
+  traces,
+)
 from cacheaug.augment.point_sampling import Draw, sample_late, sample_points
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
@@ -114,8 +120,8 @@ def test_fast_masks_are_the_dense_masks(scheme, together):
     # A trace that is none (point -1) has rows that nothing reads.
     some = [m for m in range(3) if POINTS[b, m] >= 0]
     points, late = POINTS[b, some], LATE[b, some]
-    latents = traces.dense_latent_mask(DOCUMENTS[b], points, spec, late)
-    decoder = traces.dense_mask(DOCUMENTS[b], points, spec)[S:]
+    latents = dense_masks.dense_latent_mask(DOCUMENTS[b], points, spec, late)
+    decoder = dense_masks.dense_mask(DOCUMENTS[b], points, spec)[S:]
     for context, block, dense, n in (
       (reading, reading_own, latents, N),
       (seen, own, decoder, spec.rows),
@@ -126,7 +132,7 @@ def test_fast_masks_are_the_dense_masks(scheme, together):
         expected[run, :S] = context[b, m]
         expected[run, S + i * n : S + i * n + n] = block[b, m]
       np.testing.assert_array_equal(dense, expected)
-    on_time = traces.dense_latent_mask(DOCUMENTS[b], points, spec)
+    on_time = dense_masks.dense_latent_mask(DOCUMENTS[b], points, spec)
     assert (on_time != latents).any()
 
 

@@ -131,7 +131,7 @@ def test_without_latents_hidden_states_are_the_frozen_decoders():
 
 
 def test_twenty_steps_leave_the_decoder_bit_identical():
-  model, spec, decoder, _, _ = setup(2, "harmless", "overlay", count=8)
+  model, spec, decoder, _, _ = setup(2, "harmless", "overlay")
   before = jax.tree.map(lambda x: np.array(x, copy=True), decoder)
   tokens = tokens_of(model, 2, S)
   hidden = frozen_hidden(model, decoder, tokens)
@@ -144,7 +144,7 @@ def test_twenty_steps_leave_the_decoder_bit_identical():
 
   @functools.partial(jit, donate_argnums=(1, 2))
   def step(decoder, coproc, state, tokens, key):
-    points = sample_points(key, DOCUMENTS, spec, Draw())
+    points = sample_points(key, DOCUMENTS, spec, Draw(count=8))
 
     def loss(coproc):
       batch = {"tokens": tokens, "documents": DOCUMENTS}

@@ -33,7 +33,7 @@ from tolerances import (
   make_params,
 )
 
-from cacheaug.augment import coprocessor, objective, traces
+from cacheaug.augment import coprocessor, dense_masks, objective, traces
 from cacheaug.augment.point_sampling import LAWS, Draw, sample_points
 from cacheaug.augment.traces import Layout
 from cacheaug.kernels import context_attention
@@ -153,7 +153,7 @@ def run_dense(latents, start, scheme, together=False):
   spec = dataclasses.replace(spec, mask_documents=not together)
   laid = layout_traces(tokens, spec)
   pairs = zip(DOCUMENTS, POINTS, strict=True)
-  order = np.stack([traces.dense_mask(d, p, spec) for d, p in pairs])
+  order = np.stack([dense_masks.dense_mask(d, p, spec) for d, p in pairs])
   own = np.kron(np.eye(POINTS.shape[1]), np.tri(latents)).astype(bool)
   w = laid.weights / laid.weights.sum()
   return dense(latents, start)(

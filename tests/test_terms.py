@@ -26,7 +26,7 @@ from tolerances import (
   tokens_of,
 )
 
-from cacheaug.augment import coprocessor, objective, terms, traces
+from cacheaug.augment import coprocessor, dense_masks, objective, terms, traces
 from cacheaug.augment.terms import Terms
 from cacheaug.augment.traces import Layout
 from cacheaug.data.sources import source_defaults
@@ -158,13 +158,13 @@ def alone(added, **changes):
 
 
 def dense(added, **changes):
-  """One sequence [context | all traces] under traces.dense_mask."""
+  """One sequence [context | all traces] under dense_masks.dense_mask."""
   model, layout, decoder, _, batch = setup(**changes)
   tokens, m = batch["tokens"], POINTS.shape[1]
   laid = traces.layout_traces(tokens, DOCUMENTS, POINTS, layout)
   flat = lambda x: x.reshape(1, 1, -1, *x.shape[3:])  # noqa: E731
   segments = traces.segments_of(DOCUMENTS, True)
-  order = traces.dense_mask(DOCUMENTS[0], POINTS[0], layout)[None, None]
+  order = dense_masks.dense_mask(DOCUMENTS[0], POINTS[0], layout)[None, None]
 
   def states_of(coproc, which):
     copied = transformer.embed(model, decoder, laid.input_tokens)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tolerances import jit
 
-from cacheaug.augment import drawing, point_sampling, traces
+from cacheaug.augment import dense_masks, drawing, point_sampling, traces
 from cacheaug.augment.point_sampling import Draw, near_end, sample_points
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
@@ -44,7 +44,7 @@ def test_drawing_in_the_docstring():
   assert picture.count("#") == 21 + 3 + 4 + 5 + 6
 
   def draw(points):
-    mask = traces.dense_mask(np.zeros(6, int), np.array(points), spec)
+    mask = dense_masks.dense_mask(np.zeros(6, int), np.array(points), spec)
     return drawing.draw(labels, mask, {6, 8})
 
   assert draw([1, 3]) == picture
@@ -190,7 +190,7 @@ def test_fast_masks_are_the_dense_mask(scheme, together):
 
   context, seen, own = map(np.asarray, fast())
   for b in range(2):
-    dense = traces.dense_mask(DOCUMENTS[b], points[b], spec)
+    dense = dense_masks.dense_mask(DOCUMENTS[b], points[b], spec)
     np.testing.assert_array_equal(dense[:16, :16], context[b])
     expected = np.zeros_like(dense)
     expected[:16, :16] = context[b]
@@ -199,8 +199,10 @@ def test_fast_masks_are_the_dense_mask(scheme, together):
       expected[run, :16], expected[run, run] = seen[b, m], own[b, m]
     np.testing.assert_array_equal(dense, expected)
   other = dataclasses.replace(spec, mask_documents=together)
-  changed = traces.dense_mask(DOCUMENTS[0], points[0], other)
-  assert (changed != traces.dense_mask(DOCUMENTS[0], points[0], spec)).any()
+  changed = dense_masks.dense_mask(DOCUMENTS[0], points[0], other)
+  assert (
+    changed != dense_masks.dense_mask(DOCUMENTS[0], points[0], spec)
+  ).any()
 
 
 # --- the layout -------------------------------------------------------------

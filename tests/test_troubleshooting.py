@@ -22,6 +22,7 @@ from cacheaug import config as configs
 from cacheaug.data import (
   gguf_metadata,
   opening,
+  problems,
   record_files,
   shards,
   tokenizers,
@@ -149,6 +150,10 @@ def another_decoder(config, directory):
 
 def no_coprocessor(config, directory):
   cacheaug.load("shipped:tiny").generate(["a"], latents=True)
+
+
+def a_number_of_another_type(config, directory):
+  cacheaug.load("shipped:tiny").generate(["a"], 4.0)
 
 
 def prompt_too_short(config, directory):
@@ -349,6 +354,20 @@ def a_teacher_without_latents(config, directory):
 def labels_of_a_prefix(config, directory):
   config.supervision.weight, config.coprocessor.kind = 0.5, "prefix"
   validate.check_config(config, 1)
+
+
+def more_hops_than_letters(config, directory):
+  problems.Options(("hops",), (1, 8), (8, 8)).check("data.sources.hops")
+
+
+def chains_longer_than_their_lines(config, directory):
+  problems.Options(("chains",), (1, 7), (6, 9)).check("data.sources.chains")
+
+
+def results_of_text(config, directory):
+  config.data.results = True
+  tokenizer = tokenizers.load("byte")
+  opening.open_batches(config.data, tokenizer, split="train", seed=0)
 
 
 def too_long_for_the_decoder(config, directory):

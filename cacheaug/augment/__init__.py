@@ -16,16 +16,17 @@ How a batch's `tokens` [B, S] get from the command to the loss, a line a call:
   12    objective.context_pass         1: the frozen decoder's cache
   13      transformer.run
   14    objective.traces_nll
-  15      coprocessor.latents          2: latents z [B, M, N, D]
-  16        transformer.run
-  17      objective.decoder_pass       3: [z | ahead tokens] over the cache
-  18        transformer.run
-  19        objective.rows_nll         nll [B, M, A] of the ahead tokens
-  20          cross_entropy.token_nll
+  15      objective.traces_states
+  16        coprocessor.hidden_states  2: latents z [B, M, N, D]
+  17        objective.decoder_states   3: [z | ahead tokens] over the cache
+  18          transformer.run
+  19      objective.rows_nll           nll [B, M, A] of the ahead tokens
+  20        cross_entropy.token_nll
 
 `transformer.run` is all layers over rows; its attention is model/attention.py,
 whose context part kernels/ compute in tiles. Where latents are keys and values,
-kv_latents.py does 15 and 17; of several rounds, rounds.py. The kinds of
+kv_latents.py does 16 and 17; of several rounds, rounds.py. What may be added to
+the objective is in terms.py, which then takes the place of 9. The kinds of
 coprocessor are the table in kinds.py. docs/method.md tells the same with
 pictures.
 """

@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from cacheaug.augment import point_sampling, traces
+from cacheaug.augment import dense_masks, point_sampling, traces
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 
@@ -131,7 +131,7 @@ def draw_latents(
   one = (x[None] for x in (tokens, documents, points))
   laid = traces.layout_traces(*one, layout, delay[None])
   positions = np.asarray(laid.latent_rows.positions).ravel()
-  mask = traces.dense_latent_mask(documents, points, layout, delay)
+  mask = dense_masks.dense_latent_mask(documents, points, layout, delay)
   labels = sum((latent_labels(words[p], layout.latents) for p in points), [])
   rows = [["", "position", *words, *labels]]
   for label, position, row in zip(labels, positions, mask, strict=True):
@@ -176,7 +176,7 @@ def describe(text: str, points: str, layout: Layout, late: int = 0) -> str:
   lines = [["input", *inputs], ["position", *position], ["target", *wanted]]
   if documents[-1]:
     lines.append(["document", *document])
-  mask = traces.dense_mask(documents, where, layout)
+  mask = dense_masks.dense_mask(documents, where, layout)
   out = [grid(lines, starts), draw(inputs, mask, starts)]
   for m, (p, block) in enumerate(zip(where, blocks, strict=True)):
     table = [[str(cell) for cell in row[:4]] for row in block]

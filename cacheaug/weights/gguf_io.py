@@ -22,7 +22,7 @@ import numpy as np
 from cacheaug.data import gguf_metadata
 from cacheaug.data.gguf_metadata import TensorEntry
 from cacheaug.errors import UserError
-from cacheaug.model import rope
+from cacheaug.model import rope_scaling
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params
 from cacheaug.weights import config_json, leaves
@@ -221,7 +221,7 @@ def _with_rope_factors(file: _File, config: ModelConfig) -> ModelConfig:
   if entry is None:
     return config
   divisors = _read(file, _ROPE_FACTORS)
-  plain = rope.frequencies(dataclasses.replace(config, rope_scaling=()))
+  plain = rope_scaling.frequencies(dataclasses.replace(config, rope_scaling=()))
   for factor in _LLAMA3_FACTORS:
     scaling = dict(
       factor=factor,
@@ -233,7 +233,9 @@ def _with_rope_factors(file: _File, config: ModelConfig) -> ModelConfig:
     scaled = dataclasses.replace(
       config, rope_scaling=tuple(sorted(scaling.items()))
     )
-    if np.allclose(plain / rope.frequencies(scaled), divisors, rtol=1e-3):
+    if np.allclose(
+      plain / rope_scaling.frequencies(scaled), divisors, rtol=1e-3
+    ):
       return scaled
   raise UserError(
     f"{file.path}: {_ROPE_FACTORS} holds RoPE divisors that are not Llama "

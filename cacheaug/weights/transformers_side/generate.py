@@ -218,7 +218,7 @@ def augment(
   cache = DynamicCache()  # sliding layers keep all: the mask has the window
   states = _run(model.get_decoder(), cache, mask, input_ids=ids)[0]  # [B, S, D]
   copied = _embed(model, coproc, ids[:, -n:])
-  x = coproc.tensors.get("soft_tokens", torch.tensor(0.0))
+  x = coproc.tensors.get("soft_tokens", torch.zeros(1).to(copied))
   x = copied + x if coproc.harmless else x.expand(len(ids), n, -1)
   if kind in ("handover", "prefix"):
     mask = _hand_over(model, coproc, cache, mask, x)
