@@ -27,6 +27,8 @@ NEEDS = {
   "python -m cacheaug.main --config=configs/gpu_decoder.py": "a GPU",
   "python -m cacheaug.sweep --config=configs/sweeps/gpu.py": "a GPU",
   "pip install -e '.[cuda]'": "a GPU",
+  "vllm serve": "vLLM and a GPU",
+  "hf ": "an account of huggingface.co",
   "docker build": "docker; test_launch_jobs.py reads the Dockerfile",
 }
 # Start of a README's command -> how what it shows of the output begins.
