@@ -6,7 +6,7 @@
 Anywhere, in under a minute, through the same code: --config.runlocal=True.
 
 Weights: accept Gemma's licence at huggingface.co/google/gemma-3-270m, then
-`huggingface-cli download google/gemma-3-270m --local-dir=DIR`.
+`hf download google/gemma-3-270m --local-dir=DIR`.
 A .gguf file of the same model serves as well (--config.decoder.path=FILE.gguf);
 quantised weights are expanded to precision.decoder when they are read.
 

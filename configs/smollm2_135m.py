@@ -6,7 +6,7 @@
 Anywhere, in under a minute, through the same code: --config.runlocal=True.
 
 Weights: no licence to accept (Apache-2.0):
-`huggingface-cli download HuggingFaceTB/SmolLM2-135M --local-dir=DIR`.
+`hf download HuggingFaceTB/SmolLM2-135M --local-dir=DIR`.
 A .gguf file of the same model serves as well (--config.decoder.path=FILE.gguf);
 quantised weights are expanded to precision.decoder when they are read.
 
