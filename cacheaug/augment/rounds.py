@@ -152,8 +152,9 @@ def masks(layout: Layout, i: int) -> tuple[np.ndarray, np.ndarray]:
   """Who sees whom of a chain's own rows in round i (from 0).
 
   [G + N, G + N] bool for the coprocessor's pass and [G + N + Q] squared for the
-  decoder's; of the G given rows, which ask nothing, nothing is said. Windows
-  are not in it: they compare positions and are the model's business.
+  decoder's. Rows of earlier rounds (past_kv) are not queries: their rows of the
+  mask are unused. Windows are not in it: they compare positions, which the
+  model does.
   """
   n, at = layout.latents, offsets(layout, i)
   sizes = [n + tokens_fed(layout, j) for j in range(i + 1)]
