@@ -1,1 +1,10 @@
-"""Generation from plain and augmented caches."""
+"""Generation from plain and augmented caches. From text to text:
+
+lm.LM.generate            prompts as text
+  context.read            the prompts' cache
+  session.Session         decodes, and knows when latents are due
+    engine.compute_latents, engine.write_latents
+                          latents z, and where they enter the cache
+    engine.decode         new tokens
+  completion.Completions  new tokens as text, up to a stop
+"""
