@@ -13,7 +13,7 @@ A block counts as N + A rows: the last ahead token is only predicted, so a
 program may leave its row out (R = N + A - 1).
 
 Kinds of coprocessor (augment/coprocessor.py) cost what they do differently:
-pause and prefix run no coprocessor; where keys and values are handed over the
+pause and prefix run no coprocessor; where latents are keys and values the
 decoder's block has A rows, x[p] again and y_1 .. y_{A-1}; handover makes the
 last layer's keys and values alone; activations reads the context twice, once
 with gradients. `augmentation` and `token` are what decoding costs.

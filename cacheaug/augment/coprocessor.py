@@ -165,10 +165,10 @@ def latents(
   traces: Traces,
   inputs: jax.Array,  # [B, M, N, D], embeddings of traces.input_tokens
   base: jax.Array | None = None,  # [B, M, N, D], of traces.base_tokens
-  given: PastKV | None = None,  # keys and values of rows that were run before
+  past_kv: PastKV | None = None,  # keys and values of rows that were run before
 ) -> jax.Array:  # z [B, M, N, D]
   """Pass 2: all latents of all traces in one forward call."""
-  hidden = hidden_states(model, params, cache, traces, inputs, given)
+  hidden = hidden_states(model, params, cache, traces, inputs, past_kv)
   return to_latents(params, hidden, traces, inputs, base)
 
 
@@ -190,7 +190,7 @@ def outputs(
   cache: KVCache,
   traces: Traces,
   inputs: jax.Array,  # [B, M, N, D], as of `latents`
-  given: PastKV | None = None,
+  past_kv: PastKV | None = None,
 ) -> jax.Array:  # [B, M, N, D]
   """`project(hidden_states(...))`: the trained part of z.
 
@@ -198,7 +198,7 @@ def outputs(
   diagnostics; training calls `hidden_states` and `to_latents`.
   """
   return project(
-    params, hidden_states(model, params, cache, traces, inputs, given)
+    params, hidden_states(model, params, cache, traces, inputs, past_kv)
   )
 
 
@@ -208,7 +208,7 @@ def hidden_states(
   cache: KVCache,  # of `source_cache`
   traces: Traces,
   inputs: jax.Array,  # [B, M, N, D], as of `latents`
-  given: PastKV | None = None,
+  past_kv: PastKV | None = None,
 ) -> jax.Array:  # [B, M, N, D]
   """The network's last hidden states; its input, where there is no network."""
   x = input_rows(params, traces, inputs)
@@ -225,7 +225,7 @@ def hidden_states(
     rows,
     cache,
     trained=True,
-    past_kv=given,
+    past_kv=past_kv,
   )
 
 

@@ -10,6 +10,9 @@ several rounds (rounds.py) do 2 and 3 again over what they left.
 The context rows never change, so their keys and values are constants of passes
 2 and 3: gradients are taken with respect to the coprocessor alone, and none is
 formed of the context or of the decoder's weights.
+
+A profile shows the passes by name: context_pass, coprocessor_pass and
+decoder_pass; within them Linen names attention, mlp and logits.
 """
 
 import jax
@@ -41,7 +44,8 @@ def context_pass(
   """Pass 1."""
   segments = segments_of(documents, layout.mask_documents)
   starts = starts_of(segments)
-  return transformer.prefill_frozen(model, decoder, tokens, segments, starts)
+  with jax.named_scope("context_pass"):
+    return transformer.prefill_frozen(model, decoder, tokens, segments, starts)
 
 
 def decoder_pass(
@@ -68,9 +72,10 @@ def decoder_states(
   """The hidden states of pass 3."""
   ahead = transformer.embed(model, decoder, traces.ahead)
   x = jnp.concatenate([z.astype(ahead.dtype), ahead], axis=2)
-  return transformer.run_blocks(
-    model, decoder, x, traces.rows, cache, first_output_row=first
-  )
+  with jax.named_scope("decoder_pass"):
+    return transformer.run_blocks(
+      model, decoder, x, traces.rows, cache, first_output_row=first
+    )
 
 
 def rows_nll(
@@ -139,10 +144,13 @@ def traces_states(
     )
   inputs, base = embedded(model, decoder, traces)
   if traces.reruns:  # over latents that are keys and values
-    kv = kv_latents.latent_kv(model, coproc, source, traces, inputs)
-    return kv_latents.predict(model, decoder, cache, kv, traces), None
-  own = coprocessor.hidden_states(model, coproc, source, traces, inputs)
-  z = coprocessor.to_latents(coproc, own, traces, inputs, base)
+    with jax.named_scope("coprocessor_pass"):
+      kv = kv_latents.latent_kv(model, coproc, source, traces, inputs)
+    with jax.named_scope("decoder_pass"):
+      return kv_latents.predict(model, decoder, cache, kv, traces), None
+  with jax.named_scope("coprocessor_pass"):
+    own = coprocessor.hidden_states(model, coproc, source, traces, inputs)
+    z = coprocessor.to_latents(coproc, own, traces, inputs, base)
   last = z.shape[2] - 1
   if latents_of != "decoder":
     return decoder_states(model, decoder, cache, z, traces, last), own

@@ -159,7 +159,7 @@ def masks(layout: Layout, i: int) -> tuple[np.ndarray, np.ndarray]:
   n, at = layout.latents, offsets(layout, i)
   sizes = [n + tokens_fed(layout, j) for j in range(i + 1)]
   of_round = np.repeat(np.arange(i + 1), sizes)
-  given = len(at) - sizes[-1]
+  earlier = len(at) - sizes[-1]
   # Whether the latents of the round after an entry's own leave it.
   left = np.ones(len(at), bool)
   if layout.positions == "replace":
@@ -167,7 +167,7 @@ def masks(layout: Layout, i: int) -> tuple[np.ndarray, np.ndarray]:
   causal = np.tri(len(at), dtype=bool)
   reading = causal & (left | (of_round >= i - 1))[None]
   decoding = causal & (left | (of_round == i))[None]
-  return reading[: given + n, : given + n], decoding
+  return reading[: earlier + n, : earlier + n], decoding
 
 
 def states(
@@ -180,33 +180,35 @@ def states(
   latents_of: str | None = None,  # as of objective.traces_states
 ) -> tuple[jax.Array, jax.Array]:  # [B, M, A, D], [B, M, rounds N, D]
   """Passes 2 and 3 of every round: `objective.traces_states`."""
-  given, found, latents = None, [], []
+  past_kv, found, latents = None, [], []
   for this in chains.rounds:
     n = this.input_tokens.shape[-1]
     first = 0 if latents_of == "decoder" else n - 1
     rows = chains.replace(latent_rows=this.latent_rows)
     inputs = transformer.embed(model, decoder, this.input_tokens)
-    hidden = coprocessor.hidden_states(
-      model, coproc, cache, rows, inputs, given
-    )
-    z = coprocessor.to_latents(coproc, hidden, rows, inputs)
+    with jax.named_scope("coprocessor_pass"):
+      hidden = coprocessor.hidden_states(
+        model, coproc, cache, rows, inputs, past_kv
+      )
+      z = coprocessor.to_latents(coproc, hidden, rows, inputs)
     fed = transformer.embed(model, decoder, this.fed)
-    out = transformer.run(
-      model,
-      decoder,
-      jnp.concatenate([z.astype(fed.dtype), fed], axis=2),
-      this.rows,
-      cache,
-      first_output_row=first,
-      past_kv=given,
-    )
+    with jax.named_scope("decoder_pass"):
+      out = transformer.run(
+        model,
+        decoder,
+        jnp.concatenate([z.astype(fed.dtype), fed], axis=2),
+        this.rows,
+        cache,
+        first_output_row=first,
+        past_kv=past_kv,
+      )
     if latents_of == "decoder":
       hidden = out.hidden[:, :, :n]
     latents.append(hidden)
     last = n - 1 - first  # the last latent's row is the first that predicts
     found.append(out.hidden[:, :, last : last + this.predicts])
     own = out.keys, out.values
-    if given is not None:
-      own = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 3), given, own)
-    given = own
+    if past_kv is not None:
+      own = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 3), past_kv, own)
+    past_kv = own
   return jnp.concatenate(found, axis=2), jnp.concatenate(latents, axis=2)

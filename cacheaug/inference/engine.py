@@ -140,7 +140,7 @@ class Latents:
   last: jax.Array | None = None  # [B, D], the last token's embedding, with kv
 
 
-def lay_point(
+def layout_at_end(
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
   *,
@@ -177,7 +177,7 @@ def compute_latents(
   tokens: jax.Array,  # [B, S]
   documents: jax.Array,  # [B, S], -1 = padding
   *,
-  last: jax.Array | int,  # [], as of `lay_point`, these three
+  last: jax.Array | int,  # [], as of `layout_at_end`, these three
   position: jax.Array,  # [B]
   spec: Layout,
   states: jax.Array | None = None,  # [B, S, D], of coprocessor.source_cache
@@ -192,7 +192,7 @@ def compute_latents(
     UserError: a coprocessor with an attention bias, which no cache keeps.
   """
   point = dict(last=last, position=position, spec=spec, late=late)
-  placed = lay_point(tokens, documents, **point)
+  placed = layout_at_end(tokens, documents, **point)
   positions = placed.rows.positions[:, 0, : spec.latents]
   copied, repeated = objective.embedded(model, decoder, placed)
   if spec.kv_bias:

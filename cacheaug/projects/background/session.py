@@ -73,7 +73,7 @@ _copy = jax.jit(jnp.copy)
 
 
 def _point(state, spec):
-  return engine.lay_point(
+  return engine.layout_at_end(
     state.tokens,
     state.documents,
     last=state.prompt + state.step - 1,
