@@ -42,7 +42,7 @@ import cacheaug
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
-from cacheaug.inference import context as generate
+from cacheaug.inference import context as contexts
 from cacheaug.inference.engine import Context
 from cacheaug.inference.session import InsertionSchedule, Session
 from cacheaug.model import config as model_config
@@ -145,8 +145,8 @@ def open_parts(path: str, n: int) -> Parts:
   coproc = coprocessor.init(model, spec, key, decoder)
   shape = coproc["latent_projection"].shape
   coproc["latent_projection"] = 0.02 * jax.random.normal(key, shape)
-  coproc["transformer"] = generate.unstack_on_cpu(coproc["transformer"])
-  return Parts(model, generate.unstack_on_cpu(decoder), coproc, spec)
+  coproc["transformer"] = contexts.unstack_on_cpu(coproc["transformer"])
+  return Parts(model, contexts.unstack_on_cpu(decoder), coproc, spec)
 
 
 def bits(session: Session) -> list[bytes]:
@@ -388,7 +388,7 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(
       3, parts.model.config.vocab_size, shape, dtype=np.int32
     )
-    read = jax.jit(generate.read, static_argnames="model")
+    read = jax.jit(contexts.read, static_argnames="model")
     context = read(parts.model, parts.decoder, tokens, np.zeros_like(tokens))
     results["speed"] = speed(parts, context, [float(s) for s in values.slow])
     show_speed(results["speed"], values.batch * values.new_tokens)

@@ -38,7 +38,7 @@ from absl import flags
 from cacheaug.augment import coprocessor
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
-from cacheaug.inference import context as generate
+from cacheaug.inference import context as contexts
 from cacheaug.inference import engine
 from cacheaug.inference.engine import Context, DecodeState
 from cacheaug.model import decode_rows, transformer
@@ -80,7 +80,7 @@ class Ours:
     coproc = coprocessor.init(model, self._spec, key, decoder)
     coproc["transformer"] = split(coproc["transformer"])
     self._coproc = coproc
-    self._read = jax.jit(generate.read, static_argnames="model")
+    self._read = jax.jit(contexts.read, static_argnames="model")
     self._rows = jax.jit(self._rows_of)
 
   def _rows_of(

@@ -242,12 +242,12 @@ def _differences(config, variants, state, decoder, batch):
   reference = gradient(first)
   found = {first: 0.0}
   for name in others:
-    apart = jax.tree.map(
+    differences = jax.tree.map(
       lambda a, b: jnp.linalg.norm(a - b) / jnp.linalg.norm(b),
       gradient(name),
       reference,
     )
-    found[name] = float(max(map(float, jax.tree.leaves(apart))))
+    found[name] = float(max(map(float, jax.tree.leaves(differences))))
   return found
 
 

@@ -151,7 +151,7 @@ def use_text(config: ConfigDict, path: str, field: str) -> str:
   source.path = str(Path(path).expanduser())
   config.data.sources = ConfigDict({TEXT: source})
   config.data.validation_fraction = 0.0
-  # It has none that stand apart.
+  # A text file has no separate answers.
   config.data.answers_only = config.data.results = False
   return "train"
 
@@ -387,7 +387,7 @@ def tasks_of(values: Any) -> Tasks | None:
   """Of the flags; None where no benchmark is named.
 
   Raises:
-    UserError: what is said of benchmarks, and none is named.
+    UserError: a benchmark option without --tasks.
   """
   if values.tasks:
     return Tasks(

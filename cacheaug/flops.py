@@ -224,7 +224,7 @@ def trace_attention(model: ModelConfig, sizes: Sizes) -> tuple[float, float]:
   in_latents = sizes.latent_rows * sum(layers)
   first = _causal_pairs(n) if sizes.latent_rows else 0.0
   first *= attention_per_pair(model)
-  if sizes.kv_only:  # the last layer's rows ask nothing
+  if sizes.kv_only:  # the last layer's rows are no queries
     in_latents -= sizes.latent_rows * layers[-1]
     first -= _causal_pairs(n) * _layer_per_pair(model)
   # Every row sees all N where they are keys and values, x[p] again none.

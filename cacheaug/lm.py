@@ -32,7 +32,7 @@ from cacheaug.data.chat import Messages, Rendered
 from cacheaug.data.tokenizers import Tokenizer
 from cacheaug.errors import UserError
 from cacheaug.inference import arguments, gates, padding
-from cacheaug.inference import context as generate
+from cacheaug.inference import context as contexts
 from cacheaug.inference.completion import Completion, Completions
 from cacheaug.inference.context import Context
 from cacheaug.inference.gates import Gate
@@ -45,11 +45,11 @@ Tokens = jax.Array | np.ndarray | Sequence[Sequence[int]]
 
 DTYPES = ("auto", "float32", "bfloat16")
 
-_read = jax.jit(generate.read, static_argnames=("model", "keep_states"))
-_augment = jax.jit(generate.augment_context, static_argnames=("model", "spec"))
+_read = jax.jit(contexts.read, static_argnames=("model", "keep_states"))
+_augment = jax.jit(contexts.augment_context, static_argnames=("model", "spec"))
 _nll = jax.jit(objective.points_nll, static_argnames=("model", "layout"))
 _decode = jax.jit(
-  generate.decode, static_argnames=("model", "max_new_tokens", "stop_ids")
+  contexts.decode, static_argnames=("model", "max_new_tokens", "stop_ids")
 )
 
 
@@ -65,8 +65,8 @@ class Coprocessor:
   def layers(self) -> Params:
     """The parameters as decoding wants them."""
     body = self.params.get("transformer")
-    apart = {"transformer": generate.unstack_on_cpu(body)} if body else {}
-    return self.params | apart
+    unstacked = {"transformer": contexts.unstack_on_cpu(body)} if body else {}
+    return self.params | unstacked
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,7 +190,7 @@ class LM:
     if context.augmented:
       raise UserError("context has latents already: augment a fresh prefill")
     lengths = (np.asarray(context.documents) >= 0).sum(1)
-    generate.check_prompts([[0] * int(n) for n in lengths], coproc.spec)
+    contexts.check_prompts([[0] * int(n) for n in lengths], coproc.spec)
     return _augment(
       self.model, self._layers, coproc.layers, context, coproc.spec
     )
@@ -336,7 +336,7 @@ class LM:
     )
     if coproc:
       first = plan.first(max_new_tokens)
-      generate.check_prompts(rows, spec, on=on, said=first)
+      contexts.check_prompts(rows, spec, on=on, tokens_before=first)
     if isinstance(gate, str):
       gate = gate and gates.parse(
         gate, self.model, self.decoder, self.fingerprint
@@ -377,7 +377,7 @@ class LM:
 
   def _read(self, tokens: np.ndarray, documents: np.ndarray) -> Context:
     spec = self.coprocessor and self.coprocessor.spec
-    keep = {"keep_states": True} if generate.reads_states(spec) else {}
+    keep = {"keep_states": True} if contexts.reads_states(spec) else {}
     return _read(self.model, self._layers, tokens, documents, **keep)
 
   def nll(
@@ -432,7 +432,7 @@ class LM:
   @functools.cached_property
   def _layers(self) -> Params:
     """The decoder as decoding wants it."""
-    return generate.unstack_on_cpu(self.decoder)
+    return contexts.unstack_on_cpu(self.decoder)
 
   def _checked(self, tokens: Tokens) -> list[list[int]]:
     """As lists, none empty, of the vocabulary, within the positions."""

@@ -116,7 +116,7 @@ def _slices(
 ) -> list[list[jax.Device]]:
   """The devices of each slice, as many in each as `config.slices` makes."""
   found = sorted({getattr(d, "slice_index", None) or 0 for d in devices})
-  # Only TPU slices are apart by construction; elsewhere (`slice_index` may
+  # Only TPU slices are separate by construction; elsewhere (`slice_index` may
   # count hosts there) the user says where the network is slow, in whole runs
   # of jax.devices(), whose order is by process.
   if len(found) == 1 or devices[0].platform != "tpu":

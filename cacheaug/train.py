@@ -191,7 +191,7 @@ def report(
 ) -> str:
   """The last words of a run: tables on disk and on the terminal, exports.
 
-  `params` are a coprocessor or a decoder as adaptation.effective makes it,
+  `params` are a coprocessor or a decoder as trainable.effective makes it,
   `fingerprint` is the frozen decoder's.
   """
   if jax.process_count() > 1:

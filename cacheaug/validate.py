@@ -1,7 +1,8 @@
-"""Every refusal of a config, before any device work: one line, one dialect.
+"""Checks a config's values before any device work.
 
-A line names the key, its value and what would do. Keys that `config.base` does
-not have are refused in config.py.
+Each message is one line that names the key, its value and the remedy. Unknown
+and missing keys are refused in config.check_keys; `Layout`, `Draw`, `Terms` and
+`Kind` refuse values of their own.
 """
 
 import math

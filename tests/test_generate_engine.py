@@ -20,7 +20,7 @@ from test_generate import (
 from tolerances import HIDDEN, close, far, make_coprocessor
 
 from cacheaug.errors import UserError
-from cacheaug.inference import context as generate
+from cacheaug.inference import context as contexts
 from cacheaug.inference import padding
 from cacheaug.inference.sampling import Sampling
 from cacheaug.inference.session import InsertionSchedule, Session
@@ -34,7 +34,7 @@ NEW = 6  # as in test_generate, whose functions these are
 def read():
   model, decoder = model_and_params()
   tokens, documents = padding.pad_left(prompts(), PAD)
-  run = tolerances.jit(functools.partial(generate.read, model))
+  run = tolerances.jit(functools.partial(contexts.read, model))
   return run(decode_rows.unstack_layers(decoder), tokens, documents)
 
 

@@ -28,7 +28,7 @@ from cacheaug import step as stepping
 from cacheaug.augment import coprocessor, kinds, objective, traces
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
-from cacheaug.inference import context as generate
+from cacheaug.inference import context as contexts
 from cacheaug.inference import engine, padding
 from cacheaug.inference.session import InsertionSchedule, Session
 from cacheaug.model import decode_rows, transformer
@@ -80,7 +80,7 @@ def context(kind):
   model, decoder, *_, spec = setup(kind)
   tokens, documents = padding.pad_left(prompts(), PAD)
   run = functools.partial(
-    generate.read, model, keep_states=spec.kind.reads_states
+    contexts.read, model, keep_states=spec.kind.reads_states
   )
   return tolerances.jit(run)(
     decode_rows.unstack_layers(decoder), tokens, documents
@@ -149,7 +149,7 @@ def test_once_at_the_end_and_in_one_program(kind, monkeypatch):
     monkeypatch.setattr(engine, name, function)
   tokens, documents = padding.pad_left(prompts(), PAD)
   run = functools.partial(
-    generate.greedy.__wrapped__, model, spec=spec, max_new_tokens=NEW
+    contexts.greedy.__wrapped__, model, spec=spec, max_new_tokens=NEW
   )
   out = tolerances.jit(run)(decoder, coproc, tokens, documents)
   np.testing.assert_array_equal(out, expected)
@@ -273,7 +273,7 @@ def test_late_latents_of_kinds_that_know_none_are_refused():
   model, decoder, coproc, spec = setup("handover")
   held = context("handover")
   with pytest.raises(UserError, match="coprocessor.kind='handover'"):
-    generate.augment_context(
+    contexts.augment_context(
       model, decoder, coproc, held, spec, np.array([0, 1, 0])
     )
 

@@ -14,7 +14,7 @@ from cacheaug.augment.traces import Layout
 from cacheaug.data import tokenizers
 from cacheaug.data.problems import Options
 from cacheaug.evals import exact_match, perplexity
-from cacheaug.inference import context as generate
+from cacheaug.inference import context as contexts
 from cacheaug.inference import padding
 from cacheaug.model import transformer
 
@@ -104,8 +104,8 @@ def test_generation_inserts_late_latents_as_trained(start, scheme):
 
   @jit
   def first(tokens, documents):
-    context = generate.read(model, decoder, tokens, documents)
-    context = generate.augment_context(
+    context = contexts.read(model, decoder, tokens, documents)
+    context = contexts.augment_context(
       model, decoder, coproc, context, spec, late=np.full(2, d, np.int32)
     )
     logits = transformer.logits(model, decoder, context.hidden)
@@ -136,7 +136,7 @@ def test_exact_match_late_in_two_ways(monkeypatch):
     (digit,) = tokenizer.encode("1" if on else "0")
     return np.full((len(tokens), kw["max_new_tokens"]), digit)
 
-  monkeypatch.setattr(generate, "greedy", greedy)
+  monkeypatch.setattr(contexts, "greedy", greedy)
   monkeypatch.setattr(
     exact_match.problems, "check", lambda _, text: said.add(text) or True
   )
@@ -175,7 +175,7 @@ def test_questions_too_short_for_latents_are_answered_without(monkeypatch):
     (digit,) = tokenizer.encode("0" if coproc is None else "1")
     return np.full((len(tokens), kw["max_new_tokens"]), digit)
 
-  monkeypatch.setattr(generate, "greedy", greedy)
+  monkeypatch.setattr(contexts, "greedy", greedy)
   monkeypatch.setattr(
     exact_match.problems, "check", lambda _, text: said.append(text) or True
   )

@@ -17,7 +17,7 @@ import cacheaug
 from cacheaug import build, lm
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
-from cacheaug.inference import context as generate
+from cacheaug.inference import context as contexts
 from cacheaug.inference import padding
 from cacheaug.weights import coprocessor_files, pretrained
 
@@ -129,7 +129,7 @@ def rows(model):
 @pytest.mark.parametrize("latents", (True, False))
 def test_generate_equals_greedy_and_the_three_steps(latents, augmented):
   tokens, documents = padding.pad_left(rows(augmented), 0)
-  ids = generate.greedy(
+  ids = contexts.greedy(
     augmented.model,
     augmented.decoder,
     augmented.coprocessor.params if latents else None,

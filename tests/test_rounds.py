@@ -31,7 +31,7 @@ from cacheaug import flops, step, validate
 from cacheaug.augment import objective, rounds
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
-from cacheaug.inference import context as generate
+from cacheaug.inference import context as contexts
 from cacheaug.inference import engine, padding
 from cacheaug.inference.session import InsertionSchedule, Session
 from cacheaug.model import transformer
@@ -173,7 +173,7 @@ def decoded(*case, every=None, forced_suffix=None):
   tokens, documents, after = prompts(spec.tokens_predicted)
   after = after if forced_suffix is None else forced_suffix
   b, count = len(tokens), 0
-  context = jit(lambda: generate.read(model, decoder, tokens, documents))()
+  context = jit(lambda: contexts.read(model, decoder, tokens, documents))()
   state = engine.start(
     model,
     context,
@@ -438,7 +438,7 @@ def test_sessions_insert_as_trained():
     model, spec, decoder, coproc, _ = setup(*case)
     tokens, documents, after = prompts(spec.tokens_predicted)
     told = spec.tokens_predicted - spec.ahead
-    read = jit(functools.partial(generate.read, model))
+    read = jit(functools.partial(contexts.read, model))
     context = read(decoder, tokens, documents)
     before = tuple({told - spec.stride * i for i in range(spec.rounds)} - {0})
     session = Session(

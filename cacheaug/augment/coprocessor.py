@@ -192,7 +192,11 @@ def outputs(
   inputs: jax.Array,  # [B, M, N, D], as of `latents`
   given: PastKV | None = None,
 ) -> jax.Array:  # [B, M, N, D]
-  """The part of z that training changes; `combine` makes z of it."""
+  """`project(hidden_states(...))`: the trained part of z.
+
+  It is what `combine` adds the copied embedding to. For the background and
+  diagnostics; training calls `hidden_states` and `to_latents`.
+  """
   return project(
     params, hidden_states(model, params, cache, traces, inputs, given)
   )

@@ -33,7 +33,7 @@ def dense_mask(
       for k in range(begin, seen + 1):
         mask[first + i, k] = real[k] and segments[k] == segments[p]
       mask[first + i, first : first + i + 1] = True
-    if layout.reruns:  # x[p] again asks only
+    if layout.reruns:  # the second x[p] is only a query
       mask[:, first + layout.latents] = False
   return mask
 

@@ -129,8 +129,8 @@ def draw_latents(
   """Whom the coprocessor's rows see, and where they stand."""
   delay, tokens = np.full_like(points, late), np.arange(len(words))
   one = (x[None] for x in (tokens, documents, points))
-  laid = traces.layout_traces(*one, layout, delay[None])
-  positions = np.asarray(laid.latent_rows.positions).ravel()
+  placed = traces.layout_traces(*one, layout, delay[None])
+  positions = np.asarray(placed.latent_rows.positions).ravel()
   mask = dense_masks.dense_latent_mask(documents, points, layout, delay)
   labels = sum((latent_labels(words[p], layout.latents) for p in points), [])
   rows = [["", "position", *words, *labels]]
@@ -147,12 +147,12 @@ def describe(text: str, points: str, layout: Layout, late: int = 0) -> str:
   check_points(words, documents, where, layout, late)
   s, n = len(words), layout.latents
   # A word's token is its index, so tokens name words even if one is repeated.
-  laid = traces.layout_traces(
+  placed = traces.layout_traces(
     np.arange(s)[None], documents[None], where[None], layout
   )
-  positions = np.asarray(laid.rows.positions)[0]  # [M, R]
-  ahead, targets = np.asarray(laid.ahead)[0], np.asarray(laid.targets)[0]
-  counts = np.asarray(laid.weights)[0] > 0
+  positions = np.asarray(placed.rows.positions)[0]  # [M, R]
+  ahead, targets = np.asarray(placed.ahead)[0], np.asarray(placed.targets)[0]
+  counts = np.asarray(placed.weights)[0] > 0
 
   blocks = []  # of rows: number, position, input, target, document
   for m, p in enumerate(where):

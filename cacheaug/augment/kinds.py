@@ -14,10 +14,11 @@ The other kinds are what it is compared with:
                layer only what makes keys and values is trained.
   prefix       no network: trained keys and values [L, N, K, E] stand there.
 
-A new kind needs a row here, its parameters in `coprocessor.init_boxed`, and its
-latents in `coprocessor.outputs` (embeddings) or `kv_latents.latent_kv` (keys
-and values); its cost goes into flops.py. What it does not do is in its row,
-and `Kind.check` refuses it.
+A new kind needs: a row here; parameters in `coprocessor.init_boxed`; its
+computation in `coprocessor.hidden_states` and `project` (latents that are
+embeddings) or in `kv_latents.latent_kv` (keys and values); its cost in
+flops.py; a line in weights/transformers_files.py. A feature that its row does
+not list is refused by `Kind.check`.
 """
 
 import enum
@@ -28,7 +29,7 @@ from cacheaug.errors import UserError
 
 _WHOLE = ("blocks", "final_norm")
 
-# What only some kinds do, and the line that refuses it for the others.
+# Features that only some kinds support, with the message for the others.
 _REFUSALS = {
   "late": (
     "coprocessor.kind={kind!r} knows no late latents (only {able} do): set "
@@ -73,10 +74,12 @@ _REFUSALS = {
 }
 
 
-_ALL = " ".join(key for key in _REFUSALS if key != "kv_bias")
-_PAUSE = "store diagnostics labels"
-_HANDOVER = "scratch store kv_bias"
-_STATES = "scratch late diagnostics labels labels_of_its_own"
+# The `does` column of the table below: features, separated by spaces.
+_COPROCESSOR_DOES = " ".join(key for key in _REFUSALS if key != "kv_bias")
+_PAUSE_DOES = "store diagnostics labels"
+_PREFIX_DOES = "kv_bias"
+_HANDOVER_DOES = "scratch store kv_bias"
+_ACTIVATIONS_DOES = "scratch late diagnostics labels labels_of_its_own"
 
 
 class Kind(enum.StrEnum):
@@ -85,7 +88,8 @@ class Kind(enum.StrEnum):
   network: the parts of a transformer that it trains; () for none.
   latents_are_kv: latents are keys and values for the decoder, not embeddings.
   reads_states: it reads the decoder's hidden states and not its cache.
-  does: of _REFUSALS.
+  does: the features it supports, keys of _REFUSALS. Any other is refused with
+    that key's message.
   """
 
   network: tuple[str, ...]
@@ -95,11 +99,11 @@ class Kind(enum.StrEnum):
 
   # fmt: off
   #             name           network      kv     states does
-  COPROCESSOR = "coprocessor", _WHOLE,      False, False, _ALL
-  PAUSE       = "pause",       (),          False, False, _PAUSE
-  PREFIX      = "prefix",      (),          True,  False, "kv_bias"
-  HANDOVER    = "handover",    ("blocks",), True,  False, _HANDOVER
-  ACTIVATIONS = "activations", _WHOLE,      False, True,  _STATES
+  COPROCESSOR = "coprocessor", _WHOLE,      False, False, _COPROCESSOR_DOES
+  PAUSE       = "pause",       (),          False, False, _PAUSE_DOES
+  PREFIX      = "prefix",      (),          True,  False, _PREFIX_DOES
+  HANDOVER    = "handover",    ("blocks",), True,  False, _HANDOVER_DOES
+  ACTIVATIONS = "activations", _WHOLE,      False, True,  _ACTIVATIONS_DOES
   # fmt: on
 
   def __new__(

@@ -1,14 +1,14 @@
 """Latents on top of earlier latents: a trace of several rounds.
 
-A trace of `rounds` is a chain: latents after p, then, `stride` tokens k later,
-latents after p + k by a coprocessor that reads the cache as it now stands, the
-earlier latents and the k tokens in it, and so on. The last round predicts A
-tokens, each before it the k up to the next: `reach` in all. With k = 0 all
-rounds are at one point, and only the last predicts.
+A trace with `rounds` > 1 is a chain. Round 1 inserts latents after p; each
+later round inserts latents `stride` = k tokens further on, by a coprocessor
+that also reads the earlier latents and the k tokens between. Every round but
+the last predicts those k tokens, the last predicts A: `tokens_predicted` in
+all. With k = 0 all rounds are at p and only the last predicts.
 
 Each round is the passes of objective.py over the same context. The rows that
 the decoder's pass of one round has run are in the cache of the next: their keys
-and values are given to it (transformer.run's `given`), and gradients go back
+and values are given to it (transformer.run's `past_kv`), and gradients go back
 through them into the earlier latents. With N = 1, k = 1, A = 2, a trace of two
 rounds after b, the decoder's pass (positions 'insert'):
 
@@ -36,7 +36,7 @@ the first round the whole context; N rows, here one, each round:
          1   # #              #
          2   #         #  #     #
 
-Positions, hidden entries and inputs tokens are those of inference with
+Positions, hidden entries and input tokens are those of inference with
 InsertionSchedule(every=k) (inference/session.py), which tests hold this to.
 """
 
@@ -152,8 +152,9 @@ def masks(layout: Layout, i: int) -> tuple[np.ndarray, np.ndarray]:
   """Who sees whom of a chain's own rows in round i (from 0).
 
   [G + N, G + N] bool for the coprocessor's pass and [G + N + Q] squared for the
-  decoder's; of the G given rows, which ask nothing, nothing is said. Windows
-  are not in it: they compare positions and are the model's business.
+  decoder's. Rows of earlier rounds (past_kv) are not queries: their rows of the
+  mask are unused. Windows are not in it: they compare positions, which the
+  model does.
   """
   n, at = layout.latents, offsets(layout, i)
   sizes = [n + tokens_fed(layout, j) for j in range(i + 1)]

@@ -44,11 +44,11 @@ A window W throws the rest of the context away at the point: the block sees the
 context tokens p-W+1 .. p, with keys and values as they were computed, and its
 latents, which have read the whole context and are to stand for what is gone.
 
-Kinds of coprocessor (kinds.py) that hand over keys and values in place
-of embeddings leave no last latent to predict y_1 from. Then a trace's block is
-N rows that are given and A that are run, x[p] again and y_1 .. y_{A-1}: x[p]
-stands where the last latent does and asks only, so that no row sees its keys
-and values, itself neither; what stands for x[p] is among the given. So
+Some kinds (kinds.py) give keys and values, not embeddings, so there is no last
+latent whose row could predict y_1. The block is then N given entries and A rows
+that are run: x[p] a second time, then y_1 .. y_{A-1}. The second x[p] is only a
+query: no row attends to it, not even itself, since the given entries already
+stand for x[p]. So
 
             a b c d e f | b' b c | d' d e
         b   # #           #
@@ -137,9 +137,10 @@ class Layout:
 
   @property
   def stands_in(self) -> bool:
-    """The coprocessor's rows begin as the very context entries they hide.
+    """True for handover with the harmless start and 'replace'.
 
-    They then read what those entries have read, the context up to p - N.
+    The coprocessor's rows then begin as copies of the context entries that they
+    hide, and read the context up to p - N only, as those entries did.
     """
     begins_as_copy = self.kind is Kind.HANDOVER and self.start == "harmless"
     return begins_as_copy and self.positions == "replace"

@@ -35,7 +35,7 @@ _DRAWN_AT_ONCE = 1 << 22
 
 @dataclasses.dataclass(frozen=True)
 class DocumentSums:
-  """Sums over the tokens of each document, apart by position.
+  """Sums over the tokens of each document, one for each position.
 
   Attributes:
     positions: J of them, tokens after the latents, from 1.

@@ -54,7 +54,7 @@ class Diagnosis:
   """What `diagnose` finds.
 
   Attributes:
-    sums: a column an intervention, and paired.FROZEN.
+    sums: a column an intervention, and bootstrap.FROZEN.
     z: moments of the latents.
     contribution: of what the coprocessor contributes to them.
     copied: of the embeddings that they start from; None without the harmless

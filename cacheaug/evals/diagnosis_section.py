@@ -119,8 +119,8 @@ def _verdicts(sums: DocumentSums, against) -> list[str]:
       text += f", better at {', '.join(better)}"
     lines.append(text + f"; no difference shown at {others} of {len(rows)}")
   if latent_stats.ZEROED in sums.nll:
-    apart = sums.nll[latent_stats.ZEROED] - sums.nll[bootstrap.FROZEN]
-    mean = np.abs(apart.sum(0) / np.maximum(sums.tokens.sum(0), 1)).max()
+    change = sums.nll[latent_stats.ZEROED] - sums.nll[bootstrap.FROZEN]
+    mean = np.abs(change.sum(0) / np.maximum(sums.tokens.sum(0), 1)).max()
     lines.append(
       f"- zeroed: at most {mean:.1g} nats from the frozen decoder, in the mean "
       "of any position"

@@ -201,7 +201,7 @@ def exact_match(
   # One more than the longest answer, so that what goes on is not taken for it.
   longest = max(len(tokenizer.encode(q.answer)) for q in questions) + 1
   tokens = max(ANSWER_TOKENS, longest)
-  said = 0 if early or coproc is None else min(late, tokens)
+  decoded_first = 0 if early or coproc is None else min(late, tokens)
   short = np.zeros(count, bool)
   if coproc is not None:
     short = np.array([len(p) < spec.context_needed for p in prompts])
@@ -214,7 +214,7 @@ def exact_match(
       spec.context_needed,
       spec.latents,
     )
-  length = max(map(len, prompts)) + said
+  length = max(map(len, prompts)) + decoded_first
   right: dict[str, list[bool]] = {}
   for start in range(0, count, BATCH):
     some = prompts[start : start + BATCH]
@@ -223,12 +223,12 @@ def exact_match(
       _greedy, model, decoder, tokenizer.pad_id, stop_id=stop[0], length=length
     )
     begun = np.zeros((BATCH, 0), np.int32)
-    if said:
-      begun = answer(some, tokens)[:, :said]
+    if decoded_first:
+      begun = answer(some, tokens)[:, :decoded_first]
       some = [p + ids for p, ids in zip(some, begun.tolist(), strict=True)]
     out = begun
-    if said < tokens:
-      new = tokens - said
+    if decoded_first < tokens:
+      new = tokens - decoded_first
       rest = answer(some, new, coproc=coproc, spec=spec, late=late)
       bare = np.resize(short[start : start + BATCH], BATCH)
       if bare.any():

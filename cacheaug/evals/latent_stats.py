@@ -1,9 +1,9 @@
 """What the latents do, beside how much they help.
 
 Interventions: perplexity by position where every latent keeps its place and
-what the coprocessor says for it is taken away or comes from elsewhere. With the
-harmless start z = copied + contribution, and the copied embedding stays; else
-the contribution is z itself.
+its contribution is taken away or comes from elsewhere. With the harmless start
+z = copied + contribution, and the copied embedding stays; else the contribution
+is z itself.
 
   right         as trained
   zeroed        contribution 0; with the harmless start z = copied, which with
@@ -68,9 +68,9 @@ def contributions(
   reading = coprocessor.source_cache(model, coproc, cache, hidden, spec)
 
   def some(points):  # [B, m]
-    laid = traces.layout_traces(tokens, documents, points, spec)
-    copied, _ = objective.embedded(model, decoder, laid)
-    return copied, coprocessor.outputs(model, coproc, reading, laid, copied)
+    placed = traces.layout_traces(tokens, documents, points, spec)
+    copied, _ = objective.embedded(model, decoder, placed)
+    return copied, coprocessor.outputs(model, coproc, reading, placed, copied)
 
   points = perplexity.points_of(documents, spec, context)
   return perplexity.in_turns(some, points)
@@ -91,8 +91,8 @@ def latents_nll(
   _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
 
   def some(points):  # [B, m]
-    laid = traces.layout_traces(tokens, documents, points, spec)
-    return objective.decoder_pass(model, decoder, cache, _at(z, points), laid)
+    placed = traces.layout_traces(tokens, documents, points, spec)
+    return objective.decoder_pass(model, decoder, cache, _at(z, points), placed)
 
   points = perplexity.points_of(documents, spec, context)
   return perplexity.in_turns(some, points)
@@ -260,7 +260,7 @@ def attention_mass(
   decoder: Params,
   cache: KVCache,
   z: jax.Array,  # [B, M, N, D]
-  laid: Traces,
+  placed: Traces,
 ) -> jax.Array:  # [L, B, M, A - 1, N + 2]
   """Where the rows of y_1 .. y_{A-1} attend in the decoder's pass.
 
@@ -270,9 +270,9 @@ def attention_mass(
   """
   c = model.config
   block = Block(c, model.dtype, model.param_dtype, model.attention)
-  rows, n = laid.rows, z.shape[2]
+  rows, n = placed.rows, z.shape[2]
   ropes = rope_table(c, rows.positions)
-  ahead = transformer.embed(model, decoder, laid.ahead)
+  ahead = transformer.embed(model, decoder, placed.ahead)
   x = jnp.concatenate([z.astype(ahead.dtype), ahead], axis=2)
   # What comes of the query's own projection (and norm, where there is one).
   name = "q_norm" if c.qk_norm else "q"
@@ -351,9 +351,9 @@ def mass_sums(
   _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
 
   def some(points):  # [B, m]
-    laid = traces.layout_traces(tokens, documents, points, spec)
-    there = laid.weights[..., :-1]  # y_j is in the document
-    mass = attention_mass(model, decoder, cache, _at(z, points), laid)
+    placed = traces.layout_traces(tokens, documents, points, spec)
+    there = placed.weights[..., :-1]  # y_j is in the document
+    mass = attention_mass(model, decoder, cache, _at(z, points), placed)
     # Of rows outside of the document it may be anything.
     mass = jnp.where(there[None, ..., None] > 0, mass, 0.0)
     return mass.sum((1, 2)), there.sum((0, 1))

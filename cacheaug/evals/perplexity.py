@@ -139,9 +139,9 @@ def both_nll(
     delay = late
     if late is not None:
       delay = jnp.where(points >= 0, late, 0)
-    laid = rounds.layout_traces(tokens, documents, points, spec, delay)
-    nll = objective.traces_nll(model, decoder, coproc, cache, laid, reading)
-    return nll, laid.weights
+    placed = rounds.layout_traces(tokens, documents, points, spec, delay)
+    nll = objective.traces_nll(model, decoder, coproc, cache, placed, reading)
+    return nll, placed.weights
 
   return frozen, *in_turns(some, points)
 
@@ -248,8 +248,8 @@ def plain_sums(
   """Sums of language models without latents, on the tokens of a `spec`'s table.
 
   Args:
-    models: column -> architecture and parameters; `paired.FROZEN` and
-      `paired.AUGMENTED` (a continued decoder, say) make the usual table.
+    models: column -> architecture and parameters; `bootstrap.FROZEN` and
+      `bootstrap.AUGMENTED` (a continued decoder, say) make the usual table.
     batches: as of `coprocessor_sums`, and so are the others.
     spec: of the coprocessor that they are to be compared with.
     positions: ahead tokens to report.

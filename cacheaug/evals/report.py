@@ -371,7 +371,7 @@ def write_report(
     workdir: of the run.
     rows: by ascending position; at least one.
     meta: what was run, in the order to show: config, decoder, steps, seed.
-    documents: source -> sums by document, for `paired.compare`.
+    documents: source -> sums by document, for `bootstrap.compare`.
     extras: further tables, heading -> name -> value, such as exact match.
     title: of the page and the plot.
     name: of what is compared with the frozen decoder.

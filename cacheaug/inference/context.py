@@ -32,7 +32,7 @@ def check_prompts(
   spec: Layout,
   *,
   on: Sequence[bool] | None = None,
-  said: int = 0,
+  tokens_before: int = 0,
 ) -> None:
   """Refuses what cannot be augmented at its end, before any device work.
 
@@ -40,24 +40,26 @@ def check_prompts(
     prompts: tokens of each.
     spec: of the coprocessor.
     on: which of them get latents; all by default.
-    said: new tokens before the first latents; -2: they stand two before the
-      prompt's end.
+    tokens_before: new tokens decoded before the first latents; -2: the latents
+      stand two tokens before the prompt's end.
 
   Raises:
     UserError: a prompt with fewer tokens than the latents stand on.
   """
   for i, prompt in enumerate(prompts):
-    if said < 0 and len(prompt) + said < 1:
+    if tokens_before < 0 and len(prompt) + tokens_before < 1:
       raise UserError(
         f"prompt {i} has {len(prompt)} tokens: latents of its batch stand "
-        f"{-said} before its end; lengthen it, or give it apart"
+        f"{-tokens_before} before its end; lengthen it, or give it in another "
+        "call"
       )
-    if (on is None or on[i]) and len(prompt) + said < spec.context_needed:
+    length = len(prompt) + tokens_before
+    if (on is None or on[i]) and length < spec.context_needed:
       raise UserError(
         f"prompt {i} has {len(prompt)} tokens: with latents={spec.latents} "
         f"(positions={spec.positions!r}, start={spec.start!r}) it needs at "
-        f"least {spec.context_needed - said}; lengthen it, or decode without "
-        "latents"
+        f"least {spec.context_needed - tokens_before}; lengthen it, or decode "
+        "without latents"
       )
 
 

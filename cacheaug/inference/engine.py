@@ -156,17 +156,17 @@ def lay_point(
   """
   points = jnp.broadcast_to(jnp.int32(last), (len(tokens), 1))
   late = None if late is None else late[:, None]
-  laid = traces.layout_traces(tokens, documents, points, spec, late)
+  placed = traces.layout_traces(tokens, documents, points, spec, late)
   pushed = (position - 1 - last)[:, None, None]
-  rows = laid.latent_rows
+  rows = placed.latent_rows
   rows = rows.replace(
     positions=rows.positions + pushed,
     context_limit=rows.context_limit + pushed,
     # The cache may have holes, and positions are not its slots.
     context_start=None,
   )
-  block = laid.rows.replace(positions=laid.rows.positions + pushed)
-  return laid.replace(latent_rows=rows, rows=block)
+  block = placed.rows.replace(positions=placed.rows.positions + pushed)
+  return placed.replace(latent_rows=rows, rows=block)
 
 
 def compute_latents(
@@ -192,21 +192,21 @@ def compute_latents(
     UserError: a coprocessor with an attention bias, which no cache keeps.
   """
   point = dict(last=last, position=position, spec=spec, late=late)
-  laid = lay_point(tokens, documents, **point)
-  positions = laid.rows.positions[:, 0, : spec.latents]
-  copied, repeated = objective.embedded(model, decoder, laid)
+  placed = lay_point(tokens, documents, **point)
+  positions = placed.rows.positions[:, 0, : spec.latents]
+  copied, repeated = objective.embedded(model, decoder, placed)
   if spec.kv_bias:
     raise UserError(
       "coprocessor.kv_bias=True: a cache keeps no bias of attention, so "
       "latents cannot be inserted; evaluate by position (lm.nll, evaluate)"
     )
   if spec.reruns:
-    kv = kv_latents.latent_kv(model, coproc, cache, laid, copied)
+    kv = kv_latents.latent_kv(model, coproc, cache, placed, copied)
     keys, values = (x[:, :, 0].astype(cache.keys.dtype) for x in kv)
     kv = KVCache(keys, values, positions, jnp.ones_like(positions))
     return Latents(positions, kv=kv, last=copied[:, 0, -1])
   cache = coprocessor.source_cache(model, coproc, cache, states, spec)
-  z = coprocessor.latents(model, coproc, cache, laid, copied, repeated)
+  z = coprocessor.latents(model, coproc, cache, placed, copied, repeated)
   return Latents(positions, z=z[:, 0])
 
 

@@ -147,7 +147,7 @@ class Session:
     Args:
       model: of decoder and coprocessor.
       decoder: frozen parameters.
-      context: of `generate.read`; kept as it is.
+      context: of `context.read`; kept as it is.
       max_new_tokens: the most that `run` may be asked for.
       coproc: the coprocessor's parameters.
       spec: how its latents are laid out; None decodes without latents.

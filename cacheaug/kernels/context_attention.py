@@ -3,10 +3,10 @@
 This module computes the context part of passes 1 to 3. Each row sees the slots
 start <= s < stop of a cache: a trace's point, a packed document and a sliding
 window are all such intervals. Rows are sorted by their points, so that
-neighbouring rows need few of the context's tiles; the others are skipped (the
-staircase of augment/traces.py). The context is a constant: its keys and values
-get no gradient, so a tile costs three products in the backward pass and not
-five.
+neighbouring rows need few of the context's tiles; the others are skipped: rows
+of a later trace see a longer part of the context, so the tiles needed have the
+shape of stairs. The context is a constant: its keys and values get no gradient,
+so a tile costs three products in the backward pass and not five.
 
 The XLA form here runs on a CPU, and is the reference of the kernels in
 context_tpu.py and context_gpu.py, which have the same two functions.

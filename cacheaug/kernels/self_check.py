@@ -210,8 +210,8 @@ def errors_of(
 
 def _worst_row(found: np.ndarray, right: np.ndarray) -> float:
   norms = np.linalg.norm(right, axis=-1)
-  apart = np.linalg.norm(found.astype(np.float64) - right, axis=-1)
-  return float(apart.max() / norms[norms > 0].mean())
+  errors = np.linalg.norm(found.astype(np.float64) - right, axis=-1)
+  return float(errors.max() / norms[norms > 0].mean())
 
 
 @functools.lru_cache(maxsize=2)

@@ -11,11 +11,14 @@ values are given and only the block's last rows are queries (`past_kv` of
 transformer.run). They are rows like the others: `QueryLayout` says where they
 stand and they get gradients, which a context does not.
 
-`attend` has two ways. Where what a row sees of the context is an interval of
-slots (training, see QueryLayout.context_start), tiles that no row sees are
-skipped, nothing as long as the context is kept for the backward pass, and the
-context gets no gradient: kernels/context_attention.py. Else (decoding, caches
-with holes) one masked softmax over everything, differentiable in everything.
+`attend` has two ways:
+
+1. Each row sees one interval of context slots (training;
+   QueryLayout.context_start is set): computed in tiles, unseen tiles skipped,
+   nothing of the context's length kept for the backward pass, no gradient to
+   the context (kernels/context_attention.py).
+2. Otherwise (decoding, caches with empty slots): one masked softmax, with
+   gradients to everything.
 """
 
 import functools

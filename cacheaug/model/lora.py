@@ -9,9 +9,9 @@ A LoRA tree has {lora_a, lora_b} for each adapted kernel, at its place: blocks'
 {attention: {q: {kernel [L, D, H, E]}}} has {attention: {q: {lora_a [L, D,
 rank], lora_b [L, rank, H, E]}}}.
 
-While it trains it stays apart from the kernels (`attach`): y = x W + (x a) b,
-which forms neither a second copy of the weights nor their gradients. `merge`
-makes plain weights for everything else.
+While it trains it is kept separate from the kernels (`attach`):
+y = x W + (x a) b, which forms neither a second copy of the weights nor their
+gradients. `merge` makes plain weights for everything else.
 """
 
 from collections.abc import Sequence

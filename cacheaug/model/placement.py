@@ -1,4 +1,4 @@
-"""Where intermediate arrays live on a mesh, if anybody said so.
+"""Where intermediate arrays live on a mesh, if the caller has set it.
 
 The maths names axes by letter; what the letters mean for devices is the
 caller's business (sharding.placing). Without a caller nothing happens.

@@ -98,7 +98,7 @@ def fail(reason: str) -> NoReturn:
   if _is_multi_process():
     # Without JAX's own exit: it waits for processes that may wait for this
     # one. Process 0 goes last, since all others are aborted with it, and by
-    # then have said for themselves what all of them ran into.
+    # then have printed the error that all of them met.
     if not sys.modules["jax"].process_index():
       time.sleep(2.0)
     os._exit(1)

@@ -1,4 +1,9 @@
-"""Stops a run after its current step when the machine gets SIGTERM."""
+"""SIGTERM during the training loop.
+
+`requested(step)` becomes True on all processes after the same step; train.py
+then saves, waits and exits 0. Outside the loop (packing, loading, the report)
+SIGTERM ends the process as usual.
+"""
 
 import signal
 

@@ -120,7 +120,7 @@ def _need(entries: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
 def _number(
   entries: Mapping[str, Any], key: str, path: pathlib.Path
 ) -> int | float:
-  """A number above zero, as it is written: 4 and 4.0 are told apart."""
+  """A number above zero, with its type kept: 4 stays an int, 4.0 a float."""
   value = _need(entries, key, path)
   if isinstance(value, bool) or not isinstance(value, (int, float)):
     raise UserError(f"{path}: {key} {value!r} is not a number")

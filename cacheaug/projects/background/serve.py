@@ -71,7 +71,7 @@ class Server:
   def __init__(
     self,
     model: Transformer,
-    decoder: Params,  # of generate.unstack_on_cpu
+    decoder: Params,  # of context.unstack_on_cpu
     *,
     max_new_tokens: int,
     batch: int = 16,
@@ -155,7 +155,11 @@ class Server:
     return number
 
   def cancel(self, request: int) -> bool:
-    """Its answer is what it has said so far; False where it has ended."""
+    """Cancels a request, whose answer is then the tokens decoded so far.
+
+    Returns:
+      False if it has already ended.
+    """
     with self._lock:
       if self._waiting.pop(request, None) is not None:
         self._answers.append(Answer(request, "cancelled"))
@@ -290,8 +294,8 @@ class Server:
     pushed, spec = 0, latents and self._worker.spec
     if latents:
       plan = self._plan
-      said = 0 if plan.after else min(plan.steps(self._most), default=0)
-      needed = spec.context_needed - said
+      first = 0 if plan.after else min(plan.steps(self._most), default=0)
+      needed = spec.context_needed - first
       if len(tokens) < needed:
         raise UserError(
           f"the prompt has {len(tokens)} tokens: with latents={spec.latents} "

@@ -4,9 +4,10 @@
     session = BackgroundSession(model, decoder, context, worker=worker, ...)
 
 Where latents are due the session leaves a copy of its cache with the worker
-and says on. What comes back is inserted at the next step at which the session
-looks: after token q in place of the point p that it was computed for, late by
-d = q - p tokens. The latents stand where on-time latents of q would, and
+and goes on decoding. What comes back is inserted at the next step at which the
+session looks: after token q in place of the point p that it was computed for,
+late by d = q - p tokens. The latents stand where on-time latents of q would,
+and
 
   harmless  z = embeddings of the N tokens up to q + the output for p
   as_is     z = the output for p
@@ -135,7 +136,10 @@ class BackgroundSession(Session):
     self._jobs: list[Job] = []
 
   def set_keys(self, keys: jax.Array) -> None:  # [B]
-    """Draws from these in place of the seed's; before any token is said."""
+    """Uses these keys for sampling in place of the seed's.
+
+    Call it before the first token.
+    """
     self.state = self.state.replace(keys=keys)
 
   def run(self, tokens: int) -> np.ndarray:  # [B, up to `tokens`]

@@ -1,7 +1,7 @@
 """A thread that runs the coprocessor over copies of caches, one at a time.
 
 Its queue is bounded, its work can be dropped at any time, and whatever goes
-wrong in it ends in one warning and no latents. `background.py` is its user.
+wrong in it ends in one warning and no latents. `session.py` is its user.
 """
 
 import collections
@@ -125,7 +125,7 @@ class Job:
   """
 
   on: np.ndarray  # [B], sequences that want latents
-  step: int  # tokens said at the snapshot
+  step: int  # new tokens at the snapshot
   count: int  # which of the session's augmentations it is
   taken: Snapshot | None = dataclasses.field(repr=False)
   asked: float = dataclasses.field(default_factory=time.monotonic)
@@ -245,7 +245,7 @@ class Worker:
     Args:
       take: makes the snapshot; called only where there is room for it.
       on: sequences that want latents.
-      step: tokens said so far.
+      step: new tokens so far.
       count: augmentations of the session before this one.
     """
     self.check()
@@ -285,7 +285,7 @@ class Worker:
       job: of `submit`.
       outcome: one of OUTCOMES.
       done: [B], sequences that have ended, to which nothing was done.
-      late: tokens said since the snapshot.
+      late: tokens decoded since the snapshot.
     """
     with self._change:
       job.finish(outcome)

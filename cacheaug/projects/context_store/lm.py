@@ -1,6 +1,6 @@
 """Decoding on from a store of contexts.
 
-  lm = stored.with_store(lm, Store("contexts"))
+  lm = with_store(lm, Store("contexts"))
   lm.generate(["..."])     # reads on from the longest stored beginning
 
 `python -m cacheaug.deliberate` fills a store ahead of time. A context goes
@@ -21,7 +21,7 @@ from absl import logging
 
 from cacheaug.augment import point_sampling
 from cacheaug.errors import UserError
-from cacheaug.inference import context as generate
+from cacheaug.inference import context as contexts
 from cacheaug.inference import padding
 from cacheaug.inference.engine import Context
 from cacheaug.inference.session import InsertionSchedule
@@ -233,7 +233,7 @@ class StoredLM(LM):
     (tokens,) = self._checked([tokens])
     if latents:
       spec = self._coprocessor().spec
-      generate.check_prompts([tokens], spec)
+      contexts.check_prompts([tokens], spec)
       if spec.positions == "insert":
         pushed = spec.latents * spec.rounds_per_point
         self._check_positions(len(tokens) + pushed, 0)

@@ -107,12 +107,14 @@ def _tokens_so_far(documents: np.ndarray) -> np.ndarray:
 
 
 def join(parts: Iterable[Contexts]) -> Contexts:
-  """Several texts' contexts as one; their documents stay apart."""
+  """Several texts' contexts as one; their documents stay separate."""
   parts, first, columns = list(parts), 0, []
   for part in parts:
-    apart = dataclasses.replace(part, documents=part.documents + first)
-    first = int(apart.documents.max()) + 1
-    columns.append([getattr(apart, f.name) for f in dataclasses.fields(part)])
+    renumbered = dataclasses.replace(part, documents=part.documents + first)
+    first = int(renumbered.documents.max()) + 1
+    columns.append(
+      [getattr(renumbered, f.name) for f in dataclasses.fields(part)]
+    )
   return Contexts(*map(np.concatenate, zip(*columns, strict=True)))
 
 

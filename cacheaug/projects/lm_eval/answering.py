@@ -34,7 +34,7 @@ from cacheaug.augment import objective, traces
 from cacheaug.augment.coprocessor import source_cache
 from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
-from cacheaug.inference import context as generate
+from cacheaug.inference import context as prompt_contexts
 from cacheaug.inference import padding
 from cacheaug.inference.context import Context
 from cacheaug.inference.sampling import GREEDY, Sampling
@@ -50,8 +50,10 @@ _WIDEST = 8
 # New tokens between two looks for a stop string.
 _CHUNK = 16
 
-_read = jax.jit(generate.read, static_argnames=("model", "keep_states"))
-_augment = jax.jit(generate.augment_context, static_argnames=("model", "spec"))
+_read = jax.jit(prompt_contexts.read, static_argnames=("model", "keep_states"))
+_augment = jax.jit(
+  prompt_contexts.augment_context, static_argnames=("model", "spec")
+)
 
 Ids = tuple[int, ...]
 
@@ -107,7 +109,7 @@ class Answerer:
     self._spec = lm.coprocessor.spec if latents else None
     self._batch = batch
     self._known: dict[Any, dict[str, Any]] = {}
-    self._layers = generate.unstack_on_cpu(lm.decoder)
+    self._layers = prompt_contexts.unstack_on_cpu(lm.decoder)
     reserve = 0
     if latents and self._spec.positions == "insert":
       reserve = self._spec.latents
@@ -228,7 +230,7 @@ class Answerer:
       rows, self.lm.tokenizer.pad_id, padding.bucket(max(map(len, rows)))
     )
     model, spec = self.lm.model, self._spec
-    keep = {"keep_states": True} if generate.reads_states(spec) else {}
+    keep = {"keep_states": True} if prompt_contexts.reads_states(spec) else {}
     context = _read(model, self._layers, tokens, documents, **keep)
     if self._spec is None:
       return {FROZEN: context}, [False] * len(rows)
@@ -420,7 +422,7 @@ def _running(
   frozen = objective.next_token_nll(model, decoder, hidden, tokens)
   if coproc is None:
     return frozen, jnp.zeros((*points.shape, spec.ahead))
-  laid = traces.layout_traces(tokens, documents, points, spec)
+  placed = traces.layout_traces(tokens, documents, points, spec)
   read = source_cache(model, coproc, cache, hidden, spec)
-  nll = objective.traces_nll(model, decoder, coproc, cache, laid, read)
+  nll = objective.traces_nll(model, decoder, coproc, cache, placed, read)
   return frozen, nll

@@ -31,7 +31,7 @@ class Benchmark:
     examples: files of the worked examples. None there: the first documents
       of the evaluated file are, and are not evaluated.
     own_examples: the task file brings its worked examples.
-    by: a key that tells the subsets of one file apart.
+    by: a key that names the subset of each document of a file.
     passages: subsets with long texts, that have 3 shots in place of `shots`.
     set: further keys of the task.
     executes: runs what the model has written.

@@ -150,7 +150,7 @@ def run_tasks(
       chain of thought): THOUGHT is customary. For tasks that generate.
     max_gen_toks: in place of the tasks' own most new tokens; 0 keeps those.
     execute: consent to run programs that the model writes, on this machine.
-    say: is told a line for each finished benchmark.
+    say: called with one line for each finished benchmark.
 
   Raises:
     UserError: a task that does not exist, files that are missing or of
@@ -404,30 +404,30 @@ def _percent(estimate: Estimate) -> str:
 
 def _line(score: Score) -> str:
   names = ("", "", "documents", FROZEN, AUGMENTED, "difference", "")
-  said = zip(names, cells(score), strict=True)
+  named = zip(names, cells(score), strict=True)
   return f"{score.title}: " + ", ".join(
-    f"{name} {cell}" for name, cell in said if name and cell
+    f"{name} {cell}" for name, cell in named if name and cell
   )
 
 
 def _met(score: Score) -> str:
   """What the reader of a row must know, in one line."""
-  said = [f"{score.title}: {', '.join(score.files)}"]
+  notes = [f"{score.title}: {', '.join(score.files)}"]
   met = score.met
-  said.append(f"{met.get('requests', 0)} requests")
+  notes.append(f"{met.get('requests', 0)} requests")
   if met.get("truncated"):
-    said.append(f"{met['truncated']} cut on the left")
+    notes.append(f"{met['truncated']} cut on the left")
   if met.get("empty"):
-    said.append(f"{met['empty']} with an empty context")
+    notes.append(f"{met['empty']} with an empty context")
   if met.get("melted"):
-    said.append(
+    notes.append(
       f"{met['melted']} continuations that their context's last token "
       "swallows, encoded alone"
     )
   if met.get("short"):
-    said.append(f"{met['short']} too short for latents, answered without")
+    notes.append(f"{met['short']} too short for latents, answered without")
   for column in (FROZEN, AUGMENTED):
     count = met.get(f"{column} empty answers", 0)
     if count:
-      said.append(f"{count} empty answers of the {column} decoder, wrong")
-  return "- " + "; ".join(said)
+      notes.append(f"{count} empty answers of the {column} decoder, wrong")
+  return "- " + "; ".join(notes)

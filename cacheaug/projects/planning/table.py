@@ -33,8 +33,8 @@ def _memory_lines(p: dict[str, Any]) -> list[str]:
   lines = [f"{'GiB on each device':34}{'shapes':>10}{'compiler':>10}"]
 
   def row(name: str, size: float, compiler: float | None = None) -> None:
-    said = "" if compiler is None else f"{compiler / _GIGA:10.2f}"
-    lines.append(f"{name:34}{size / _GIGA:10.2f}{said}")
+    by_compiler = "" if compiler is None else f"{compiler / _GIGA:10.2f}"
+    lines.append(f"{name:34}{size / _GIGA:10.2f}{by_compiler}")
 
   for kind in memory.ARGUMENTS:
     row(f"  {kind}", m["kinds"][kind])

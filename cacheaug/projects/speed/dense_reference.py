@@ -33,13 +33,13 @@ def naive_loss(
   spec: Layout,
 ) -> Sums:
   """`objective.coprocessor_loss`, the context's rows in every pass."""
-  laid, cache, x = _traces_rows(model, decoder, coproc, batch, points, spec)
+  placed, cache, x = _traces_rows(model, decoder, coproc, batch, points, spec)
   context = transformer.embed(model, decoder, batch["tokens"])[:, None]
-  rows = _with_context(laid.rows, cache.positions, cache.segments)
+  rows = _with_context(placed.rows, cache.positions, cache.segments)
   hidden = transformer.run_blocks(
     model, decoder, jnp.concatenate([context, x], 2), rows, None
   )
-  return _sums(model, decoder, hidden, laid)
+  return _sums(model, decoder, hidden, placed)
 
 
 def cached_dense_loss(
@@ -51,11 +51,11 @@ def cached_dense_loss(
   spec: Layout,
 ) -> Sums:
   """`objective.coprocessor_loss`, the traces' rows as one dense block."""
-  laid, cache, x = _traces_rows(model, decoder, coproc, batch, points, spec)
+  placed, cache, x = _traces_rows(model, decoder, coproc, batch, points, spec)
   hidden = transformer.run_blocks(
-    model, decoder, x, _one_block(laid.rows), cache
+    model, decoder, x, _one_block(placed.rows), cache
   )
-  return _sums(model, decoder, hidden, laid)
+  return _sums(model, decoder, hidden, placed)
 
 
 def _traces_rows(model, decoder, coproc, batch, points, spec):
@@ -67,28 +67,32 @@ def _traces_rows(model, decoder, coproc, batch, points, spec):
       "compare one round"
     )
   tokens, documents = batch["tokens"], batch["documents"]
-  laid = traces.layout_traces(
+  placed = traces.layout_traces(
     tokens, documents, points, spec, batch.get("late")
   )
   _, cache = objective.context_pass(model, decoder, tokens, documents, spec)
-  z = _latents(model, decoder, coproc, cache, laid)
-  ahead = transformer.embed(model, decoder, laid.ahead)
-  return laid, cache, _flat(jnp.concatenate([z.astype(ahead.dtype), ahead], 2))
+  z = _latents(model, decoder, coproc, cache, placed)
+  ahead = transformer.embed(model, decoder, placed.ahead)
+  return (
+    placed,
+    cache,
+    _flat(jnp.concatenate([z.astype(ahead.dtype), ahead], 2)),
+  )
 
 
-def _sums(model, decoder, hidden, laid: Traces) -> Sums:
+def _sums(model, decoder, hidden, placed: Traces) -> Sums:
   """Logits of every row, the last M R of which are traces'; then their nll."""
-  a = laid.targets.shape[-1]
-  b, m, r = laid.rows.positions.shape
+  a = placed.targets.shape[-1]
+  b, m, r = placed.rows.positions.shape
   logits = transformer.logits(model, decoder, hidden)[:, 0, -m * r :]
   logits = logits.reshape(b, m, r, -1)[:, :, r - a :]
-  nll = optax.softmax_cross_entropy_with_integer_labels(logits, laid.targets)
-  return (nll * laid.weights).sum((0, 1)), laid.weights.sum((0, 1))
+  nll = optax.softmax_cross_entropy_with_integer_labels(logits, placed.targets)
+  return (nll * placed.weights).sum((0, 1)), placed.weights.sum((0, 1))
 
 
-def _latents(model, decoder, coproc, cache, laid: Traces):
+def _latents(model, decoder, coproc, cache, placed: Traces):
   """Pass 2, all traces' rows as one block; z [B, M, N, D]."""
-  places = objective.embedded(model, decoder, laid)
+  places = objective.embedded(model, decoder, placed)
   b, m, n, d = places[0].shape
   # One block has all traces' soft tokens.
   soft = jnp.tile(coproc["soft_tokens"], (m, 1))
@@ -96,7 +100,7 @@ def _latents(model, decoder, coproc, cache, laid: Traces):
     model,
     coproc | {"soft_tokens": soft},
     cache,
-    laid.replace(latent_rows=_one_block(laid.latent_rows)),
+    placed.replace(latent_rows=_one_block(placed.latent_rows)),
     *jax.tree.map(_flat, places),
   )
   return z.reshape(b, m, n, d)

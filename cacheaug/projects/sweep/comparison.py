@@ -2,8 +2,8 @@
 
 Everything is computed from the runs' report/documents.csv. Rows are compared on
 the same tokens, and a row's seeds are one thing: a document's nll is its mean
-over them. An interval resamples documents of that mean; how far seeds lie apart
-is told beside it and is not part of it.
+over them. An interval resamples documents of that mean. The spread between
+seeds is shown beside the interval and is not part of it.
 """
 
 import dataclasses

@@ -105,8 +105,8 @@ def run_all(
     directory: of the sweep; logs go to its logs/.
     workers: processes at once, each on its share of the cores.
     lock: of `alone`.
-    ended: told of each process that has ended, but for those that a signal has
-      stopped.
+    ended: called for each process that has ended, except those stopped by a
+      signal.
     command: what is run, with a run's flags behind it.
 
   Raises:
@@ -177,8 +177,8 @@ class _Child:
       log.seek(self._from)
       text = log.read().decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("error: ")]
-    return (said or lines or [""])[-1].removeprefix("error: ")
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or [""])[-1].removeprefix("error: ")
 
 
 class _Signals:
@@ -186,7 +186,7 @@ class _Signals:
 
   def __enter__(self) -> "_Signals":
     self.got: list[int] = []
-    self._told: dict[int, int] = {}  # pid -> signals passed on
+    self._sent: dict[int, int] = {}  # pid -> signals passed on
     self._previous = {
       number: signal.signal(number, lambda n, _: self.got.append(n))
       for number in (signal.SIGINT, signal.SIGTERM)
@@ -199,10 +199,10 @@ class _Signals:
 
   def pass_to(self, process: subprocess.Popen) -> None:
     """Once for the first signal, and then the end for the second."""
-    told = self._told.get(process.pid, 0)
-    if len(self.got) > told and told < 2:
-      (process.terminate if not told else process.kill)()
-      self._told[process.pid] = told + 1
+    sent = self._sent.get(process.pid, 0)
+    if len(self.got) > sent and sent < 2:
+      (process.terminate if not sent else process.kill)()
+      self._sent[process.pid] = sent + 1
 
 
 def _pin(pid: int, slot: int, workers: int) -> None:
