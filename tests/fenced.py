@@ -44,15 +44,20 @@ def blocks(path: Path, language: str) -> list[str]:
   return [t for name, t in _FENCE.findall(path.read_text()) if name == language]
 
 
+def needs(block: str) -> str:
+  """What the first line of a block says it needs to run, or ''."""
+  marked = re.match(r"\s*# needs (.+)", block)
+  return marked[1] if marked else ""
+
+
 def commands(path: Path) -> list[tuple[str, str]]:
   """(command on one line, what its block's first line says it needs or '')."""
   found = []
   for block in blocks(path, "bash"):
-    needs = re.match(r"\s*# needs (.+)", block)
     for line in block.replace("\\\n", " ").splitlines():
       line = " ".join(line.partition(" # ")[0].split())
       if line and not line.startswith("#"):
-        found.append((line, needs.group(1) if needs else ""))
+        found.append((line, needs(block)))
   return found
 
 

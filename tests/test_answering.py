@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tolerances
+from cases import slow_but
 
 from cacheaug.augment.traces import Layout
 from cacheaug.data.tokenizers import ByteTokenizer
@@ -64,12 +65,15 @@ def alone(lm, pairs, latents):
 
 @pytest.mark.parametrize(
   ("scheme", "kind"),
-  [
-    ("insert", "coprocessor"),
-    ("overlay", "coprocessor"),
-    ("replace", "handover"),
-    ("replace", "activations"),
-  ],
+  slow_but(
+    [
+      ("insert", "coprocessor"),
+      ("overlay", "coprocessor"),
+      ("replace", "handover"),
+      ("replace", "activations"),
+    ],
+    quick=(1, 3),
+  ),
 )
 def test_continuations_of_shared_contexts(tiny, scheme, kind):
   lm = augmented(tiny, scheme, kind=kind)

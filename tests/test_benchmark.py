@@ -85,6 +85,7 @@ def test_a_peer_with_another_mask_is_found_out(monkeypatch):
   far(of_loss(dense_reference.cached_dense_loss, "replace")[0], loss)
 
 
+@pytest.mark.slow
 def test_figures_are_of_what_ran(tmp_path):
   config = config_of(tmp_path)
   found = benchmark.measure(config, ALL, repeats=2)

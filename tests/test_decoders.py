@@ -14,9 +14,11 @@ from cacheaug.weights import leaves, published
 PARAMETERS = {
   "gemma2_2b": 2_614_341_888,
   "gemma2_9b": 9_241_705_984,
+  "gemma3_270m": 268_098_176,
   "gemma3_1b": 999_885_952,
   "llama32_1b": 1_235_814_400,
   "qwen3_06b": 596_049_920,
+  "smollm2_135m": 134_515_008,
 }
 
 

@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from cases import slow_but
 from packed import DOCUMENTS, STARTS_AT, S, setup
 from tolerances import LOSS, NLL, close, far, jit
 
@@ -94,7 +95,7 @@ def test_table_takes_a_lateness(monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", traces.POSITIONS)
-@pytest.mark.parametrize("start", traces.STARTS)
+@pytest.mark.parametrize("start", slow_but(traces.STARTS, quick=(1,)))
 def test_generation_inserts_late_latents_as_trained(start, scheme):
   model, spec, decoder, coproc, tokens = setup(N, start, scheme)
   tokens, d = tokens[:, :12], 3

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from packed import (
   DOCUMENTS,
   POINTS,
@@ -167,7 +168,7 @@ def run_dense(latents, start, scheme, together=False):
 
 
 @pytest.mark.parametrize("scheme", traces.POSITIONS)
-@pytest.mark.parametrize("latents, start", CASES)
+@pytest.mark.parametrize("latents, start", slow_but(CASES, quick=(0, 2)))
 def test_parallel_equals_one_at_a_time_equals_dense(latents, start, scheme):
   laid, (loss, nll, grads) = run_parallel(latents, start, scheme)
   assert laid.weights.sum() == 21
@@ -224,7 +225,7 @@ def test_schemes_and_windows_and_caps_are_told_apart():
     far(loss(coproc), losses["overlay"])
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", slow_but(LAWS, quick=(0,)))
 def test_tiles_equal_one_masked_softmax(law, monkeypatch):
   """Through the loss itself, with several tiles of rows and of slots."""
   model, spec, decoder, coproc, tokens = setup(2, "harmless", "replace")

@@ -282,10 +282,29 @@ _PYTHON = {
 
 @pytest.mark.parametrize("name", _PYTHON)
 def test_python_gives_what_its_comments_say(name):
-  found = fenced.values(_PYTHON[name])
+  code = _PYTHON[name]
+  if fenced.needs(code):
+    compile(code, name, "exec")
+    return
+  found = fenced.values(code)
   assert [given for _, given in found] == [wanted for wanted, _ in found]
   if name == "README.md-0":
     assert len(found) == 2
+
+
+def test_marked_python_is_marked_in_its_first_line():
+  assert any(fenced.needs(code) for code in _PYTHON.values())
+  assert fenced.needs("# needs a server\nx = 1\n") == "a server"
+  assert fenced.needs("x = 1  # needs a server\n") == ""
+  assert fenced.needs("x = 1\n# needs a server\n") == ""
+
+
+def test_every_page_of_results_is_listed():
+  pages = {page.name for page in (ROOT / "docs" / "results").glob("*.md")}
+  for listing in ("RESULTS.md", "docs/results.md", "mkdocs.yml"):
+    text = (ROOT / listing).read_text()
+    named = set(re.findall(r"\bresults/(\w+\.md)(?=\)|$)", text, re.MULTILINE))
+    assert named == pages, listing
 
 
 def _links(page: Path) -> list[str]:

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from test_paired import sums_of, tokens
+from test_bootstrap import sums_of, tokens
 
 from cacheaug.errors import UserError
 from cacheaug.evals import bootstrap, report

@@ -337,6 +337,7 @@ def steps_of(tmp_path, **changes):
   return small_runs.Steps(config)
 
 
+@pytest.mark.slow
 def test_training_takes_rounds(tmp_path):
   """At the harmless start none changes what the frozen decoder says."""
   again = steps_of(tmp_path, rounds=2, stride=3)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
+from cases import slow_but
 from ml_collections import ConfigDict
 from tolerances import (
   GRADIENT,
@@ -201,7 +202,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(list(CASES), quick=(0, 2, 3)))
 def test_structured_equals_one_at_a_time_equals_dense(case):
   added, changes = CASES[case]
   (total, _), grads = structured(added, **changes)

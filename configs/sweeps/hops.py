@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
   """What all rows have in common."""
   c = base_of(__file__, "../quickstart.py")
   c.eval.beside = ConfigDict()
+  c.eval.context = 8  # of the largest N, so that all rows are of one text
   return c
 
 

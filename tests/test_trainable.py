@@ -62,6 +62,7 @@ def _baseline(run) -> float:
 # --- where it begins, what is trained -----------------------------------------
 
 
+@pytest.mark.slow
 def test_lora_coprocessor_begins_as_the_copy_and_holds_the_small_tree(
   tmp_path, decoder_path
 ):
