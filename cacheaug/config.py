@@ -5,10 +5,8 @@ never reads a key with a default, so a key that is not here is an error. What a
 config may not say is in validate.py.
 """
 
-import copy
 import dataclasses
 import difflib
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,12 +19,6 @@ from cacheaug.augment.traces import Layout
 from cacheaug.errors import UserError
 from cacheaug.model import config as model_config
 from cacheaug.model.config import ModelConfig
-
-# Old name of a key -> its present name.
-RENAMED: dict[str, str] = {}
-# Removed key -> the value that the code now implies. A run with another value
-# is another experiment.
-DROPPED: dict[str, Any] = {}
 
 
 def base() -> ConfigDict:
@@ -307,53 +299,6 @@ def nearest(key: str, known: list[str]) -> str:
   found += difflib.get_close_matches(key, known, n=3, cutoff=0.6)
   unique = list(dict.fromkeys(found))[:3]
   return f"; did you mean {', '.join(unique)}?" if unique else ""
-
-
-def completed(saved: dict[str, Any]) -> ConfigDict:
-  """Converts a config of an older version to one of this version.
-
-  Raises:
-    KeyError, TypeError, ValueError: it is no run's config at all.
-  """
-  from cacheaug.data.sources import source_defaults
-
-  saved = copy.deepcopy(saved)
-  if missing := {"decoder", "data", "coprocessor"} - set(saved):
-    raise KeyError(min(missing))
-  for old, new in RENAMED.items():
-    if holder := _holder(saved, old):
-      *parents, name = new.split(".")
-      target = functools.reduce(
-        lambda x, k: x.setdefault(k, {}), parents, saved
-      )
-      target[name] = holder.pop(old.rpartition(".")[2])
-  for key, value in DROPPED.items():
-    holder, name = _holder(saved, key), key.rpartition(".")[2]
-    if holder and holder[name] == value:
-      del holder[name]
-  config = ConfigDict(saved)
-  for source in config.data.sources.values():  # of the experiment's own names
-    _fill(source, source_defaults())
-  return _fill(config, base())
-
-
-def _holder(saved: dict[str, Any], key: str) -> dict[str, Any] | None:
-  """Returns the dictionary that holds the key; None if there is no such key."""
-  *parents, name = key.split(".")
-  for part in parents:
-    saved = saved.get(part, {})
-  return saved if name in saved else None
-
-
-def _fill(config: ConfigDict, base: ConfigDict) -> ConfigDict:
-  # Below these, the experiment chooses the keys, so none of them is missing.
-  own = ("sources", "multipliers", "beside", "local")
-  for key, value in base.items():
-    if key not in config:
-      config[key] = value
-    elif isinstance(value, ConfigDict) and key not in own:
-      _fill(config[key], value)
-  return config
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -74,7 +74,7 @@ flags.DEFINE_bool(
   "chat", False, "prompts are messages to an instruct model, in its own format"
 )
 flags.DEFINE_bool("compare", False, "the frozen decoder beside the augmented")
-flags.DEFINE_bool("trace", False, "say where latents went, or a gate said no")
+flags.DEFINE_bool("trace", False, "show where latents went, or a gate declined")
 flags.DEFINE_string("store", "", "of cacheaug.deliberate: where to read on")
 
 
@@ -129,7 +129,7 @@ def _counts(flag: str, given: list[str] | None) -> tuple[int, ...]:
 
 
 def prompts_of(prompts: list[str], file: str) -> list[str]:
-  """Of the flags; [] where neither is given.
+  """Prompts from the flags; [] where neither is set.
 
   Raises:
     UserError: an empty prompt, or a file that cannot be read.

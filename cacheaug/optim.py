@@ -10,6 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from cacheaug.errors import UserError
+from cacheaug.run.checksum import leaf_name
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -72,7 +73,7 @@ def parameter_name(path: tuple) -> str:
   """`a/b/c` of a tree path, without the key of a Linen box."""
   if path and path[-1] == jax.tree_util.GetAttrKey("value"):
     path = path[:-1]
-  return jax.tree_util.keystr(path, simple=True, separator="/")
+  return leaf_name(path)
 
 
 def multiplier_tree(multipliers: Mapping[str, float], params: Any) -> Any:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from cacheaug.errors import UserError
 from cacheaug.model import placement
+from cacheaug.run.checksum import leaf_name
 
 AnyMesh = Mesh | AbstractMesh  # of devices, or of as many without any
 
@@ -177,7 +178,7 @@ def logical_to_sharding(mesh: AnyMesh, axes_tree: Any, shapes_tree: Any) -> Any:
   """
 
   def one(path, leaf, axes):
-    name = jax.tree_util.keystr(path, simple=True, separator="/") or "array"
+    name = leaf_name(path) or "array"
     return NamedSharding(mesh, _spec(mesh, name, axes, leaf.shape))
 
   return jax.tree_util.tree_map_with_path(one, shapes_tree, axes_tree)

@@ -398,10 +398,8 @@ def test_words_for_a_person_may_change_between_versions(tmp_path):
 
 def test_a_key_that_was_renamed_or_dropped_is_understood(tmp_path, monkeypatch):
   config, path = _begun(tmp_path)
-  monkeypatch.setattr(
-    workdirs.configs, "RENAMED", {"traces.law": "traces.min_ahead"}
-  )
-  monkeypatch.setattr(workdirs.configs, "DROPPED", {"traces.old": 3})
+  monkeypatch.setattr(workdirs, "RENAMED", {"traces.law": "traces.min_ahead"})
+  monkeypatch.setattr(workdirs, "DROPPED", {"traces.old": 3})
 
   def older(saved):
     saved["traces"]["law"] = saved["traces"].pop("min_ahead")

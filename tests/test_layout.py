@@ -8,12 +8,16 @@ projects/     each folder one idea; deleted, it leaves the rest as it was
 import ast
 import functools
 import graphlib
+import importlib
+import importlib.util
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import cacheaug
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "cacheaug"
@@ -65,7 +69,7 @@ _ONLY = {
   "config": {"errors", "model", "augment", "data"},
   "trainable": {"errors", "model", "augment", "config"},
   "flops": {"errors", "model", "augment", "config", "trainable"},
-  "run": {"errors", "config"},
+  "run": {"errors", "config", "data"},
   "validate": _METHOD | {"run"},
   "step": _METHOD | {"run"},
   "weights": _MODEL | {"augment", "config", "trainable", "data", "run"},
@@ -375,3 +379,16 @@ def test_kinds_are_a_table():
   # Control: such a place is seen, however it is written.
   text = "a.kind is Kind.PAUSE or Kind.PREFIX == b or c in (1, 2)"
   assert _asked_by_name(ast.parse(text)) == 2
+
+
+def test_former_names_find_the_same_modules():
+  for former, name in cacheaug._FORMER.items():
+    # For `python -m`; the command's file is what runs.
+    spec = importlib.util.find_spec(former)
+    assert spec.origin == str(modules()[name])
+    assert spec.loader.get_code(former).co_filename == spec.origin
+    if not _flags_at_import(modules()[name]):
+      assert importlib.import_module(former) is importlib.import_module(name)
+      assert sys.modules[name].__spec__.name == name
+  with pytest.raises(ImportError):
+    importlib.import_module("cacheaug.matchings")

@@ -157,23 +157,27 @@ def describe(text: str, points: str, layout: Layout, late: int = 0) -> str:
   blocks = []  # of rows: number, position, input, target, document
   for m, p in enumerate(where):
     inputs = latent_labels(words[p], n) + [words[t] for t in ahead[m]]
-    wanted = [NOTHING] * (n - 1)
+    targets_of_rows = [NOTHING] * (n - 1)
     for t, counted in zip(targets[m], counts[m], strict=True):
-      wanted.append(words[t] if counted else NOTHING)
+      targets_of_rows.append(words[t] if counted else NOTHING)
     rows = range(s + m * layout.rows, s + (m + 1) * layout.rows)
     document = [documents[p]] * layout.rows
-    columns = rows, positions[m], inputs, wanted, document
+    columns = rows, positions[m], inputs, targets_of_rows, document
     blocks.append(list(zip(*columns, strict=True)))
   context = [
     (t, t, word, NOTHING, d)
     for t, (word, d) in enumerate(zip(words, documents, strict=True))
   ]
   everything = context + sum(blocks, [])
-  number, position, inputs, wanted, document = (
+  number, position, inputs, targets_of_rows, document = (
     [str(cell) for cell in column] for column in zip(*everything, strict=True)
   )
   starts = {s + m * layout.rows for m in range(len(where))}
-  lines = [["input", *inputs], ["position", *position], ["target", *wanted]]
+  lines = [
+    ["input", *inputs],
+    ["position", *position],
+    ["target", *targets_of_rows],
+  ]
   if documents[-1]:
     lines.append(["document", *document])
   mask = dense_masks.dense_mask(documents, where, layout)

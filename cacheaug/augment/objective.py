@@ -131,7 +131,7 @@ def traces_states(
   traces: Traces,
   source: KVCache,  # of coprocessor.source_cache
   *,
-  latents_of: str | None = None,  # 'decoder', 'coprocessor'; None: not wanted
+  latents_of: str | None = None,  # 'decoder', 'coprocessor'; None: neither
 ) -> tuple[jax.Array, jax.Array | None]:  # [B, M, A, D], [B, M, N, D] or None
   """Passes 2 and 3: hidden states that predict the targets, and the latents'.
 

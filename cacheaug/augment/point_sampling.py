@@ -36,7 +36,7 @@ class Draw:
   law: str = "uniform"  # of LAWS
   min_ahead: int = 1  # fewest ahead tokens within the point's document
   tail: int = 0  # points this near a document's end are drawn first
-  late_max: int = 0  # latents come 0 to so many tokens late, uniformly
+  late_max: int = 0  # latents come 0 to late_max tokens late
 
   def __post_init__(self):
     if self.law not in LAWS:
@@ -131,9 +131,9 @@ def valid_points(
   valid = documents >= 0
   for shift in (min_ahead, 1 - (context or layout.context_needed)):
     index = jnp.arange(s) + shift
-    there = (index >= 0) & (index < s)
+    inside = (index >= 0) & (index < s)
     other = jnp.take(documents, jnp.clip(index, 0, s - 1), axis=-1)
-    valid &= there[None] & (other == documents)
+    valid &= inside[None] & (other == documents)
   if answers is not None:
     valid &= before(answers)
   return valid

@@ -55,12 +55,12 @@ class Terms:
   @property
   def on(self) -> tuple[str, ...]:
     """The keys that make it another than the plain objective."""
-    found = {
+    switches = {
       "supervision.weight": self.supervision,
       "teacher.weight": self.teacher,
       "traces.decay": self.decay != 1.0,
     }
-    return tuple(key for key, on in found.items() if on)
+    return tuple(key for key, on in switches.items() if on)
 
   def check(self, layout: Layout) -> None:
     """Refuses what a layout's latents do not have.

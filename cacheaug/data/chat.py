@@ -131,12 +131,13 @@ def render(
     )
   except jinja2.TemplateError as error:
     raise errors.UserError(
-      f"chat: the model's template refuses these messages ({_line(error)})"
+      "chat: the model's template refuses these messages "
+      f"({errors.one_line(error, 200)})"
     ) from error
   except Exception as error:  # The template is a program: anything may come.
     raise errors.UserError(
       f"chat: the model's template fails on these messages "
-      f"({type(error).__name__}: {_line(error)})"
+      f"({type(error).__name__}: {errors.one_line(error, 200)})"
     ) from error
   return Rendered(_cut(text) if continue_final_message else text)
 
@@ -263,7 +264,3 @@ def _read(path: pathlib.Path) -> str:
     return path.read_bytes().decode("utf-8-sig")
   except (OSError, UnicodeDecodeError) as error:
     raise errors.UserError(f"{path}: cannot be read ({error})") from error
-
-
-def _line(error: Exception) -> str:
-  return " ".join(str(error).split())[:200]

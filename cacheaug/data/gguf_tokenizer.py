@@ -19,7 +19,6 @@ from cacheaug.data import chat, gguf_metadata
 from cacheaug.data.tokenizer_json import (
   HuggingFaceTokenizer,
   byte_symbols,
-  one_line,
 )
 
 # tokenizer.ggml.token_type
@@ -75,8 +74,8 @@ class GGUFTokenizer(HuggingFaceTokenizer):
       tokenizer = _build(fields, architecture, named, path)
     except Exception as error:  # The library raises the bare class.
       raise errors.UserError(
-        f"{path}: its tokenizer does not fit together ({one_line(error)}); "
-        "download it again"
+        f"{path}: its tokenizer does not fit together "
+        f"({errors.one_line(error, 120)}); download it again"
       ) from error
     self._set_up(tokenizer, path, named, _templates(metadata), _content(fields))
     self._replacement = None

@@ -252,7 +252,7 @@ def _parse(path: pathlib.Path, content: bytes) -> Any:
   except Exception as error:  # The library raises the bare class.
     raise errors.UserError(
       f"{path}: not a tokenizer.json that `tokenizers` reads "
-      f"({one_line(error)}); download it again"
+      f"({errors.one_line(error, 120)}); download it again"
     ) from error
 
 
@@ -339,7 +339,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
     entries = json.loads(read_bytes(path).decode("utf-8-sig"))
   except (ValueError, RecursionError) as error:
-    raise errors.UserError(f"{path}: not JSON ({one_line(error)})") from error
+    raise errors.UserError(
+      f"{path}: not JSON ({errors.one_line(error, 120)})"
+    ) from error
   if not isinstance(entries, dict):
     raise errors.UserError(f"{path}: expected a JSON object")
   return entries
@@ -355,8 +357,3 @@ def write_json(path: pathlib.Path, entries: dict[str, Any]) -> None:
 def digest(content: bytes) -> str:
   """Twelve characters that differ where the content does."""
   return hashlib.sha256(content).hexdigest()[:12]
-
-
-def one_line(error: Exception) -> str:
-  """The start of a library's message."""
-  return " ".join(str(error).split())[:120]

@@ -171,7 +171,7 @@ def paired_interval(
 def resample(
   n: int, *, seed: int, resamples: int = 1000
 ) -> Iterator[np.ndarray]:
-  """How often each of n documents is drawn, [some, n] at a time.
+  """Counts of how often each of n documents is drawn, [resamples, n] in parts.
 
   The same as drawing n with replacement, without an index array of tokens; in
   turns, so that memory does not grow with documents times resamples.

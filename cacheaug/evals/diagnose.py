@@ -51,7 +51,7 @@ class Nearest:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-  """What `diagnose` finds.
+  """Results of `diagnose`.
 
   Attributes:
     sums: a column an intervention, and bootstrap.FROZEN.

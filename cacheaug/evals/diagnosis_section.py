@@ -99,7 +99,7 @@ def _interventions(name, tables, against, diagnosis, files) -> list[str]:
 
 
 def _verdicts(sums: DocumentSums, against) -> list[str]:
-  """What the tables say, in words; a worse row has its interval above zero."""
+  """The tables in words; a worse row has its interval above zero."""
   lines = []
   for column in (
     latent_stats.SHUFFLED,

@@ -195,7 +195,7 @@ class Moments:
     return float(np.sqrt(np.trace(self.second) / vectors))
 
   def effective_rank(self, centred: bool = False) -> float:
-    """Of the matrix [T N, D] of all vectors; `centred` about slots' means."""
+    """Effective rank of all vectors [T N, D]; `centred` about slots' means."""
     second = np.asarray(self.second, np.float64)
     if centred:
       mean = self.mean.astype(np.float64)
@@ -238,7 +238,7 @@ def effective_rank(eigenvalues: np.ndarray) -> float:
 
 @jax.jit
 def moments(x: jax.Array, valid: jax.Array) -> Moments:
-  """Of vectors [B, S, N, D] where `valid` [B, S]."""
+  """Moments of the vectors [B, S, N, D] where `valid` [B, S]."""
   x = jnp.where(valid[..., None, None], x, 0).astype(jnp.float32)
   norm = jnp.sqrt((x * x).sum(-1, keepdims=True))
   unit = jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1.0), 0.0)

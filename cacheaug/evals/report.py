@@ -29,7 +29,7 @@ PERPLEXITY_CSV = "perplexity.csv"
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """What one evaluator adds to a report's page.
+  """One evaluator's part of a report's page.
 
   Attributes:
     parts: paragraphs of Markdown, in order, a heading first.
@@ -275,7 +275,7 @@ def csv_lines(source: str, kinds: Mapping[str, Tables]) -> list[dict[str, Any]]:
 
 
 def figures_of(kinds: Mapping[str, Tables]) -> dict[str, Any]:
-  """The same for programs."""
+  """The rows as JSON, for programs: kind of table -> latents -> rows."""
   return {
     kind: {str(k): [dataclasses.asdict(r) for r in v] for k, v in some.items()}
     for kind, some in kinds.items()

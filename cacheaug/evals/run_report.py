@@ -1,4 +1,4 @@
-"""What a run reports at its end: tables, plot, exact match."""
+"""The report at a run's end: tables, plot, exact match."""
 
 import math
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ def sums_by_source(
   tokenizer: Tokenizer,
   spec: Layout,
 ) -> dict[str, DocumentSums]:
-  """What one perplexity table a source is made of."""
+  """The sums that each source's perplexity table is made of."""
   spec = spec.with_horizon(config.eval.ahead)
   return {
     name: perplexity.coprocessor_sums(
@@ -134,7 +134,7 @@ def percent(right_asked: tuple[int, int]) -> str:
 
 
 def right_asked(text: str) -> tuple[int, int]:
-  """What `percent` was made of; ValueError if it is none."""
+  """The two numbers in a text of `percent`; ValueError if it is none."""
   right, asked = text[text.rindex("(") + 1 :].rstrip(")").split("/")
   return int(right), int(asked)
 

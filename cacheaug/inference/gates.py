@@ -136,7 +136,7 @@ def entropy(
   decoder: Params,
   hidden: jax.Array,  # [..., D]
 ) -> jax.Array:  # [...] nats
-  """Of the next token, under the frozen decoder."""
+  """Entropy of the next token, under the frozen decoder."""
   logp = jax.nn.log_softmax(transformer.logits(model, decoder, hidden))
   return -(jnp.exp(logp) * logp).sum(-1)
 
@@ -243,7 +243,7 @@ def save_head(
 def load_head(
   directory: str | pathlib.Path,
 ) -> tuple[Params, dict[str, Any]]:
-  """What `save_head` wrote.
+  """Reads a head that `save_head` wrote.
 
   Raises:
     UserError: no head there, or a damaged one; names the file.

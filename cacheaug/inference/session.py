@@ -55,7 +55,7 @@ class InsertionSchedule:
 
   @classmethod
   def trained(cls, spec: Layout) -> "InsertionSchedule":
-    """What a coprocessor was trained for, along the whole of the new text."""
+    """The schedule that a coprocessor was trained for, over all new tokens."""
     return cls(every=spec.stride, rounds=spec.rounds_per_point)
 
   def first(self, max_new_tokens: int) -> int:

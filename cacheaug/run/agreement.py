@@ -60,7 +60,7 @@ def check(facts: Callable[[], Mapping[str, str]]) -> None:
   """
   if jax.process_count() == 1:
     return
-  lines = (f"{k}\t{_on_one_line(v)}" for k, v in facts().items())
+  lines = (f"{k}\t{one_line(v, 1000)}" for k, v in facts().items())
   texts = exchange("\n".join(lines))
   tables = [dict(x.split("\t", 1) for x in t.splitlines()) for t in texts]
   for process, table in enumerate(tables):
@@ -71,10 +71,6 @@ def check(facts: Callable[[], Mapping[str, str]]) -> None:
           f"{name} differs between processes: {first} on process 0, {other} "
           f"on process {process}: give all hosts the same"
         )
-
-
-def _on_one_line(value: str) -> str:
-  return one_line(value, 1000)
 
 
 def of_config(config: ConfigDict) -> dict[str, str]:

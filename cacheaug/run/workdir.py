@@ -1,5 +1,7 @@
 """Checks that a directory belongs to this run, and claims it for the run."""
 
+import copy
+import functools
 import json
 import os
 import secrets
@@ -11,6 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from cacheaug import config as configs
+from cacheaug.data import sources
 from cacheaug.errors import UserError, one_line
 from cacheaug.run import agreement, files
 from cacheaug.run.lock import Lock
@@ -35,6 +38,12 @@ FREE_KEYS = (
 )
 
 
+# Old name of a key -> its present name.
+RENAMED: dict[str, str] = {}
+# Removed key -> the value that the code now implies. A run with another value
+# is another experiment.
+DROPPED: dict[str, Any] = {}
+
 _PROBE = 10.0  # seconds until a file of process 0 must be seen by the others
 
 
@@ -52,12 +61,57 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     if not path.exists():
       raise UserError(f"{path}: missing; give the --workdir of a run")
     try:
-      return configs.completed(json.loads(path.read_text()))
+      return completed(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
       raise UserError(
         f"{path}: not a run's config ({one_line(e)}); give the --workdir of a "
         "run of this version"
       ) from e
+
+
+def completed(saved: dict[str, Any]) -> ConfigDict:
+  """Converts a config of an older version to one of this version.
+
+  Raises:
+    KeyError, TypeError, ValueError: it is no run's config at all.
+  """
+  saved = copy.deepcopy(saved)
+  if missing := {"decoder", "data", "coprocessor"} - set(saved):
+    raise KeyError(min(missing))
+  for old, new in RENAMED.items():
+    if holder := _holder(saved, old):
+      *parents, name = new.split(".")
+      target = functools.reduce(
+        lambda x, k: x.setdefault(k, {}), parents, saved
+      )
+      target[name] = holder.pop(old.rpartition(".")[2])
+  for key, value in DROPPED.items():
+    holder, name = _holder(saved, key), key.rpartition(".")[2]
+    if holder and holder[name] == value:
+      del holder[name]
+  config = ConfigDict(saved)
+  for source in config.data.sources.values():  # of the experiment's own names
+    _fill(source, sources.source_defaults())
+  return _fill(config, configs.base())
+
+
+def _holder(saved: dict[str, Any], key: str) -> dict[str, Any] | None:
+  """Returns the dictionary that holds the key; None if there is no such key."""
+  *parents, name = key.split(".")
+  for part in parents:
+    saved = saved.get(part, {})
+  return saved if name in saved else None
+
+
+def _fill(config: ConfigDict, base: ConfigDict) -> ConfigDict:
+  # Below these, the experiment chooses the keys, so none of them is missing.
+  own = ("sources", "multipliers", "beside", "local")
+  for key, value in base.items():
+    if key not in config:
+      config[key] = value
+    elif isinstance(value, ConfigDict) and key not in own:
+      _fill(config[key], value)
+  return config
 
 
 def check(config: ConfigDict, workdir: str) -> None:
@@ -72,7 +126,7 @@ def check(config: ConfigDict, workdir: str) -> None:
   root = files.absolute(workdir)
   try:
     if _has_run(root):
-      _same_experiment(configs.completed(_saved(root)), config)
+      _same_experiment(completed(_saved(root)), config)
   except ImportError as e:
     raise UserError(
       f"--workdir={workdir}: object storage wants a package more ({e}): "

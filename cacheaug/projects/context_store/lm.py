@@ -183,7 +183,7 @@ class StoredLM(LM):
       self.coprocessor.spec.kind.check("store")
 
   def identity(self, latents: bool) -> Identity:
-    """What decides the contexts computed here, with latents or without.
+    """The identity of contexts that this LM computes, with or without latents.
 
     Every bit of the weights counts: `fingerprint` rounds them to bfloat16,
     which would take a decoder for its own rounded copy.
@@ -366,6 +366,6 @@ class StoredLM(LM):
 
 
 def with_store(lm: LM, store: Store, *, keep: bool = False) -> StoredLM:
-  """The same decoder and coprocessor, before a store; see StoredLM."""
+  """An LM of the same parts that reads from a store; see StoredLM."""
   fields = {f.name: getattr(lm, f.name) for f in dataclasses.fields(LM)}
   return StoredLM(**fields, store=store, keep=keep)

@@ -58,7 +58,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-  """What computed an entry; another's is never served."""
+  """Identifies the models of an entry; another's is never served."""
 
   decoder: str  # fingerprint of weights and architecture
   dtype: str  # of the activations, and so of the cache

@@ -77,7 +77,7 @@ def measure(
   batches: Batches,
   spec: Layout,
 ) -> Contexts:
-  """What latents gain after every token, and what gates look at.
+  """The gain of latents after every token, and the inputs of gates.
 
   Raises:
     UserError: no token has room for a trace.
@@ -172,7 +172,7 @@ def gain_interval(
 def scores(
   contexts: Contexts, head: Params, seed: int = 0
 ) -> dict[str, np.ndarray]:
-  """What each gate ranks contexts by, [T]."""
+  """Each gate's scores, by which it ranks contexts: name -> [T]."""
   noise = np.random.default_rng(seed).random(len(contexts))
   return {
     LEARNED: np.asarray(gates.predicted_gain(head, contexts.hidden)),

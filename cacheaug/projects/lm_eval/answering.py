@@ -118,7 +118,7 @@ class Answerer:
   def loglikelihoods(
     self, pairs: Sequence[tuple[Ids, Ids]]
   ) -> list[dict[str, tuple[float, bool]]]:
-    """Of each (context, continuation), neither empty, by column.
+    """Scores each (context, continuation), neither empty, in each column.
 
     Returns:
       the continuation's log-probability in nats, and whether each of its
@@ -143,7 +143,7 @@ class Answerer:
     return [self._known[pair] for pair in cut]
 
   def texts(self, requests: Sequence[Request]) -> list[dict[str, str]]:
-    """What follows each prompt, up to a stop string, by column.
+    """Continues each prompt up to a stop string, in each column.
 
     Raises:
       UserError: more new tokens than the decoder has positions.
@@ -373,7 +373,7 @@ def _loglikelihood(
   targets: jax.Array,  # [B, M, A] tokens
   lengths: jax.Array,  # [B, M, 1], of which so many count
 ) -> tuple[jax.Array, jax.Array]:  # nats [B, M], most likely [B, M]
-  """Of M continuations of each context, side by side."""
+  """Scores M continuations of each context, side by side."""
   b, m, a = targets.shape
   hidden = jnp.broadcast_to(
     context.hidden[:, None, None], (b, m, 1, context.hidden.shape[-1])
@@ -415,7 +415,7 @@ def _running(
   points: jax.Array,  # [B, M], -1 = none
   spec: Layout,
 ) -> tuple[jax.Array, jax.Array]:  # nats [B, T - 1], [B, M, A]
-  """Of each token, and of those after each point with latents."""
+  """Nll of each token, and of the tokens after each point with latents."""
   hidden, cache = objective.context_pass(
     model, decoder, tokens, documents, spec
   )

@@ -46,7 +46,7 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-  """What a file holds, converted, and whether `process_docs` is done."""
+  """A file's records, converted, and whether `process_docs` is done."""
 
   path: pathlib.Path
   rows: list[Record]
@@ -83,7 +83,7 @@ def read(
     try:
       row = form.convert(record)
     except (ValueError, KeyError, IndexError, TypeError) as e:
-      raise UserError(f"{where}: {_one_line(e)}") from e
+      raise UserError(f"{where}: {one_line(e, 1000)}") from e
     rows.append({key: record[key] for key in keep} | row)
   if form is None:
     raise UserError(f"{path}: holds no record: give at least one")
@@ -96,7 +96,7 @@ def _objects(path: pathlib.Path):
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
   except (OSError, EOFError) as e:
-    raise UserError(f"{path}: cannot be read ({_one_line(e)})") from e
+    raise UserError(f"{path}: cannot be read ({one_line(e, 1000)})") from e
   except UnicodeDecodeError as e:
     raise UserError(f"{path}: not UTF-8 text") from e
   if path.suffix == ".json":
@@ -136,7 +136,7 @@ def _check(record: Record, form: Form, where: str) -> None:
 
 
 def _faults(record: Record, form: Form) -> list[str]:
-  """What is wrong with each of a form's keys, if anything."""
+  """Faults of a record's keys under each form; empty where it fits."""
   faults = []
   for key, kinds in form.keys.items():
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
@@ -150,7 +150,3 @@ def _faults(record: Record, form: Form) -> list[str]:
       wanted = " or ".join(_NAMES[kind] for kind in kinds)
       faults.append(f"key {key!r} is {value!r:.40}, not {wanted}")
   return faults
-
-
-def _one_line(error: Exception) -> str:
-  return one_line(error, 1000)

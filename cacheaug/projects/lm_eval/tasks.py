@@ -184,7 +184,7 @@ def _subsets(
 
 
 def _is_subset(name: str, subset: str) -> bool:
-  """Of the task files that a pattern finds, those of the benchmark."""
+  """Whether a task file that a pattern finds is of the benchmark."""
   if name == "agieval":  # The English ones, as the Gemma reports.
     chinese = ("gaokao", "jec", "logiqa-zh", "agieval")
     return not subset.startswith(chinese)
@@ -243,7 +243,7 @@ def _documents(
 
 
 def _spread(limit: int, sizes: list[int]) -> list[int]:
-  """How many documents of each subset; `limit` in all, 0 for all there are."""
+  """Documents to take of each subset; `limit` in all, 0 for every one."""
   if not limit:
     return sizes
   taken = [0] * len(sizes)
@@ -308,7 +308,7 @@ def _after_prompt(
 def _shown_as(
   config: dict[str, Any], subset: _Subset, examples: list[Record]
 ) -> dict[str, Any]:
-  """How worked examples are chosen and their answers written."""
+  """Task keys that choose worked examples and write their answers."""
   shown = dict(config.get("fewshot_config") or {})
   if subset.examples is None:
     shown["sampler"] = "first_n"

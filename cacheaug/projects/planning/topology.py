@@ -157,5 +157,5 @@ def _gpus(topology: Topology) -> list[jax.Device]:
       topology=f"{topology.slices}x1x{topology.shape[0]}",
     ).devices
   except Exception as e:  # plugins of several makers and versions
-    reason = " ".join(str(e).split())[:160]
+    reason = one_line(e)
     raise NoCompiler(f"jax's CUDA plugin refuses ({reason})") from e
