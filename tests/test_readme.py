@@ -240,6 +240,7 @@ def test_training_commands(command, tmp_path):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_gating_command(tmp_path):
   words = _matching("python -m cacheaug.projects.gating.report")[0]
   words = [w for w in words if not w.startswith("--out")]
