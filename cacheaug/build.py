@@ -58,11 +58,7 @@ def open_model(
     model_config = pretrained.read_config(directory)
     tokenizer = tokenizers.load(str(directory) if spec == "decoder" else spec)
   validate.check_model(config, model_config)
-  if tokenizer.vocab_size > model_config.vocab_size:
-    raise UserError(
-      f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries, the "
-      f"decoder's vocabulary {model_config.vocab_size}: give the decoder's own"
-    )
+  _check_vocabulary(f"tokenizer {tokenizer.name}", tokenizer, model_config)
   return make_model(config, model_config, mesh), tokenizer
 
 
@@ -242,6 +238,17 @@ def parameters(tree: Params) -> int:
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
+def _check_vocabulary(
+  label: str, tokenizer: tokenizers.Tokenizer, model_config: ModelConfig
+) -> None:
+  """Refuses a tokenizer whose texts have ids that the decoder does not."""
+  if tokenizer.vocab_size > model_config.vocab_size:
+    raise UserError(
+      f"{label} has {tokenizer.vocab_size} entries, the decoder's vocabulary "
+      f"{model_config.vocab_size}: give the decoder's own"
+    )
+
+
 def _platform(mesh: sharding.AnyMesh) -> str:
   """Of the mesh's devices; this machine's where it has none."""
   if isinstance(mesh, jax.sharding.Mesh):
@@ -273,8 +280,7 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
   """
   if dtype not in DTYPES:
     raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-  if dtype == "auto":
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  dtype = _dtype(dtype, jax.default_backend())
   directory = pretrained.resolve(str(path))
   config = pretrained.read_config(directory)
   tokenizer = None
@@ -283,14 +289,10 @@ def load(path: str | Path, *, dtype: Any = "auto") -> LM:
   if directory.is_file() or any((directory / name).exists() for name in names):
     tokenizer = tokenizers.load(str(directory))
     stop_ids |= {tokenizer.eos_id} - {None}
-    if tokenizer.vocab_size > config.vocab_size:
-      raise UserError(
-        f"{directory}: its tokenizer has {tokenizer.vocab_size} entries, the "
-        f"decoder's vocabulary {config.vocab_size}: give the decoder's own"
-      )
+    _check_vocabulary(f"{directory}: its tokenizer", tokenizer, config)
   decoder = pretrained.load(directory, config, dtype=dtype)
   return LM(
-    model=Transformer(config, dtype=jnp.dtype(dtype)),
+    model=Transformer(config, dtype=dtype),
     decoder=decoder,
     tokenizer=tokenizer,
     fingerprint=leaves.fingerprint(decoder),

@@ -390,5 +390,9 @@ def test_former_names_find_the_same_modules():
     if not _flags_at_import(modules()[name]):
       assert importlib.import_module(former) is importlib.import_module(name)
       assert sys.modules[name].__spec__.name == name
+  # What scripts of before call on one of them.
+  former = importlib.import_module("cacheaug.model.pretrained")
+  names = "resolve", "read_config", "load", "save", "stop_ids", "fingerprint"
+  assert all(callable(getattr(former, name)) for name in names)
   with pytest.raises(ImportError):
     importlib.import_module("cacheaug.matchings")

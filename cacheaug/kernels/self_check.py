@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from cacheaug.errors import UserError
+from cacheaug.errors import UserError, one_line
 from cacheaug.kernels import context_attention, dispatch
 
 # B sequences, K key heads, S slots: more than one tile of rows and of slots
@@ -172,8 +172,7 @@ def compare(
     out, lse = jax.device_get(jax.jit(forward)(*arguments))
     dq = jax.device_get(jax.jit(backward_dq)(*arguments, *rest))
   except Exception as e:  # noqa: BLE001, compilers raise what they like
-    reason = " ".join(str(e).split())[:200]
-    return f"does not run ({type(e).__name__}: {reason})"
+    return f"does not run ({type(e).__name__}: {one_line(e, 200)})"
   return difference(case, out, lse, dq, TOLERANCE[shapes.dtype])
 
 

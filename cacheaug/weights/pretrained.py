@@ -14,10 +14,14 @@ from typing import Any
 from cacheaug.errors import UserError
 from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params
-from cacheaug.weights import gguf_io, google_gemma, hub, huggingface
+from cacheaug.weights import gguf_io, google_gemma, hub, huggingface, leaves
 
 SHIPPED = "shipped:"
 _ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
+
+# Whatever was read is written in Hugging Face's layout.
+save = huggingface.save
+fingerprint = leaves.fingerprint
 
 
 def resolve(path: str) -> pathlib.Path:
