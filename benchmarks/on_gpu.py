@@ -211,7 +211,7 @@ def step(figures: Figures, tiny: bool) -> None:
     variants = ["structured", *peers]
     run = functools.partial(_step, config, variants)
     figures.measure(f"{case} batch 1", run)
-    batch = largest_batch(config)
+    batch = largest_batch(config, doublings=1 if tiny else 4)
     while batch > 1:
       config.data.batch = batch
       run = functools.partial(_step, config, ["structured"])
@@ -248,7 +248,7 @@ def step_config(name: str, latents: int, *, tiny: bool = False) -> Any:
   c.optimizer.accumulation = 1
   if tiny:
     c.decoder.shape.update(
-      vocab_size=512, width=64, layers=2, mlp_width=128, head_dim=32
+      vocab_size=512, width=64, layers=1, mlp_width=128, head_dim=32
     )
     c.coprocessor.latents, c.traces.count, c.data.sequence = 4, 4, 64
     c.precision.compute = c.precision.decoder = "float32"
@@ -258,13 +258,18 @@ def step_config(name: str, latents: int, *, tiny: bool = False) -> Any:
   return configs.resolve(c, given=())
 
 
-def largest_batch(config: Any) -> int:
-  """The largest power of two that should fit, by arithmetic over shapes."""
+def largest_batch(config: Any, doublings: int) -> int:
+  """The largest power of two that should fit, by arithmetic over shapes.
+
+  Args:
+    config: of the batch to begin with.
+    doublings: of it, at most.
+  """
   stats = jax.local_devices()[0].memory_stats() or {}
   limit = stats.get("bytes_limit", 2**30)
   model_config = configs.model_of(config)
   batch = config.data.batch
-  for _ in range(4):
+  for _ in range(doublings):
     bigger = configs.resolve(config, given=())
     bigger.data.batch = 2 * batch
     sizes = memory.arithmetic(bigger, model_config, jax.device_count())
@@ -369,7 +374,7 @@ def decode(figures: Figures, tiny: bool) -> None:
   """Tokens a second beside what reading the weights alone would take."""
   chip = machine.of_device_kind(jax.devices()[0].device_kind)
   for name in ("gemma3_270m", "gemma2_2b"):
-    for batch in (1, 16):
+    for batch in (2,) if tiny else (1, 16):
       run = functools.partial(_decode, name, batch, chip, tiny)
       figures.measure(f"{name} batch {batch}", run)
 
