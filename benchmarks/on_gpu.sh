@@ -7,7 +7,7 @@
 # --wheels=DIR of what is missing (benchmarks/on_gpu_wheels.sh gathers them).
 # Parts, in order, each with its own time limit; what is measured is written as
 # it comes, a part that is run again goes on where it was stopped:
-#   kernels        errors against float64, useful TFLOP/s       45 s
+#   kernels        errors against float64, useful TFLOP/s       55 s
 #   step           Gemma-2 2B and Gemma-3 270M, and peers       130 s
 #   deterministic  the same step twice, with and without        40 s
 #   flex           the step in PyTorch with FlexAttention       70 s
@@ -94,7 +94,7 @@ train() {
 
 run_part() {
   case $1 in
-    kernels) measure 45 kernels ;;
+    kernels) measure 55 kernels ;;
     step) measure 130 step ;;
     deterministic) measure 40 deterministic ;;
     # JAX only checks the loss there: PyTorch has the GPU to itself.
