@@ -276,8 +276,8 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as directory:
     huggingface.save(directory, shape, made.decoder)
     load = transformers.AutoModelForCausalLM.from_pretrained
-    # The others take no soft cap.
-    kernel = "eager" if shape.attention_softcap else "sdpa"
+    # Gemma 2 has a soft cap, which transformers' other kernels do not take.
+    kernel = "eager" if shape.family == "gemma2" else "sdpa"
     decoder = load(directory, attn_implementation=kernel, dtype=torch.float32)
     layout = configs.layout_of(config)
     peer = Peer(decoder, state.params, layout, 1e-12)
