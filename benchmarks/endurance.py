@@ -276,7 +276,7 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=2000)
   parser.add_argument("--config", default="")
   parser.add_argument("flags", nargs="*", help="of the run `once`, after --")
-  given = parser.parse_args()
+  given = parser.parse_intermixed_args()
   if given.what == "once" and not given.config:
     parser.error("once needs --config")
   directory = given.directory.absolute()
