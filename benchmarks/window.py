@@ -80,7 +80,7 @@ States = Callable[[Text, jax.Array], jax.Array]
 
 def whole(text: Text, points: jax.Array, *, ahead: int) -> jax.Array:
   """Those of the context pass itself."""
-  at = jnp.maximum(points, 0)[..., None] + jnp.arange(ahead)
+  at = jnp.maximum(points, 0)[..., None] + jnp.arange(ahead)[None, None]
   at = jnp.minimum(at, text.tokens.shape[1] - 1)
   return jax.vmap(lambda row, i: row[i])(text.hidden, at)
 
@@ -104,7 +104,7 @@ def anew(model: Transformer, decoder: Params, layout: Layout) -> States:
   w, s = layout.window, layout.ahead
 
   def states(text, points):
-    at = jnp.maximum(points, 0)[..., None] + jnp.arange(1 - w, s)
+    at = jnp.maximum(points, 0)[..., None] + jnp.arange(1 - w, s)[None, None]
     inside = jnp.clip(at, 0, text.tokens.shape[1] - 1)
     tokens = jax.vmap(lambda row, i: row[i])(text.tokens, inside)
     rows = QueryLayout(at, jnp.ones_like(at), jnp.zeros_like(at))
@@ -149,7 +149,7 @@ def heaviest(
     weight = up_to(last + layout.window)
     if recent:
       weight -= up_to(jnp.maximum(last, 0))
-    slots = jnp.arange(text.tokens.shape[1])
+    slots = jnp.arange(text.tokens.shape[1])[None, None]
     gone = (slots >= first[..., None]) & (slots <= last[..., None])
     weight = jnp.where(gone[None, ..., None], weight, -1.0)
     _, kept = jax.lax.top_k(weight.swapaxes(3, 4), layout.latents)
@@ -203,14 +203,16 @@ def pooled(model: Transformer, decoder: Params, layout: Layout) -> States:
   def entries(text, first, last):
     cache = text.cache
     back = rope_of_layers(c, -cache.positions, scaled=False)
-    parts = jnp.arange(n + 1) * (last + 1 - first)[..., None] // n
+    parts = jnp.arange(n + 1)[None, None] * (last + 1 - first)[..., None] // n
     bounds = jnp.maximum(first[..., None] + parts, 0)  # [B, m, N + 1]
     sizes = jnp.maximum(bounds[..., 1:] - bounds[..., :-1], 1)
 
     def means(x):  # [L, B, S, K, E] -> [L, B, m, N, K, E]
       sums = jnp.pad(x.cumsum(2), ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))
       sums = jax.vmap(lambda x, i: x[:, i], (1, 0), 1)(sums, bounds)
-      return (sums[:, :, :, 1:] - sums[:, :, :, :-1]) / sizes[..., None, None]
+      return (sums[:, :, :, 1:] - sums[:, :, :, :-1]) / sizes[
+        None, ..., None, None
+      ]
 
     middle = (bounds[..., 1:] + bounds[..., :-1]) // 2
     keys = means(rotate(cache.keys, back))
@@ -316,7 +318,8 @@ def measured(
     def some(points):  # [B, m]
       likely = log_likely(states(text, points))
       teacher = log_likely(whole(text, points, ahead=layout.ahead))
-      at = jnp.maximum(points, 0)[..., None] + jnp.arange(1, layout.ahead + 1)
+      after = jnp.arange(1, layout.ahead + 1)[None, None]
+      at = jnp.maximum(points, 0)[..., None] + after
       at = jnp.minimum(at, tokens.shape[1] - 1)
       target = jax.vmap(lambda row, i: row[i])(tokens, at)[..., None]
       nll = -jnp.take_along_axis(likely, target, -1)[..., 0]

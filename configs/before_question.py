@@ -5,8 +5,9 @@
   python benchmarks/before_question.py --workdir=runs/before_question
 
 The cycles and the decoder of configs/quickstart.py, but latents stand where the
-facts end, and six questions come after, which the coprocessor cannot know. Not
-trained yet.
+facts end, and six questions come after, which the coprocessor cannot know and
+which are not learned: the answers alone are. Figures:
+docs/results/before_question.md.
 """
 
 import runpy
@@ -26,7 +27,7 @@ def get_config() -> ConfigDict:
   c.traces.count = 1
   c.traces.ahead = QUESTIONS * TOKENS
   c.data.sources.hops.questions = QUESTIONS
-  c.data.sources.hops.answers_from = "facts"
+  c.data.sources.hops.answers_from = "after_facts"
   c.data.sources.hops.validation_sequences = 1024
   c.data.sequence = 25 + QUESTIONS * TOKENS
   c.eval.sequences = 1024

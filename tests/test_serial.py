@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from cacheaug.augment import objective, point_sampling, traces
 from cacheaug.data import (
   opening,
   problems,
@@ -14,6 +15,7 @@ from cacheaug.data import (
   tokenizers,
 )
 from cacheaug.errors import UserError
+from cacheaug.evals import perplexity
 
 BYTES = tokenizers.ByteTokenizer()
 _SIZES = {"hops": (5, 9), "compose": (3, 5), "reorder": (3, 5)}
@@ -185,6 +187,33 @@ def test_answers_from_the_facts_on():
     facts, rest = (BYTES.decode(tokens[here & m]) for m in (~answers, answers))
     assert facts.count("\n") == 1 and len(facts) == 8 * 3
     assert len(rest) == 3 * 4 and rest.count("\n") == 3
+
+
+def test_questions_after_the_facts_are_not_learned():
+  batch = _open(answers_from="after_facts", results=False).at(0)
+  whole = _open(answers_from="facts", results=False).at(0)
+  for name, expected in whole.items():
+    np.testing.assert_array_equal(batch[name], expected)
+  asked = batch["asked"]
+  learned = batch["answers"] & ~asked
+  for tokens, here in zip(batch["tokens"], learned, strict=True):
+    text = BYTES.decode(tokens[here])
+    assert [len(line) for line in text.split("\n")[:3]] == [1, 1, 1]
+  # A question is a digit and a letter, an answer a letter and its line's end.
+  assert asked.sum() == learned.sum() > 0
+  layout = traces.Layout(latents=2, ahead=12)
+  begin = point_sampling.before_beginnings(batch["answers"])
+  points = np.argmax(begin, 1)[:, None]
+  placed = traces.layout_traces(
+    batch["tokens"], batch["documents"], points, layout
+  )
+  weights = objective.learned(placed, batch)
+  np.testing.assert_array_equal(weights[:, 0], np.tile([0, 0, 1, 1], (4, 3)))
+  np.testing.assert_array_equal(objective.learned(placed, whole), 1.0)
+  table = perplexity.point_weights(batch["documents"], layout)
+  table = perplexity.of_answers(table, batch)
+  rows = np.arange(4)
+  np.testing.assert_array_equal(table[rows, points[:, 0]], weights[:, 0])
 
 
 def test_validation_rows_are_filled_up():

@@ -188,7 +188,19 @@ def coprocessor_loss(
   hidden, cache = context_pass(model, decoder, tokens, documents, layout)
   source = coprocessor.source_cache(model, coproc, cache, hidden, layout)
   nll = traces_nll(model, decoder, coproc, cache, traces, source)
-  return (nll * traces.weights).sum((0, 1)), traces.weights.sum((0, 1))
+  weights = learned(traces, batch)
+  return (nll * weights).sum((0, 1)), weights.sum((0, 1))
+
+
+def learned(traces: Traces, batch: dict[str, jax.Array]) -> jax.Array:
+  """[B, M, A] the traces' weights, without tokens that a batch has as asked."""
+  if "asked" not in batch:
+    return traces.weights
+  after = jnp.arange(1, traces.targets.shape[-1] + 1)
+  at = jnp.maximum(traces.points, 0)[..., None] + after[None, None]
+  at = jnp.minimum(at, batch["asked"].shape[-1] - 1)
+  asked = jax.vmap(lambda row, i: row[i])(batch["asked"], at)
+  return traces.weights * ~asked
 
 
 def points_nll(
@@ -255,7 +267,8 @@ def _over_traces(
   index += jnp.arange(layout.tokens_predicted)[None, None]
   index = jnp.minimum(index, tokens.shape[-1] - 2)
   nll = jax.vmap(lambda row, i: row[i])(nll, index)
-  return (nll * traces.weights).sum((0, 1)), traces.weights.sum((0, 1))
+  weights = learned(traces, batch)
+  return (nll * weights).sum((0, 1)), weights.sum((0, 1))
 
 
 def next_token_nll(
@@ -294,5 +307,7 @@ def language_model_loss(
   same &= documents[:, 1:] >= 0
   if "answers" in batch:
     same &= batch["answers"][:, 1:]
+  if "asked" in batch:
+    same &= ~batch["asked"][:, 1:]
   weights = same.astype(jnp.float32)
   return (nll * weights).sum()[None], weights.sum()[None]

@@ -143,15 +143,16 @@ def coprocessor_loss(
     latents_of=terms.supervision_at if terms.supervision else None,
   )
   nll = objective.rows_nll(model, decoder, states, traces.targets)
-  sums = (nll * traces.weights).sum((0, 1)), traces.weights.sum((0, 1))
+  learned = objective.learned(traces, batch)
+  sums = (nll * learned).sum((0, 1)), learned.sum((0, 1))
   along = decays(terms.decay, layout.tokens_predicted)
   total, extras = (sums[0] * along).sum(), {}
   if terms.teacher:
     divergence = teacher_divergence(
       model, decoder, hidden, states, points, terms.teacher_top
     )
-    divergence *= traces.weights
-    extras["teacher"] = divergence.sum(), traces.weights.sum()
+    divergence *= learned
+    extras["teacher"] = divergence.sum(), learned.sum()
     total += terms.teacher * (divergence.sum((0, 1)) * along).sum()
   if terms.supervision:
     labels, weights = labels_of(

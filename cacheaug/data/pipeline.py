@@ -91,6 +91,7 @@ class Batches:
     """
     self._answers = answers
     self._results = max(part.steps for part in parts) if results else 0
+    self._asks = any(getattr(part, "asks", False) for part in parts)
     self._parts = parts
     self._labels = labels
     self._starts = np.cumsum([0] + [len(part) for part in parts[:-1]])
@@ -128,7 +129,8 @@ class Batches:
 
     Returns:
       {'tokens': int32 [B/P, S], 'documents': int32 [B/P, S]}, and with
-      data.answers_only 'answers': bool [B/P, S]. Documents are unique over all
+      data.answers_only 'answers': bool [B/P, S], and maybe 'asked', which of
+      them are questions' and not learned. Documents are unique over all
       sources, and -1 on padding, whose token is pad_id. With data.results
       'results': int32 [B/P, S, K], the first token of the result of each of K
       steps of the question that ends at a token, -1 elsewhere.
@@ -201,6 +203,7 @@ class Batches:
     tokens = np.empty(shape, np.int32)
     documents = np.empty(shape, np.int32)
     answers = np.empty(shape, bool)
+    asked = np.empty(shape, bool)
     results = np.full((*shape, self._results), -1, np.int32)
     for k in np.unique(parts):
       chosen = parts == k
@@ -213,6 +216,8 @@ class Batches:
       offset = np.int32(self._offsets[k])
       answers[chosen] = marks >= shards.ANSWER
       numbers = np.where(answers[chosen], marks - shards.ANSWER, marks)
+      asked[chosen] = numbers >= shards.ASKED
+      numbers = np.where(asked[chosen], numbers - shards.ASKED, numbers)
       documents[chosen] = np.where(numbers < 0, numbers, numbers + offset)
       if self._results:
         steps = self._parts[k].results(examples[chosen] - self._starts[k])
@@ -220,12 +225,15 @@ class Batches:
     batch = {"tokens": tokens, "documents": documents}
     if self._answers:
       batch["answers"] = answers
+    if self._asks:
+      batch["asked"] = asked
     return batch | {"results": results} if self._results else batch
 
 
 def pad_rows(batch: Batch, rows: int, pad_id: int = 0) -> Batch:
   """The batch with rows of padding added, up to `rows` rows."""
-  fill = {"tokens": pad_id, "documents": -1, "answers": False, "results": -1}
+  fill = {"tokens": pad_id, "documents": -1, "results": -1}
+  fill |= {"answers": False, "asked": False}
   missing = rows - len(batch["tokens"])
   return {
     name: np.pad(

@@ -13,7 +13,7 @@ if typing.TYPE_CHECKING:
   import ml_collections
 
 ENDLESS = 1 << 40  # training rows are numbered from 0 to here
-ANSWERS_FROM = ("cue", "facts")
+ANSWERS_FROM = ("cue", "facts", "after_facts")
 
 
 def seed_for(seed: int, purpose: str) -> int:
@@ -58,6 +58,7 @@ class ProblemRows:
     num_documents: problems in the validation split; 0 for the endless one.
     num_source_documents: document numbers are below it.
     steps: K, the most results that a question has.
+    asks: whether some tokens are marked as ASKED.
   """
 
   num_source_documents = 1 << 28
@@ -100,7 +101,8 @@ class ProblemRows:
         "data.results=False"
       )
     self.steps = source.steps_max
-    self._from_facts = source.answers_from == "facts"
+    self._answers_from = source.answers_from
+    self.asks = answers and source.answers_from == "after_facts"
     self._tokenizer = tokenizer
     self._sequence = sequence
     self._answers = answers
@@ -196,18 +198,28 @@ class ProblemRows:
     if not self._answers:
       ids = tokenizers.with_special(self._tokenizer, problem.text)
       return ids, np.zeros(len(ids), np.int32)
-    if self._from_facts:
-      facts = problem.question[: problem.facts]
-      parts = [(facts, problem.text[len(facts) :])]
-    else:
-      parts = [(turn.question, turn.ending) for turn in problem.turns]
     ids = list(self._tokenizer.prefix)
     marks = [0] * len(ids)
-    for question, answer in parts:
-      for text, mark in ((question, 0), (answer, shards.ANSWER)):
-        new = encode(text)
-        ids += new
-        marks += [mark] * len(new)
+    for text, mark in self._parts(problem):
+      new = encode(text)
+      ids += new
+      marks += [mark] * len(new)
     ids += self._tokenizer.suffix
     marks += [shards.ANSWER] * len(self._tokenizer.suffix)
     return ids, np.array(marks, np.int32)
+
+  def _parts(self, problem: problems.Problem) -> list[tuple[str, int]]:
+    """The text in parts that are encoded each on its own, and their marks."""
+    facts = problem.question[: problem.facts]
+    if self._answers_from == "facts":
+      return [(facts, 0), (problem.text[len(facts) :], shards.ANSWER)]
+    parts = []
+    for turn in problem.turns:
+      parts += (turn.question, 0), (turn.ending, shards.ANSWER)
+    if self.asks:
+      parts[0] = problem.question[len(facts) :], 0
+      parts = [
+        (text, mark or shards.ANSWER + shards.ASKED) for text, mark in parts
+      ]
+      parts.insert(0, (facts, 0))
+    return parts

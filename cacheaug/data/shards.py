@@ -8,7 +8,7 @@ exist.
 A row is the bytes of tokens uint16[S] (int32[S] for a vocabulary over 65536)
 followed by documents int32[S]: the number of the document each token belongs
 to, counted over the whole source, and -1 on padding. `ANSWER` is added to it on
-tokens of an answer.
+tokens of an answer, and `ASKED` too on those of questions between answers.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from cacheaug.run import files
 
 SPLITS = ("train", "validation")
 ANSWER = 1 << 30  # above every number of a document
+ASKED = 1 << 29  # likewise, added beside ANSWER where it is not learned
 
 # Rows of a split up to this size are kept in memory: reading one at random
 # from disk takes 30 us, from memory less than 1.

@@ -74,7 +74,8 @@ def source_defaults() -> "ml_collections.ConfigDict":
   # problems of serial kinds: questions about the same facts.
   source.questions = 1
   # problems: what data.answers_only takes for the answer: that alone ('cue'),
-  # or all that follows the facts, questions too ('facts').
+  # or all that follows the facts, questions too ('facts'); 'after_facts' has
+  # the points of 'facts' and learns the answers alone.
   source.answers_from = "cue"
   # problems: sequences in the validation split (training has no end).
   source.validation_sequences = 64

@@ -59,13 +59,22 @@ def point_weights(
 def of_answers(weights: jax.Array, batch: Batch) -> jax.Array:  # [B, S, A]
   """0 also where no answer begins next, in batches that mark answers.
 
+  And at tokens of later questions, where batches mark those.
+
   Training draws those points before all others, and latents of a prompt that
   is to be answered stand at its end. After a token within an answer they stand
   where few or no traces of the training did.
   """
   if "answers" not in batch:
     return weights
-  return weights * point_sampling.before_beginnings(batch["answers"])[..., None]
+  begin = point_sampling.before_beginnings(batch["answers"])[..., None]
+  if "asked" in batch:
+    s, a = weights.shape[1:]
+    target = jnp.arange(s)[:, None] + jnp.arange(1, a + 1)[None]
+    begin = begin & ~jnp.take(
+      batch["asked"], jnp.minimum(target, s - 1), axis=-1
+    )
+  return weights * begin
 
 
 def points_of(

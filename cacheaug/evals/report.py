@@ -95,8 +95,9 @@ def make_rows(
   for position in sums.positions:
     before, tokens = sums.column(base, position)
     after, _ = sums.column(column, position)
-    # Short documents may not reach the far positions; none at all is refused.
-    if rows and not len(tokens):
+    # Short documents may not reach the far positions, and tokens of questions
+    # do not count; no token at all is refused.
+    if not len(tokens) and sums.tokens.any():
       continue
     change, low, high = paired_interval(before, after, tokens, seed=seed)
     rows.append(
