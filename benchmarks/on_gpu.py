@@ -121,8 +121,10 @@ def kernels(figures: Figures, tiny: bool) -> None:
 def _kernel(shapes, heads, modules, tiny):
   found = {"shapes": dataclasses.asdict(shapes)}
   _, module = modules[0]
-  # jax takes a minute to interpret a Mosaic kernel on the check's shapes.
-  if not (tiny and module is context_mosaic):
+  if tiny and module is context_mosaic:
+    # The interpreter of jax 0.10 hangs at larger arrays, like the check's.
+    shapes = dataclasses.replace(shapes, head_dim=64)
+  else:
     found |= _errors(shapes, module, tiny)
   if shapes.dtype == "bfloat16":
     found |= _speeds(shapes, heads, modules, tiny)
