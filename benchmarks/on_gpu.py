@@ -2,10 +2,10 @@
 
   python benchmarks/on_gpu.py PART --out=DIR [--seconds=N] [--tiny]
 
-PART: kernels, step, deterministic, flex, cross_entropy, decode. Figures are
-lines of DIR/PART.jsonl, one a case. A case that is there is not measured again,
-one that fails leaves its reason, and none begins after --seconds. --tiny runs
-every line of a part at small shapes, on any machine.
+PART: kernels, mosaic, step, deterministic, flex, cross_entropy, decode. Figures
+are lines of DIR/PART.jsonl, one a case. A case that is there is not measured
+again, one that fails leaves its reason, and none begins after --seconds. --tiny
+runs every line of a part at small shapes, on any machine.
 """
 
 import argparse
@@ -27,7 +27,12 @@ import on_gpu_report
 
 from cacheaug import benchmark, sharding
 from cacheaug import config as configs
-from cacheaug.kernels import context_attention, context_gpu, self_check
+from cacheaug.kernels import (
+  context_attention,
+  context_gpu,
+  context_mosaic,
+  self_check,
+)
 from cacheaug.lm import LM
 from cacheaug.model import config as model_configs
 from cacheaug.model import transformer
@@ -90,42 +95,68 @@ def device_name() -> str:
 
 def kernels(figures: Figures, tiny: bool) -> None:
   """Every published decoder's shapes: errors; useful TFLOP/s at full size."""
-  interpret = {"interpret": True} if tiny else {}
+  dtypes = ("bfloat16",) if tiny else ("bfloat16", "float32")
+  modules = [("kernel", context_gpu), ("xla", context_attention)]
+  for names, shape in _decoders(tiny):
+    for dtype in dtypes:
+      run = functools.partial(_kernel, *shape, dtype, modules, tiny)
+      figures.measure(f"{names} {dtype}", run)
+
+
+def mosaic(figures: Figures, tiny: bool) -> None:
+  """The same of the Mosaic kernels; a part, so that their failure is theirs."""
+  for names, shape in _decoders(tiny):
+    modules = [("kernel", context_mosaic)]
+    run = functools.partial(_kernel, *shape, "bfloat16", modules, tiny)
+    figures.measure(f"{names} bfloat16 mosaic", run)
+
+
+def _decoders(tiny):
+  """Pairs of names and their (head_dim, groups, softcap, key heads)."""
   seen = {}
   for name in published.PUBLISHED:
     c = model_of(name)
     key = c.head_dim, c.heads // c.kv_heads, c.attention_softcap, c.kv_heads
     seen.setdefault(key, []).append(name)
-  if tiny:
-    seen = dict(list(seen.items())[:1])
-  for (e, groups, softcap, heads), names in seen.items():
-    dtypes = ("bfloat16",) if tiny else ("bfloat16", "float32")
-    for dtype in dtypes:
-      shapes = self_check.Shapes(e, groups, softcap, dtype)
-      run = functools.partial(_kernel, shapes, heads, interpret, tiny)
-      figures.measure(f"{', '.join(names)} {dtype}", run)
+  found = [(", ".join(names), key) for key, names in seen.items()]
+  return found[:1] if tiny else found
 
 
-def _kernel(shapes, heads, interpret, tiny):
-  keywords = {"softcap": shapes.softcap, **interpret}
+def _kernel(head_dim, groups, softcap, heads, dtype, modules, tiny):
+  shapes = self_check.Shapes(head_dim, groups, softcap, dtype)
+  found = {"shapes": dataclasses.asdict(shapes)}
+  _, module = modules[0]
+  if tiny and module is context_mosaic:
+    # The interpreter of jax 0.10 hangs at larger arrays, like the check's.
+    shapes = dataclasses.replace(shapes, head_dim=64)
+  else:
+    found |= _errors(shapes, module, tiny)
+  if shapes.dtype == "bfloat16":
+    found |= _speeds(shapes, heads, modules, tiny)
+  return found
+
+
+def _errors(shapes, module, tiny):
   case = self_check.make_case(shapes)
   first = case.q, case.keys, case.values, case.start, case.stop
   rest = case.lse.astype(np.float32), case.delta.astype(np.float32), case.dout
+  keywords = _keywords(shapes, module, tiny)
   began = time.perf_counter()
-  run = functools.partial(context_gpu.forward, **keywords)
+  run = functools.partial(module.forward, **keywords)
   out, lse = jax.device_get(jax.jit(run)(*first))
-  run = functools.partial(context_gpu.backward_dq, **keywords)
+  run = functools.partial(module.backward_dq, **keywords)
   dq = jax.device_get(jax.jit(run)(*first, *rest))
-  found = {
-    "shapes": dataclasses.asdict(shapes),
+  return {
     "tolerance": self_check.TOLERANCE[shapes.dtype],
     "errors": self_check.errors_of(case, out, lse, dq),
     "check_seconds": time.perf_counter() - began,
   }
-  if shapes.dtype != "bfloat16":
-    return found
-  # One sequence of the paper's traces: R = N + A - 1 rows each, N = 16.
+
+
+def _speeds(shapes, heads, modules, tiny):
+  """At one sequence of the paper's traces: R = N + A - 1 rows, N = 16."""
   traces, rows, slots = (4, 3, 64) if tiny else (M, 31, S)
+  heads = 1 if tiny else heads
   random = np.random.default_rng(0)
   points = np.sort(random.integers(0, slots, (1, traces)), 1)
   stop = (points + 1).repeat(rows * shapes.groups, 1).astype(np.int32)
@@ -140,13 +171,11 @@ def _kernel(shapes, heads, interpret, tiny):
   k, v = normal(keys[2], k_shape), normal(keys[3], k_shape)
   q *= shapes.head_dim**-0.5
   pairs = heads * int(stop.sum())  # that are seen
-  for name, module, more in (
-    ("kernel", context_gpu, interpret),
-    ("xla", context_attention, {}),
-  ):
-    more = more | {"softcap": shapes.softcap}
-    forward = jax.jit(functools.partial(module.forward, **more))
-    backward = jax.jit(functools.partial(module.backward_dq, **more))
+  found = {}
+  for name, module in modules:
+    keywords = _keywords(shapes, module, tiny)
+    forward = jax.jit(functools.partial(module.forward, **keywords))
+    backward = jax.jit(functools.partial(module.backward_dq, **keywords))
     arguments = q, k, v, 0 * stop, stop
     out, lse = forward(*arguments)
     delta = (out * dout).sum(-1)
@@ -154,21 +183,27 @@ def _kernel(shapes, heads, interpret, tiny):
       ("forward", 2, functools.partial(forward, *arguments)),
       ("dq", 3, functools.partial(backward, *arguments, lse, delta, dout)),
     ):
-      seconds = seconds_of(run, 1 if tiny else 20)
+      seconds = seconds_of(run, 1, 0) if tiny else seconds_of(run, 20)
       flop = 2 * products * pairs * shapes.head_dim
       speed = flop / seconds / 1e12
       found[f"{name} {part}"] = {"ms": 1e3 * seconds, "tflops": speed}
   return found
 
 
-def seconds_of(run: Callable[[], Any], repeats: int) -> float:
-  """Median of the time of `run`, in calls that are waited for, after two."""
+def _keywords(shapes, module, tiny):
+  interpret = tiny and module is not context_attention
+  more = {"interpret": True} if interpret else {}
+  return {"softcap": shapes.softcap, **more}
+
+
+def seconds_of(run: Callable[[], Any], repeats: int, before: int = 2) -> float:
+  """Median of the time of `run`, waited for, after `before` other calls."""
   times = []
-  for _ in range(2 + repeats):
+  for _ in range(before + repeats):
     began = time.perf_counter()
     jax.block_until_ready(run())
     times.append(time.perf_counter() - began)
-  return statistics.median(times[2:])
+  return statistics.median(times[before:])
 
 
 # --- the training step --------------------------------------------------------
@@ -183,7 +218,7 @@ def step(figures: Figures, tiny: bool) -> None:
     variants = ["structured", *peers]
     run = functools.partial(_step, config, variants)
     figures.measure(f"{case} batch 1", run)
-    batch = largest_batch(config)
+    batch = largest_batch(config, doublings=1 if tiny else 4)
     while batch > 1:
       config.data.batch = batch
       run = functools.partial(_step, config, ["structured"])
@@ -220,7 +255,7 @@ def step_config(name: str, latents: int, *, tiny: bool = False) -> Any:
   c.optimizer.accumulation = 1
   if tiny:
     c.decoder.shape.update(
-      vocab_size=512, width=64, layers=2, mlp_width=128, head_dim=32
+      vocab_size=512, width=64, layers=1, mlp_width=128, head_dim=32
     )
     c.coprocessor.latents, c.traces.count, c.data.sequence = 4, 4, 64
     c.precision.compute = c.precision.decoder = "float32"
@@ -230,13 +265,18 @@ def step_config(name: str, latents: int, *, tiny: bool = False) -> Any:
   return configs.resolve(c, given=())
 
 
-def largest_batch(config: Any) -> int:
-  """The largest power of two that should fit, by arithmetic over shapes."""
+def largest_batch(config: Any, doublings: int) -> int:
+  """The largest power of two that should fit, by arithmetic over shapes.
+
+  Args:
+    config: of the batch to begin with.
+    doublings: of it, at most.
+  """
   stats = jax.local_devices()[0].memory_stats() or {}
   limit = stats.get("bytes_limit", 2**30)
   model_config = configs.model_of(config)
   batch = config.data.batch
-  for _ in range(4):
+  for _ in range(doublings):
     bigger = configs.resolve(config, given=())
     bigger.data.batch = 2 * batch
     sizes = memory.arithmetic(bigger, model_config, jax.device_count())
@@ -341,7 +381,7 @@ def decode(figures: Figures, tiny: bool) -> None:
   """Tokens a second beside what reading the weights alone would take."""
   chip = machine.of_device_kind(jax.devices()[0].device_kind)
   for name in ("gemma3_270m", "gemma2_2b"):
-    for batch in (1, 16):
+    for batch in (2,) if tiny else (1, 16):
       run = functools.partial(_decode, name, batch, chip, tiny)
       figures.measure(f"{name} batch {batch}", run)
 
@@ -410,6 +450,7 @@ def flex(figures: Figures, tiny: bool) -> None:
 
 PARTS = {
   "kernels": kernels,
+  "mosaic": mosaic,
   "step": step,
   "deterministic": deterministic,
   "flex": flex,

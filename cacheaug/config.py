@@ -159,7 +159,7 @@ def base() -> ConfigDict:
   # products), none, or full (everything; least memory).
   c.remat = "lean"
   # Attention over the context: auto (by device and shape, and logged), or
-  # plain, xla, tpu, gpu, see kernels/dispatch.py.
+  # plain, xla, tpu, gpu, mosaic (Hopper), see kernels/dispatch.py.
   c.attention = "auto"
   # On GPUs: the same bits in every run of a step, at some price. The kernels
   # add in one order in any case; a CPU and a TPU do everywhere.

@@ -1,16 +1,18 @@
 """Compiles the kernels for devices that are not there, and prints a table.
 
-  python tests/compile_kernels.py
+  python tests/compile_kernels.py [TOPOLOGY ...]
 
 Needs libtpu (the `tpu` extra) or jax's CUDA plugin (`cuda`), no TPU and no GPU;
 what is missing is left out. Shapes: one sequence a chip of Gemma-2 2B's pass 3
 with N = 16, A = 16: M = 128 traces of R = 31 rows, S = 2048, bfloat16, soft cap
-50. Ends with the share of (row, slot) pairs that tiles of
-several sizes compute, beside the share needed.
+50; the Mosaic GPU kernels also at the other head_dims. Ends with the share of
+(row, slot) pairs that tiles of several sizes compute, beside the share needed.
+With MOSAIC_GPU_DUMP_PTXAS=1 ptxas prints the registers of the Mosaic kernels.
 """
 
 import functools
 import os
+import sys
 import time
 
 import numpy as np
@@ -51,16 +53,30 @@ def shares(
 
 def compile_for(topology: str):
   """Yields (kernel, seconds, bytes of temporary memory a chip)."""
+  from cacheaug.kernels import (
+    context_gpu,
+    context_mosaic,
+    context_tpu,
+    intervals,
+  )
+
+  if topology not in GPUS:
+    yield from _compile(topology, context_tpu, "", E)
+    return
+  yield from _compile(topology, context_gpu, "", E)
+  for e in intervals.HEAD_DIMS:
+    yield from _compile(topology, context_mosaic, "mosaic ", e, f", E = {e}")
+
+
+def _compile(topology, kernels, before, e, after=""):
   import jax
   import jax.numpy as jnp
   from jax.sharding import NamedSharding, PartitionSpec
 
-  from cacheaug.kernels import context_gpu, context_tpu
   from cacheaug.projects.planning import topology as topologies
 
   chips = topologies.compiler_devices(topologies.parse(topology))
   gpu = topology in GPUS
-  kernels = context_gpu if gpu else context_tpu
   # As for a plan: nothing can be timed here.
   options = {"xla_gpu_autotune_level": 0} if gpu else {}
   mesh = jax.sharding.Mesh(np.array(chips), ("data",))
@@ -70,7 +86,7 @@ def compile_for(topology: str):
     sharding = NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct((len(chips), *shape), dtype, sharding=sharding)
 
-  q, keys = array(K, M * ROWS, E), array(K, S, E)
+  q, keys = array(K, M * ROWS, e), array(K, S, e)
   row = array(M * ROWS, dtype=jnp.int32)
   number = array(K, M * ROWS, dtype=jnp.float32)
   args = q, keys, keys, row, row, number, number, q
@@ -85,7 +101,8 @@ def compile_for(topology: str):
       )
     compiled = lowered.compile(compiler_options=options)
     seconds = time.perf_counter() - begin
-    yield name, seconds, compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    yield f"{before}{name}{after}", seconds, memory
 
 
 def main() -> None:
@@ -97,7 +114,7 @@ def main() -> None:
   print("|---|---|---|---|")
   from cacheaug.projects.planning.topology import NoCompiler
 
-  for topology in (*TOPOLOGIES, *GPUS):
+  for topology in sys.argv[1:] or (*TOPOLOGIES, *GPUS):
     try:
       for name, seconds, size in compile_for(topology):
         print(f"| {topology} | {name} | {seconds:.1f} | {size} |", flush=True)

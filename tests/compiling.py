@@ -11,12 +11,20 @@ single test `as_users_compile_here`.
 
 from importlib import metadata
 
-OPTIONS = {"xla_backend_optimization_level": 0}
+OPTIONS = {
+  "xla_backend_optimization_level": 0,
+  # In 32 parts by default, each with its own costs: a fifth of a compilation
+  # where the other cores have another worker's tests.
+  "xla_cpu_parallel_codegen_split_count": 1,
+}
 if metadata.version("jax").startswith("0.10."):  # later ones refuse it
   OPTIONS["xla_cpu_use_fusion_emitters"] = False
 FLAGS = " ".join(f"--{k}={str(v).lower()}" for k, v in OPTIONS.items())
 # What jaxlib does without FLAGS.
-AS_USERS = {"xla_backend_optimization_level": 3}
+AS_USERS = {
+  "xla_backend_optimization_level": 3,
+  "xla_cpu_parallel_codegen_split_count": 32,
+}
 if "xla_cpu_use_fusion_emitters" in OPTIONS:
   AS_USERS["xla_cpu_use_fusion_emitters"] = True
 

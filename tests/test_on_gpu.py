@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiling
 import jax
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = "kernels", "step", "deterministic", "cross_entropy", "decode", "run"
+PARTS = "kernels", "mosaic", "step", "deterministic", "cross_entropy"
+PARTS += "decode", "run"
 
 
 @pytest.fixture
@@ -132,7 +134,8 @@ def test_dry_run(tmp_path):
   parts = list(PARTS)
   if importlib.util.find_spec("torch"):
     parts.append("flex")
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  # One device, as there.
+  environment = os.environ | {"XLA_FLAGS": compiling.FLAGS}
   done = subprocess.run(
     ["benchmarks/on_gpu.sh", str(tmp_path), "--dry-run", *parts],
     cwd=ROOT,

@@ -57,6 +57,7 @@ def setup(positions="replace", window=0):
   return model, layout, make_params(model), coproc, batch
 
 
+@functools.cache
 def structured(added, step=0, **changes):
   """(total, gradients) of the loss itself."""
   model, layout, decoder, coproc, batch = setup(**changes)
@@ -106,15 +107,15 @@ def total_of(p, states, own, added, **changes):
 
 
 def by_trace(added, states_of, **changes):
-  """(total, gradients), of states_of(coproc, m) -> (states [R, D], own)."""
+  """(total, gradients), of states_of(coproc) -> [M] of (states [R, D], own)."""
   coproc = setup(**changes)[3]
 
   @jit
   def run(coproc):
     def total(coproc):
       out = 0.0
-      for m, p in enumerate(POINTS[0]):
-        out += total_of(p, *states_of(coproc, m), added, **changes)
+      for p, states in zip(POINTS[0], states_of(coproc), strict=True):
+        out += total_of(p, *states, added, **changes)
       return out
 
     return jax.value_and_grad(total)(coproc)
@@ -122,13 +123,13 @@ def by_trace(added, states_of, **changes):
   return run(coproc)
 
 
+@functools.cache
 def alone(added, **changes):
   """The prefix by itself, and rows at its end over a cache that is cut."""
   model, layout, decoder, _, batch = setup(**changes)
   tokens = batch["tokens"]
 
-  def states_of(coproc, m):
-    p = POINTS[0, m]
+  def of_trace(coproc, p):
     _, cache = transformer.prefill(model, decoder, tokens[:, : p + 1])
     copied = transformer.embed(model, decoder, tokens[:, p - N + 1 : p + 1])
     inserted = layout.positions == "insert"
@@ -155,6 +156,9 @@ def alone(added, **changes):
     )
     return states[0], own[0]
 
+  def states_of(coproc):
+    return [of_trace(coproc, p) for p in POINTS[0]]
+
   return by_trace(added, states_of, **changes)
 
 
@@ -167,7 +171,7 @@ def dense(added, **changes):
   segments = traces.segments_of(DOCUMENTS, True)
   order = dense_masks.dense_mask(DOCUMENTS[0], POINTS[0], layout)[None, None]
 
-  def states_of(coproc, which):
+  def states_of(coproc):
     copied = transformer.embed(model, decoder, laid.input_tokens)
     x = coproc["soft_tokens"][None, None] + copied
     _, cache = transformer.prefill(model, decoder, tokens, segments=segments)
@@ -186,7 +190,7 @@ def dense(added, **changes):
     x = jnp.concatenate([context, flat(x)], 2)
     hidden = transformer.run_blocks(model, decoder, x, rows, None)
     states = hidden[0, 0, S:].reshape(m, layout.rows, -1)
-    return states[which], own[0, which]
+    return zip(states, own[0], strict=True)
 
   return by_trace(added, states_of, **changes)
 

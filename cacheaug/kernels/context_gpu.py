@@ -16,8 +16,8 @@ last blocks of rows: traces are sorted by point, so these have the most work,
 and the short blocks fill the gaps at the end.
 
 jax 0.11 deprecates Pallas' Triton backend in favour of the Mosaic GPU one. It
-works up to jax 0.12.0.1, the newest tried. Mosaic kernels have another form
-(explicit copies, barriers, warpgroup products) and were not tried.
+works up to jax 0.12.0.1, the newest tried. context_mosaic.py has the kernels of
+the other backend, for bfloat16 on Hopper.
 """
 
 import dataclasses

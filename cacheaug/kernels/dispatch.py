@@ -14,9 +14,12 @@ KERNELS = {
   "xla": "cacheaug.kernels.context_attention",
   "tpu": "cacheaug.kernels.context_tpu",
   "gpu": "cacheaug.kernels.context_gpu",
+  "mosaic": "cacheaug.kernels.context_mosaic",
 }
 NAMES = ("auto", "plain", *KERNELS)
-PALLAS = ("tpu", "gpu")  # run on the device that they are named after
+# Run on a TPU, a GPU, a Hopper GPU. `auto` chooses the first two alone, until a
+# GPU has measured the third.
+PALLAS = ("tpu", "gpu", "mosaic")
 
 
 @dataclasses.dataclass(frozen=True)

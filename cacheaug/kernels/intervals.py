@@ -115,6 +115,7 @@ def masked_scores(
   stop: jax.Array,  # [q, k] or [q, 1] int32
   softcap: float,
   tanh: Callable[[jax.Array], jax.Array] = jnp.tanh,
+  iota: Callable[..., jax.Array] = jax.lax.broadcasted_iota,
 ) -> tuple[jax.Array, jax.Array | None]:
   """A tile's scores in bits, MASKED beyond the intervals, and the cap's slope.
 
@@ -127,7 +128,7 @@ def masked_scores(
     scores = capped * (softcap * BITS)
   else:
     scores = products * BITS
-  slots = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+  slots = iota(jnp.int32, scores.shape, 1)
   slots += block * scores.shape[1]
   # Every tile is masked, not only those at an interval's end: four vector
   # operations a score, which on v5e and v5p hide behind the matrix unit.
