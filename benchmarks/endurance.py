@@ -2,6 +2,7 @@
 
   python benchmarks/endurance.py kills --directory=DIR [--count=50] [--seed=0]
   python benchmarks/endurance.py long --directory=DIR [--steps=2000]
+  python benchmarks/endurance.py once --directory=DIR --config=FILE [-- FLAGS]
 
 kills: a small run gets SIGKILL or SIGTERM `count` times, at random, while it
 starts and while it trains, and is started again each time. Each start must go
@@ -11,6 +12,10 @@ undisturbed run's, byte for byte. 50 kills: about 10 minutes on two cores.
 long: the text quickstart's config; resident memory after the first quarter must
 grow by less than 1 MB in 100 steps, and the last quarter's median step may
 take at most 10 % longer than the second's. About two minutes on two cores.
+
+once: the run of any config, two thirds of whose steps are done and a checkpoint
+of it saved, gets SIGKILL and is started again; metrics.jsonl must equal an
+undisturbed run's, byte for byte.
 """
 
 import argparse
@@ -24,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +177,39 @@ def kills(directory: Path, count: int, seed: int) -> None:
   print(f"metrics.jsonl: {_lines(metrics)} lines, byte for byte the same")
 
 
+def once(directory: Path, config: str, flags: Sequence[str]) -> None:
+  """Raises AssertionError where the killed run's metrics are others."""
+  arguments = ("--config.log_every=1", *flags)
+
+  def start(name: str) -> subprocess.Popen:
+    return _start(config, directory / name, *arguments)
+
+  began = time.monotonic()
+  whole, log = start("whole"), (directory / "whole.log")
+  assert whole.wait() == 0, log.read_text()
+  metrics = directory / "whole" / "metrics.jsonl"
+  steps = _last_step(metrics)
+  print(f"undisturbed: {steps} steps in {time.monotonic() - began:.0f} s")
+  workdir = directory / "killed"
+  killed = start("killed")
+  while not (
+    _saved(workdir) and _last_step(workdir / "metrics.jsonl") >= 2 * steps // 3
+  ):
+    assert killed.poll() is None, "it ended before it could be killed"
+    time.sleep(0.05)
+  killed.kill()
+  killed.wait()
+  at, saved = _last_step(workdir / "metrics.jsonl"), _saved(workdir)
+  again = start("killed")
+  assert again.wait() == 0, workdir.with_suffix(".log").read_text()
+  said = f"resumed from step {saved}"
+  assert said in workdir.with_suffix(".log").read_text(), said
+  print(f"killed at step {at}, {said}")
+  same = metrics.read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+  assert same, "metrics.jsonl differs from the undisturbed run's"
+  print(f"metrics.jsonl: {_lines(metrics)} lines, byte for byte the same")
+
+
 def _resident(pid: int) -> float:
   """Megabytes; 0 for a process that is gone."""
   try:
@@ -230,19 +269,25 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("what", choices=("kills", "long"))
+  parser.add_argument("what", choices=("kills", "long", "once"))
   parser.add_argument("--directory", type=Path, required=True)
   parser.add_argument("--count", type=int, default=50)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--steps", type=int, default=2000)
-  given = parser.parse_args()
+  parser.add_argument("--config", default="")
+  parser.add_argument("flags", nargs="*", help="of the run `once`, after --")
+  given = parser.parse_intermixed_args()
+  if given.what == "once" and not given.config:
+    parser.error("once needs --config")
   directory = given.directory.absolute()
-  name = "whole" if given.what == "kills" else "long"
+  name = "long" if given.what == "long" else "whole"
   if (directory / name).exists():
     parser.error(f"{directory / name} is there: give another --directory")
   directory.mkdir(parents=True, exist_ok=True)
   if given.what == "kills":
     kills(directory, given.count, given.seed)
+  elif given.what == "once":
+    once(directory, given.config, given.flags)
   else:
     long(directory, given.steps)
 

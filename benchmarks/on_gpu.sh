@@ -7,12 +7,13 @@
 # --wheels=DIR of what is missing (benchmarks/on_gpu_wheels.sh gathers them).
 # Parts, in order, each with its own time limit; what is measured is written as
 # it comes, a part that is run again goes on where it was stopped:
-#   kernels        errors against float64, useful TFLOP/s       55 s
+#   kernels        errors against float64, useful TFLOP/s       45 s
+#   mosaic         the same of the Mosaic kernels               25 s
 #   step           Gemma-2 2B and Gemma-3 270M, and peers       130 s
-#   deterministic  the same step twice, with and without        40 s
-#   flex           the step in PyTorch with FlexAttention       70 s
+#   deterministic  the same step twice, with and without        35 s
+#   flex           the step in PyTorch with FlexAttention       65 s
 #   cross_entropy  V = 256,128 and 262,144 against float64      25 s
-#   decode         tokens a second, beside the memory's         40 s
+#   decode         tokens a second, beside the memory's         35 s
 #   run            configs/sweeps/gpu.py, cut to its time       180 s
 # Ends with OUT/RESULTS-gpu.md. --dry-run runs every line at small shapes on a CPU,
 # two parts at a time.
@@ -21,7 +22,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 usage() { sed -n '4s/^# *//p' benchmarks/on_gpu.sh >&2; exit 2; }
 python=${PYTHON:-python3}
-all=(kernels step deterministic flex cross_entropy decode run)
+all=(kernels mosaic step deterministic flex cross_entropy decode run)
 out='' wheels='' tiny=() parts=() dry=0 slower=1
 for argument in "$@"; do
   case $argument in
@@ -94,13 +95,14 @@ train() {
 
 run_part() {
   case $1 in
-    kernels) measure 55 kernels ;;
+    kernels) measure 45 kernels ;;
+    mosaic) measure 25 mosaic ;;
     step) measure 130 step ;;
-    deterministic) measure 40 deterministic ;;
+    deterministic) measure 35 deterministic ;;
     # JAX only checks the loss there: PyTorch has the GPU to itself.
-    flex) JAX_PLATFORMS=cpu measure 70 flex ;;
+    flex) JAX_PLATFORMS=cpu measure 65 flex ;;
     cross_entropy) measure 25 cross_entropy ;;
-    decode) measure 40 decode ;;
+    decode) measure 35 decode ;;
     run) train ;;
   esac
 }

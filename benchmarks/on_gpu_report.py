@@ -213,8 +213,10 @@ def seconds_of(step: list[Line]) -> dict[str, float]:
 
 def report(out: pathlib.Path, template: str) -> str:
   """The filled template."""
-  parts = "kernels", "step", "deterministic", "flex", "cross_entropy", "decode"
+  parts = "kernels", "mosaic", "step", "deterministic", "flex"
+  parts += "cross_entropy", "decode"
   lines = {part: read(out / f"{part}.jsonl") for part in parts}
+  both = lines["kernels"] + lines["mosaic"]
   devices = {
     x["device"]
     for part, found in lines.items()
@@ -233,8 +235,8 @@ def report(out: pathlib.Path, template: str) -> str:
     device=", ".join(sorted(devices)) or "nothing was measured",
     versions=", ".join(versions),
     status=table(("part", "status", "s"), (x.split() for x in ends if x)),
-    goals=goals(lines["step"], lines["kernels"], lines["flex"]),
-    kernels=kernels(lines["kernels"]),
+    goals=goals(lines["step"], both, lines["flex"]),
+    kernels=kernels(both),
     step=steps(lines["step"]),
     profile=profile(lines["step"]),
     deterministic=deterministic(lines["deterministic"]),

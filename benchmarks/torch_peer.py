@@ -6,13 +6,14 @@ PyTorch and transformers (the `parity` extra), AdamW, logits of every row.
 `extended` runs context and all traces' rows as one sequence under one 4-D mask
 in the decoder's pass, as the paper's section 2.3 reads; `cached` keeps the
 frozen decoder's cache for it. Same weights, tokens and points, so the same
-loss, which is checked; all are run in turns.
+loss, which is checked; all are run in turns, and the matrix products of a
+layer and of the head alone between them. With `--config.decoder.path` the
+weights are that decoder's and the tokens the first batch of the config's data,
+otherwise both are random.
 """
 
-import argparse
 import copy
 import os
-import runpy
 import statistics
 import tempfile
 import time
@@ -26,16 +27,26 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from absl import flags
+from ml_collections import config_flags
 from torch import Tensor
 from transformers import DynamicCache
 
-from cacheaug import benchmark, flops, sharding
+from cacheaug import benchmark, build, flops, sharding
 from cacheaug import config as configs
 from cacheaug import step as stepping
 from cacheaug.augment import traces
 from cacheaug.augment.traces import Layout
+from cacheaug.data import opening
+from cacheaug.model.config import ModelConfig
 from cacheaug.model.transformer import Params
+from cacheaug.run import command
 from cacheaug.weights import huggingface
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", "configs/benchmark.py", "experiment file"
+)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "turns of a few timed steps")
 
 HIDDEN = -1e30
 # transformers 5.24 calls it `cache`; before, `cache` would be ignored.
@@ -129,9 +140,14 @@ class Peer:
       **{CACHE: cache},
     ).last_hidden_state
 
-  def masks(self, rows: Laid, s: int) -> dict[str, Any]:
-    """By kind of layer; windows are longer than S here."""
-    mask = self.mask(rows, s)
+  def masks(self, rows: Laid, s: int) -> Any:
+    """For all layers; windows are longer than S here."""
+    return self.for_layers(self.mask(rows, s))
+
+  def for_layers(self, mask: Tensor) -> Any:
+    """By kind of layer, where the decoder has kinds."""
+    if not getattr(self.decoder.config, "layer_types", None):
+      return mask
     return {"full_attention": mask, "sliding_attention": mask}
 
   def run_extended(self, tokens: Tensor, x: Tensor, rows: Laid) -> Tensor:
@@ -146,7 +162,7 @@ class Peer:
     return self.decoder.model(
       inputs_embeds=torch.cat([context, x.flatten(1, 2)], 1),
       position_ids=torch.cat([at, rows["positions"].flatten(1)], 1),
-      attention_mask={"full_attention": mask, "sliding_attention": mask},
+      attention_mask=self.for_layers(mask),
       use_cache=False,
     ).last_hidden_state
 
@@ -194,36 +210,90 @@ def laid_out(config: Any, batch: dict[str, Any]) -> Laid:
   )
 
 
+def first_batch(config: Any, model: Any, mesh: Any) -> dict[str, Any]:
+  """The first batch of a run of this config; random for a random decoder."""
+  if not config.decoder.path:
+    return benchmark.random_batch(config, model, mesh)
+  _, tokenizer = build.open_model(config, mesh)
+  batches = opening.open_batches(
+    config.data,
+    tokenizer,
+    split="train",
+    seed=config.seed,
+    process_index=0,
+    process_count=1,
+  )
+  batch = next(batches.iterate(0, retries=0))
+  return sharding.put_global(batch, sharding.batch_sharding(mesh))
+
+
+class Products:
+  """The matrix products of one layer and of the head alone, in float32."""
+
+  def __init__(self, config: ModelConfig, rows: int, heads_rows: int) -> None:
+    c, kv = config, config.kv_heads * config.head_dim
+    q = c.heads * c.head_dim
+    shapes = [(rows, c.width, q), (rows, q, c.width)]
+    shapes += 2 * [(rows, c.width, kv)] + 2 * [(rows, c.width, c.mlp_width)]
+    shapes += [(rows, c.mlp_width, c.width)]
+    # As many as one head's are worth beside all layers'.
+    self.shapes = c.layers * shapes + [(heads_rows, c.width, c.vocab_size)]
+    draw = np.random.default_rng(0)
+    self.arrays = {
+      shape: tuple(
+        jnp.asarray(draw.standard_normal(size, np.float32))
+        for size in (shape[:2], shape[1:])
+      )
+      for shape in set(self.shapes)
+    }
+    self.product = jax.jit(jnp.matmul)
+
+  def speed(self) -> float:
+    """FLOP a second of all of them, once."""
+    began = time.perf_counter()
+    for shape in self.shapes:
+      jax.block_until_ready(self.product(*self.arrays[shape]))
+    seconds = time.perf_counter() - began
+    return sum(2 * a * b * c for a, b, c in self.shapes) / seconds
+
+
 def main() -> None:
-  """Measures both in turns and prints the ratio."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--config", default="configs/benchmark.py")
-  parser.add_argument("--repeats", type=int, default=5)
-  args = parser.parse_args()
-  config = configs.resolve(runpy.run_path(args.config)["get_config"]())
+  """Measures all in turns and prints the ratios."""
+  config = configs.resolve(
+    _CONFIG.value,
+    given=config_flags.get_override_values(flags.FLAGS["config"]),
+  )
   mesh = sharding.make_mesh(config.mesh)
+  config.optimizer.learning_rate = 1e-12  # all go on from one state
   made = benchmark.prepare(config, mesh)
-  batch = benchmark.random_batch(config, made.model, mesh)
+  shape = made.model.config
+  batch = first_batch(config, made.model, mesh)
   key, reset = jax.random.key(config.seed), np.bool_(False)
   step = stepping.make_step(
     config, made.model, made.optimizer, mesh, made.shardings
   )
   state = made.state
   with tempfile.TemporaryDirectory() as directory:
-    huggingface.save(directory, made.model.config, made.decoder)
+    huggingface.save(directory, shape, made.decoder)
     load = transformers.AutoModelForCausalLM.from_pretrained
-    # The others take no soft cap.
-    decoder = load(directory, attn_implementation="eager", dtype=torch.float32)
-    peer = Peer(
-      decoder,
-      state.params,
-      configs.layout_of(config),
-      1e-12,  # all go on from one state: it must not move
-    )
+    # Gemma 2 has a soft cap, which transformers' other kernels do not take.
+    kernel = "eager" if shape.family == "gemma2" else "sdpa"
+    decoder = load(directory, attn_implementation=kernel, dtype=torch.float32)
+    layout = configs.layout_of(config)
+    peer = Peer(decoder, state.params, layout, 1e-12)
   laid = laid_out(config, batch)
   tokens = to_torch(batch["tokens"])
+  traces_, latents = config.data.batch * config.traces.count, layout.latents
+  products = Products(
+    shape,
+    rows=traces_ * (latents + layout.ahead - 1),
+    heads_rows=traces_ * layout.ahead,
+  )
+  products.speed()
   times = {"cacheaug": [], "torch cached": [], "torch extended": []}
-  for turn in range(args.repeats):
+  alone = []
+  for turn in range(_REPEATS.value):
+    alone += [products.speed() for _ in range(benchmark.STEPS)]
     for i in range(1 + benchmark.STEPS):
       began = time.perf_counter()
       state, metrics = step(state, made.decoder, batch, key, reset)
@@ -242,17 +312,22 @@ def main() -> None:
           times[name].append(time.perf_counter() - began)
         elif not turn:
           assert abs(ours - theirs) < 1e-3, f"{ours} and {theirs} differ"
-          print(f"loss: cacheaug {ours:.5f}, {name} {theirs:.5f}")
+          print(f"loss: cacheaug {ours:.5f}, {name} {theirs:.5f}", flush=True)
   median = {name: statistics.median(x) for name, x in times.items()}
-  gflop = flops.of_step(config, made.model.config).total / 1e9
-  print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+  gflop = flops.of_step(config, shape).total / 1e9
+  speed = statistics.median(alone) / 1e9
+  print(
+    f"torch {torch.__version__}, {torch.get_num_threads()} threads, attention "
+    f"{kernel}; matrix products alone {speed:.1f} GFLOP/s"
+  )
   for name, seconds in median.items():
     print(
       f"{name:15} {1e3 * seconds:8.1f} ms a step, "
-      f"{gflop / seconds:6.1f} useful GFLOP/s, "
+      f"{gflop / seconds:6.1f} useful GFLOP/s "
+      f"({100 * gflop / seconds / speed:3.0f} % of the products'), "
       f"{seconds / median['cacheaug']:5.2f} x"
     )
 
 
 if __name__ == "__main__":
-  main()
+  command.run(main, __doc__)

@@ -35,6 +35,7 @@ _STYLE = """
 .ca-latent { fill: #d9822b; }
 .ca-ahead { fill: #3a9d6e; }
 .ca-tile { fill: #4c86d8; fill-opacity: 0.25; }
+.ca-empty { fill: #888; fill-opacity: 0.08; }
 """.strip()
 
 
@@ -244,12 +245,53 @@ def staircase_tiles() -> tuple[
   return float(share), first, last, stop[0], (s, block_q, block_k)
 
 
+def reach() -> str:
+  """Exact match by lookups asked for and rounds, of the table that has it."""
+  rows = reach_table()
+  x0, y0, wide, high = 250, 40, 64, 30
+  count = len(rows[0][1])
+  title = "Exact match by lookups asked for: each round of latents adds one"
+  svg = _Svg(x0 + wide * count + 10, y0 + high * len(rows) + 10, title)
+  for j in range(count):
+    svg.text(x0 + wide * j + wide // 2, y0 - 10, f"k = {j + 1}", "middle")
+  for i, (name, cells) in enumerate(rows):
+    svg.text(x0 - 10, y0 + high * i + 20, name, "end")
+    for j, percent in enumerate(cells):
+      x, y = x0 + wide * j, y0 + high * i
+      svg.box(x + 1, y + 1, wide - 2, high - 2, "empty")
+      if percent is not None:
+        full = round((wide - 2) * percent / 100)
+        svg.box(x + 1, y + 1, full, high - 2, "tile")
+        svg.text(x + wide // 2, y + 20, f"{percent:g}", "middle")
+  return str(svg)
+
+
+def reach_table() -> list[tuple[str, list[float | None]]]:
+  """Name and exact match in percent at k = 1, 2, ...; None: not measured.
+
+  The first table of docs/results/depth.md's section Reach, whose first column
+  is a name, and whose second the layers in series.
+  """
+  page = DIRECTORY.parent / "results" / "depth.md"
+  section = page.read_text().partition("\n## Reach\n")[2]
+  lines = [k for k in section.partition("\n\n| ")[2].splitlines()]
+  rows = []
+  for line in lines[2:]:
+    if not line.startswith("|"):
+      break
+    name, layers, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+    figures = [float(cell.split()[0]) if cell else None for cell in cells]
+    rows.append((f"{name}, {layers} layers", figures))
+  return rows
+
+
 def figures() -> dict[str, str]:
   """File name -> its text."""
   drawn = {f"mask_{scheme}.svg": mask(scheme) for scheme in traces.POSITIONS}
   drawn["positions.svg"] = positions()
   drawn["staircase.svg"] = staircase()
   drawn["late.svg"] = late()
+  drawn["reach.svg"] = reach()
   return drawn
 
 

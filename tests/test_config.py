@@ -245,3 +245,15 @@ def test_local_leaves_what_the_command_line_gave():
   assert list(config.data.sources) == ["c4"]  # the original is untouched
   config.runlocal = False
   assert configs.resolve(config).data.batch == 1024
+
+
+def test_reach_has_a_round_less_than_lookups():
+  made = runpy.run_path(str(_ROOT / "configs" / "reach.py"))["get_config"]
+  for which, rounds, steps in (("2", 1, 1), ("4", 3, 4 - 1), ("5,3", 3, 4)):
+    c = made(which)
+    assert c.traces.rounds == rounds
+    assert c.data.sources.hops.steps_max == int(which[0])
+    assert c.optimizer.steps == 1000 * steps
+  for which in ("1", "x", "3,0", ""):
+    with pytest.raises(UserError, match=r"reach\.py:.*give K lookups"):
+      made(which)

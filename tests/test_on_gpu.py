@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = "kernels", "step", "deterministic", "cross_entropy", "decode", "run"
+PARTS = "kernels", "mosaic", "step", "deterministic", "cross_entropy"
+PARTS += "decode", "run"
 
 
 @pytest.fixture

@@ -471,6 +471,18 @@ def test_exact_match_is_that_of_the_results():
   assert re.findall(r"([\d.]+) %", said[0]) == wanted
 
 
+def _reach(text: str) -> list[str]:
+  """The rows of the table of lookups and rounds, but for its head."""
+  table = text.partition("| layers | k=1 |")[2].partition("\n\n")[0]
+  return table.splitlines()[2:]
+
+
+def test_reach_is_that_of_the_results():
+  rows = _reach(README.read_text())
+  assert rows == _reach((ROOT / "docs/results/depth.md").read_text())
+  assert len(rows) == 6 and rows[-1].startswith("| four rounds | 10 |")
+
+
 def test_quickstart_shown_is_the_one_measured():
   section = _section("## The quickstart")
   command = "python -m cacheaug.main --config=configs/quickstart.py"

@@ -399,7 +399,8 @@ def _run(
 
 def _interpreter():
   """The interpreter of these kernels in jax, which reports races."""
-  # plgpu has this name too, but not in jax 0.10.
+  # plgpu has this name too, but not in jax 0.10. A callback may hang there: it
+  # did with an array of 390 KB, one device and two cores; not with eight.
   from jax._src.pallas.mosaic_gpu.interpret import params
 
   return params.InterpretGPUParams(detect_races=True)

@@ -37,8 +37,8 @@ def get_config() -> ConfigDict:
   c.data.sequence = 512
   c.data.batch = 4
   c.data.validation_fraction = 0.1
-  c.optimizer.steps = 400
-  c.optimizer.warmup = 40
+  c.optimizer.steps = 250
+  c.optimizer.warmup = 25
   c.log_every = 50
   c.checkpoint.every = 100
   c.eval.sequences = 16
