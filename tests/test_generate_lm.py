@@ -103,11 +103,12 @@ def test_what_cannot_be_done_is_refused(lm, options, message):
 
 def test_what_can_be_done_is_not(lm):
   assert len(lm.generate(["a", "abcd"], 2, latents=[False, True])) == 2
-  assert len(lm.generate(["a"], 6, plan=InsertionSchedule(at=(2,)))) == 1
+  late = InsertionSchedule(at=(2,))
+  assert len(lm.generate(["a", "abcd"], 6, plan=late)) == 2
   assert lm.complete([], 3) == [] and list(lm.stream([])) == []
   frozen = cacheaug.load("shipped:tiny")
   with pytest.raises(UserError, match="no coprocessor is attached"):
     frozen.generate(["abcd"], latents=[False])
-  (done,) = lm.complete(["abcd"], 2, latents=False, scored=True)
+  _, done = lm.complete(["a", "abcd"], 2, latents=False, scored=True)
   assert done.prompt == (2, *lm.tokenizer.encode("abcd"))
   assert done.nll.shape == (2,) and np.isfinite(done.nll).all()

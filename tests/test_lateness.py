@@ -59,7 +59,7 @@ N = 4
 POINTS = np.array([[-1, 8, 20], [12, 14, 23]], np.int32)
 # 14 is its document's end, so its trace weighs nothing; 23 - 15 + 1 = 9 tokens
 # are up to 23, so that it may come 5 late and no more.
-LATE = np.array([[0, 3, 1], [8, 4, 5]], np.int32)
+LATE = np.array([[0, 3, 3], [8, 4, 5]], np.int32)
 
 
 def lay(tokens, spec, late=LATE, points=POINTS):
