@@ -13,9 +13,10 @@ from importlib import metadata
 
 OPTIONS = {
   "xla_backend_optimization_level": 0,
-  # In 32 parts by default, each with its own costs: a fifth of a compilation
-  # where the other cores have another worker's tests.
-  "xla_cpu_parallel_codegen_split_count": 1,
+  # In 32 parts by default, each with its own costs, while the other cores have
+  # another worker's tests. XLA refuses fewer parts than a program has kinds of
+  # kernels with compiler options of their own, so not 1.
+  "xla_cpu_parallel_codegen_split_count": 4,
 }
 if metadata.version("jax").startswith("0.10."):  # later ones refuse it
   OPTIONS["xla_cpu_use_fusion_emitters"] = False
