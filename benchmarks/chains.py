@@ -23,9 +23,13 @@ from cacheaug.run import command
 _DECODER = flags.DEFINE_string("decoder", "", "a name, directory or GGUF file")
 _COPROCESSOR = flags.DEFINE_string("coprocessor", "", "of that decoder")
 _SHOTS = flags.DEFINE_list("shots", ["0", "4"], "solved problems before one")
-_PROBLEMS = flags.DEFINE_integer("problems", 128, "of each number of lines")
-_LINES = flags.DEFINE_integer("lines", 4, "most lines of a chain")
-_BATCH = flags.DEFINE_integer("batch", 16, "prompts at once")
+_PROBLEMS = flags.DEFINE_integer(
+  "problems", 128, "of each number of lines", lower_bound=1
+)
+_LINES = flags.DEFINE_integer(
+  "lines", 4, "most lines of a chain", lower_bound=1, upper_bound=8
+)
+_BATCH = flags.DEFINE_integer("batch", 16, "prompts at once", lower_bound=1)
 
 
 def asked(lines: int, count: int) -> list[problems.Problem]:

@@ -2,7 +2,8 @@
 
   python benchmarks/torch_peer.py [--config=configs/benchmark.py] [--repeats=5]
 
-PyTorch and transformers (the `parity` extra), AdamW, logits of every row.
+PyTorch and transformers (the `parity` extra), AdamW, logits of every row of a
+trace, also of those that predict nothing.
 `extended` runs context and all traces' rows as one sequence under one 4-D mask
 in the decoder's pass, as the paper's section 2.3 reads; `cached` keeps the
 frozen decoder's cache for it. Same weights, tokens and points, so the same

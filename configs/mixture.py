@@ -5,7 +5,8 @@
 
 DIR holds JSON lines (NAME.jsonl or NAME.jsonl.gz, the text in `text`); each
 file is a source, all with equal weight. Files called NAME.heldout.* are not
-read: they stay for evaluation. The decoder is any that `decoder.path` takes.
+read: they stay for evaluation. NAME has no dot, and no two files have the same
+one. The decoder is any that `decoder.path` takes.
 
 N=8 latents, A=16 ahead tokens, M=16 points a sequence of 256 tokens. Runs at
 SmolLM2-135M and Gemma 3 270M on two CPU cores: docs/results/real_decoders.md.
@@ -21,7 +22,7 @@ from cacheaug.errors import UserError
 
 
 def get_config(directory: str = "") -> ConfigDict:
-  """See the module docstring; UserError: no such files."""
+  """See the module docstring; UserError: no such files, or their names."""
   c = configs.base()
   c.decoder.how_to_get = "give --config.decoder.path=NAME, DIR or FILE.gguf"
   c.coprocessor.latents = 8
@@ -39,8 +40,15 @@ def get_config(directory: str = "") -> ConfigDict:
   c.data.sources = ConfigDict()
   found = Path(directory).expanduser().glob("*.jsonl*") if directory else ()
   for path in sorted(found):
-    name, _, rest = path.name.partition(".")
-    if rest in ("jsonl", "jsonl.gz"):
+    name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    if not path.is_file() or name.endswith(".heldout"):
+      continue
+    if "." in name or name in c.data.sources:
+      raise UserError(
+        f"configs/mixture.py: {path}: a source is called NAME.jsonl or "
+        "NAME.jsonl.gz, NAME without a dot and once: rename the file"
+      )
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
       source = source_defaults()
       source.kind = "jsonl"
       source.path = str(path)

@@ -32,6 +32,22 @@ def test_a_directory_without_text_is_refused(tmp_path):
     _config(tmp_path)
 
 
+@pytest.mark.parametrize(
+  "names", [("web.v1.jsonl",), ("web.jsonl", "web.jsonl.gz")]
+)
+def test_no_file_is_left_out_without_a_word(tmp_path, names):
+  for name in names:
+    (tmp_path / name).write_text("")
+  with pytest.raises(UserError, match=r"web.*: rename the file"):
+    _config(tmp_path)
+
+
+def test_a_directory_with_a_files_name_is_no_source(tmp_path):
+  (tmp_path / "old.jsonl").mkdir()
+  (tmp_path / "web.jsonl").write_text("")
+  assert list(_config(tmp_path).data.sources) == ["web"]
+
+
 @pytest.mark.slow
 def test_the_peer_has_the_same_loss_on_real_rows():
   pytest.importorskip("transformers")
