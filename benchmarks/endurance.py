@@ -19,6 +19,7 @@ metrics.jsonl must equal an undisturbed run's, byte for byte.
 """
 
 import argparse
+import atexit
 import collections
 import json
 import os
@@ -40,7 +41,7 @@ _EVERY = 20  # steps between the killed run's checkpoints
 
 def _start(config: str, workdir: Path, *arguments: str) -> subprocess.Popen:
   log = workdir.with_suffix(".log").open("w")
-  return subprocess.Popen(
+  process = subprocess.Popen(
     [
       sys.executable,
       "-m",
@@ -54,6 +55,8 @@ def _start(config: str, workdir: Path, *arguments: str) -> subprocess.Popen:
     stdout=log,
     stderr=subprocess.STDOUT,
   )
+  atexit.register(process.kill)  # does nothing to one that has been waited for
+  return process
 
 
 def _small(directory: Path, name: str, steps: int) -> subprocess.Popen:
@@ -277,6 +280,8 @@ def main() -> None:
   parser.add_argument("--config", default="")
   parser.add_argument("flags", nargs="*", help="of the run `once`, after --")
   given = parser.parse_intermixed_args()
+  # Ends by way of atexit, which takes the run along.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   if given.what == "once" and not given.config:
     parser.error("once needs --config")
   directory = given.directory.absolute()

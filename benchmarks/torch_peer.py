@@ -47,7 +47,9 @@ from cacheaug.weights import huggingface
 _CONFIG = config_flags.DEFINE_config_file(
   "config", "configs/benchmark.py", "experiment file"
 )
-_REPEATS = flags.DEFINE_integer("repeats", 5, "turns of a few timed steps")
+_REPEATS = flags.DEFINE_integer(
+  "repeats", 5, "turns of a few timed steps", lower_bound=1
+)
 
 HIDDEN = -1e30
 # transformers 5.24 calls it `cache`; before, `cache` would be ignored.
