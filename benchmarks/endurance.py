@@ -13,9 +13,9 @@ long: the text quickstart's config; resident memory after the first quarter must
 grow by less than 1 MB in 100 steps, and the last quarter's median step may
 take at most 10 % longer than the second's. About two minutes on two cores.
 
-once: the run of any config, two thirds of whose steps are done and a checkpoint
-of it saved, gets SIGKILL and is started again; metrics.jsonl must equal an
-undisturbed run's, byte for byte.
+once: a run of any config gets SIGKILL when two thirds of its steps are done and
+a checkpoint is saved (--config.checkpoint.every), and is started again;
+metrics.jsonl must equal an undisturbed run's, byte for byte.
 """
 
 import argparse

@@ -8,8 +8,9 @@ file is a source, all with equal weight. Files called NAME.heldout.* are not
 read: they stay for evaluation. NAME has no dot, and no two files have the same
 one. The decoder is any that `decoder.path` takes.
 
-N=8 latents, A=16 ahead tokens, M=16 points a sequence of 256 tokens. Runs at
-SmolLM2-135M and Gemma 3 270M on two CPU cores: docs/results/real_decoders.md.
+N=8 latents, A=16 ahead tokens, M=16 points a sequence of 256 tokens. Seconds a
+step with SmolLM2-135M and Gemma 3 270M on two CPU cores, and PyTorch's beside
+them: docs/results/real_decoders.md.
 """
 
 from pathlib import Path

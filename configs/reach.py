@@ -2,12 +2,13 @@
 
   python -m cacheaug.main --config=configs/reach.py:3 --workdir=runs/reach3
 
-`reach.py:K` trains a coprocessor for questions of K lookups: K - 1 rounds of
-one latent at one point, each round on top of those before it, so K - 1 passes
-of the coprocessor and of the frozen decoder in series. `reach.py:K,R` has R
-rounds. Each round's latent is taught the result of its step (supervision). The
-decoder is the quickstart's, two layers that look one letter up. 39 s (K=2) to
-195 s (K=5) of one core; figures: docs/results/depth.md.
+`reach.py:K` trains a coprocessor for questions of K lookups, 2 to 7 in these
+cycles of 8 letters: K - 1 rounds of one latent at one point, each round on top
+of those before it, so K - 1 passes of the coprocessor and of the frozen decoder
+in series. `reach.py:K,R` has R rounds. Each round's latent is taught the result
+of its step (supervision). The decoder is the quickstart's, two layers that look
+one letter up. 39 s (K=2) to 195 s (K=5) of one core; figures:
+docs/results/depth.md.
 """
 
 from pathlib import Path
