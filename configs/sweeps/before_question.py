@@ -2,7 +2,7 @@
 
   python -m cacheaug.sweep --config=configs/sweeps/before_question.py
   python benchmarks/before_question.py \
-      --workdir=runs/sweeps/before_question/N8-seed0
+      --workdir=runs/sweeps/before_question/N16-seed0
 
 configs/before_question.py and what it is compared with. The second command
 tells right answers by k. Figures: docs/results/before_question.md.
@@ -27,8 +27,8 @@ def get_sweep() -> Sweep:
   """See the module docstring."""
   return Sweep(
     rows=(
-      Row("N8", {}, _SEEDS),
-      Row("N16", {"coprocessor.latents": 16}),
+      Row("N16", {"coprocessor.latents": 16}, _SEEDS),
+      Row("N8", {}),
       Row("handover", {"coprocessor.kind": "handover"}),
       Row("N4", {"coprocessor.latents": 4}),
       Row("k1and2", {"data.sources.hops.steps_min": 1}),
