@@ -12,7 +12,15 @@ from cacheaug.weights import config_json
 
 _SWEEPS = Path(__file__).resolve().parent.parent / "configs" / "sweeps"
 _LETTERS = ("latents", "ahead", "traces", "steps", "decoders", "decoder")
-_FILES = ("tiny", "tinystories", "gpu", "gemma2b", "hops")
+_FILES = (
+  "tiny",
+  "tinystories",
+  "gpu",
+  "gemma2b",
+  "hops",
+  "window",
+  "before_question",
+)
 _NAMES = (*_FILES, *(f"scaling:{k}" for k in _LETTERS))
 
 
