@@ -7,7 +7,8 @@ Eight lines such as "B = K", "K = apple", shuffled, chains that nobody asks for
 among them, then four questions: "B is" -> " apple". A question is k = 1 to 4
 lines long. Held-out facts; exact match by k for the frozen decoder and with
 latents. Step supervision: --config.data.results=True
---config.supervision.weight=1. Figures: docs/results/depth.md.
+--config.supervision.weight=1. The frozen decoder's figures:
+docs/results/real_decoders.md; no coprocessor has been trained on it yet.
 """
 
 from ml_collections import ConfigDict
