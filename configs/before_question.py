@@ -10,10 +10,9 @@ which are not learned: the answers alone are. Figures:
 docs/results/before_question.md.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from cacheaug.projects.sweep.rows import base_of
 
 QUESTIONS = 6
 TOKENS = 4  # a question of two, its answer, its line's end
@@ -21,8 +20,7 @@ TOKENS = 4  # a question of two, its answer, its line's end
 
 def get_config() -> ConfigDict:
   """See the module docstring."""
-  path = Path(__file__).with_name("quickstart.py")
-  c = runpy.run_path(str(path))["get_config"]()
+  c = base_of(__file__, "quickstart.py")
   c.coprocessor.latents = 8
   c.traces.count = 1
   c.traces.ahead = QUESTIONS * TOKENS

@@ -20,7 +20,13 @@ from compile_kernels import TOPOLOGIES, shares
 from jax.sharding import PartitionSpec as P
 from tolerances import ATTENTION, close, close_trees, far, jit
 
-from cacheaug.kernels import context_gpu, context_tpu, dispatch, intervals
+from cacheaug.kernels import (
+  context_gpu,
+  context_mosaic,
+  context_tpu,
+  dispatch,
+  intervals,
+)
 
 # Several blocks of rows and of keys, and on a TPU two chunks of keys. Neither
 # Q (42, 84 or 168) nor S is a multiple of them.
@@ -260,16 +266,23 @@ def test_kernels_under_shard_map(kernel):
 
 
 @pytest.mark.parametrize("e", intervals.HEAD_DIMS)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+  ("module", "dtype", "backend"),
+  [
+    (context_gpu, jnp.bfloat16, "xla.gpu.triton"),
+    (context_gpu, jnp.float32, "xla.gpu.triton"),
+    (context_mosaic, jnp.bfloat16, "mosaic_gpu"),
+  ],
+)
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
-def test_gpu_kernels_lower_without_a_gpu(e, dtype):
+def test_gpu_kernels_lower_without_a_gpu(e, module, dtype, backend):
   q = jax.ShapeDtypeStruct((1, 4, 7936, e), dtype)
   keys = jax.ShapeDtypeStruct((1, 4, 2048, e), dtype)
   row = jax.ShapeDtypeStruct((1, 7936), jnp.int32)
   number = jax.ShapeDtypeStruct((1, 4, 7936), jnp.float32)
   args = q, keys, keys, row, row, number, number, q
   for name, count in {"forward": 5, "backward_dq": 8}.items():
-    run = functools.partial(getattr(context_gpu, name), softcap=50.0)
+    run = functools.partial(getattr(module, name), softcap=50.0)
     try:
       lowered = (
         jax.jit(run).trace(*args[:count]).lower(lowering_platforms=("cuda",))
@@ -278,7 +291,7 @@ def test_gpu_kernels_lower_without_a_gpu(e, dtype):
       if "No supported GPU devices found" not in str(error):
         raise
       pytest.skip("from jax 0.12 on, lowering for CUDA needs a GPU")
-    assert "xla.gpu.triton" in lowered.as_text()
+    assert backend in lowered.as_text()
 
 
 def test_reasons_against():
